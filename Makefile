@@ -1,0 +1,43 @@
+# Two commands for a new user: make demo, make test. Everything else is for those who work on taut.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+WORKERS ?= 2
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo demo-short test test-all lint docs clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/test: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@ $(VENV)/demo
+
+demo: $(VENV)/demo  ## compare ways to lighten a real model, and draw report.html
+	$(BIN)/taut compare studies/quickstart.yaml --report report.html
+
+demo-short: $(VENV)/demo
+	$(BIN)/taut compare studies/quickstart.yaml --report report.html --only dense --only identity --only table_int8 --only must_fail
+
+test: $(VENV)/test lint  ## the test suite
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m 'not full'
+
+test-all: $(VENV)/test  ## every method on every family
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m full
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python docs/generate.py --check
+
+docs: $(VENV)/test  ## regenerate the generated parts of README and docs
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) runs report.html figures

@@ -1,0 +1,103 @@
+"""What every benchmark shares: one claim a file, a table on the screen, a record with raw samples on disk.
+
+A benchmark file holds ``CLAIM`` and ``main()`` and runs alone: ``python benchmarks/x.py [--quick]``. With ``--quick``
+it does little work, prints, and writes no record: a quick run is a check of the file, not a measurement.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from taut.core.environment import environment
+from taut.core.record import Quantity
+from taut.measurement.clock import Timing, ratio
+
+RECORDS = Path(__file__).parent / "records"
+
+
+def options(claim: str, **extra: Any) -> argparse.Namespace:
+    """``--quick``, ``--device`` and one option for each of ``extra`` (its default gives the type)."""
+    parser = argparse.ArgumentParser(description=claim)
+    parser.add_argument("--quick", action="store_true", help="little work, no record written")
+    parser.add_argument("--device", default="cpu")
+    for name, default in extra.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    return parser.parse_args()
+
+
+def against(dense: Timing, ours: Timing, at_least: float | None = None, **where: Any) -> dict[str, Any]:
+    """One row: how many times faster ``ours`` is than ``dense``, with the interval and the raw samples of both.
+
+    ``holds`` is True when the whole 95 % interval lies at or above ``at_least``.
+    """
+    speedup = ratio(dense, ours)
+    row = {**where, "dense ms": dense.median * 1e3, "ours ms": ours.median * 1e3, "faster": speedup}
+    if at_least is not None:
+        row |= {"target": at_least, "holds": speedup.low is not None and speedup.low >= at_least}
+    return row | {"dense": dense.quantity(), "ours": ours.quantity()}
+
+
+def record(
+    name: str, claim: str, rows: Sequence[dict[str, Any]], passed: bool | None, notes: str = "", quick: bool = False
+) -> int:
+    """Print ``rows`` as a table; write ``records/<name>.json`` unless ``quick``. Quantities keep their raw samples.
+
+    ``passed`` None: nothing was promised. Returns the exit status: 1 when a promise was not kept.
+    """
+    console = Console(width=max(Console().width, 120))
+    table = Table(title=claim, caption=notes or None)
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if not _raw(rows, key)]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(_shown(row.get(column)) for column in columns))
+    console.print(table)
+    verdict = {True: "holds", False: "does NOT hold", None: "no promise"}[passed]
+    console.print(f"{name}: {verdict}{' (quick run: no record)' if quick else ''}")
+    if not quick:
+        content = {
+            "name": name,
+            "claim": claim,
+            "passed": passed,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "environment": environment(torch.get_num_threads()),
+            "notes": notes,
+            "rows": rows,
+        }
+        RECORDS.mkdir(exist_ok=True)
+        (RECORDS / f"{name}.json").write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
+    return 0 if passed is not False or quick else 1
+
+
+def _raw(rows: Sequence[dict[str, Any]], key: str) -> bool:
+    """Timings stand in the record with their samples; in the table their medians are enough."""
+    values = [row[key] for row in rows if key in row]
+    return all(isinstance(value, Quantity) and value.unit == "s" for value in values)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Quantity):
+        interval = f" [{value.low:.3g}, {value.high:.3g}]" if value.low is not None else ""
+        return "-" if value.value is None else f"{value.value:.4g} {value.unit}{interval}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    if isinstance(value, Timing):
+        return value.quantity().model_dump()
+    raise TypeError(f"a record holds numbers, text and quantities, not {type(value).__name__}")

@@ -1,0 +1,41 @@
+"""taut: efficient parts for any Hugging Face transformer, and an honest account of what each part costs.
+
+``import taut`` is light (no torch) and still makes ``AutoModel.from_pretrained`` understand tightened folders.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from taut import _plugin
+
+__all__ = (
+    "TautError",
+    "apply",
+    "check",
+    "compare",
+    "evaluate",
+    "export",
+    "footprint",
+    "load",
+    "measure",
+    "methods",
+    "plan",
+    "report",
+    "show",
+    "undo",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TautError":
+        return import_module("taut.core.errors").TautError
+    if name in __all__:
+        return getattr(import_module("taut.verbs"), name)
+    raise AttributeError(f"module 'taut' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+_plugin.arm()

@@ -1,0 +1,258 @@
+"""Transformer families as data. Adding a family is adding one row to FAMILIES, keyed by ``config.model_type``.
+
+Every path is the dotted name of a module. Those of a family start at the base model (``AutoModel``), those of a stack
+at one of its layers; a ``*`` stands for any number.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of layers that are all built alike.
+
+    * ``layers``: the list itself.
+    * ``attention``: the module that transformers hands to the attention function.
+    * ``projection``, ``feedforward``: from role to map. ``feedforward`` may offer several variants; the first whose
+      modules all exist is meant.
+    * ``position``: how order enters: rope, learned, bias or none.
+    * ``causal``: what holds for attention modules that do not say it themselves (``is_causal``).
+    * ``name``, ``base``: encoder or decoder, and the module whose forward receives ``past_key_values``.
+    * ``heads``: the name of the number of heads in the configuration.
+    * ``cross_attention``, ``cross``: attention to an encoder and its maps, in layers that have it.
+    * ``closed``: why the attention function and the memory of these layers cannot be exchanged; empty if they can.
+    """
+
+    layers: str
+    attention: str
+    projection: Mapping[str, str]
+    feedforward: tuple[Mapping[str, str], ...]
+    position: str
+    causal: bool = False
+    name: str = ""
+    base: str = ""
+    heads: str = "num_attention_heads"
+    cross_attention: str = ""
+    cross: Mapping[str, str] = field(default_factory=dict)
+    closed: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the slots of a family are.
+
+    * ``tables``: places of the token table; the first that exists is meant, and ties tell which modules share it.
+    * ``stacks``: those that a model lacks (an encoder alone) are passed over.
+    * ``untouched``: what has a name but is left alone, from path (or the start of one) to the reason.
+    * ``longest``: the name of the greatest number of positions in the configuration, empty where there is no limit;
+      ``reserved`` of these are never used (RoBERTa counts from its padding id).
+    """
+
+    tables: tuple[str, ...]
+    stacks: tuple[Stack, ...]
+    untouched: Mapping[str, str] = field(default_factory=dict)
+    longest: str = "max_position_embeddings"
+    reserved: int = 0
+
+
+POSITIONS = "learned position table: small, and read once per token"
+TOKEN_TYPES = "token-type table: a handful of rows"
+POOLER = "pooler: outside the five slots"
+BIAS = "relative position bias: part of the attention scores"
+
+BERT_STACK = Stack(
+    layers="encoder.layer",
+    attention="attention.self",
+    projection={
+        "q": "attention.self.query",
+        "k": "attention.self.key",
+        "v": "attention.self.value",
+        "o": "attention.output.dense",
+    },
+    feedforward=({"up": "intermediate.dense", "down": "output.dense"},),
+    position="learned",
+    cross_attention="crossattention.self",
+    cross={
+        "cross_q": "crossattention.self.query",
+        "cross_k": "crossattention.self.key",
+        "cross_v": "crossattention.self.value",
+        "cross_o": "crossattention.output.dense",
+    },
+)
+BERT = Family(
+    tables=("embeddings.word_embeddings",),
+    stacks=(BERT_STACK,),
+    untouched={
+        "embeddings.position_embeddings": POSITIONS,
+        "embeddings.token_type_embeddings": TOKEN_TYPES,
+        "pooler": POOLER,
+    },
+)
+ROBERTA = replace(BERT, reserved=2)
+DISTILBERT = Family(
+    tables=("embeddings.word_embeddings",),
+    stacks=(
+        Stack(
+            layers="transformer.layer",
+            attention="attention",
+            projection={
+                "q": "attention.q_lin",
+                "k": "attention.k_lin",
+                "v": "attention.v_lin",
+                "o": "attention.out_lin",
+            },
+            feedforward=({"up": "ffn.lin1", "down": "ffn.lin2"},),
+            position="learned",
+        ),
+    ),
+    untouched={"embeddings.position_embeddings": POSITIONS},
+)
+GPT2 = Family(
+    tables=("wte",),
+    stacks=(
+        Stack(
+            layers="h",
+            attention="attn",
+            projection={"qkv": "attn.c_attn", "o": "attn.c_proj"},
+            feedforward=({"up": "mlp.c_fc", "down": "mlp.c_proj"},),
+            position="learned",
+            causal=True,
+        ),
+    ),
+    untouched={"wpe": POSITIONS, "h.*.crossattention": "cross-attention with keys and values in one map: left alone"},
+)
+GPT_NEOX = Family(
+    tables=("embed_in",),
+    stacks=(
+        Stack(
+            layers="layers",
+            attention="attention",
+            projection={"qkv": "attention.query_key_value", "o": "attention.dense"},
+            feedforward=({"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"},),
+            position="rope",
+            causal=True,
+        ),
+    ),
+)
+LLAMA = Family(
+    tables=("embed_tokens",),
+    stacks=(
+        Stack(
+            layers="layers",
+            attention="self_attn",
+            projection={
+                "q": "self_attn.q_proj",
+                "k": "self_attn.k_proj",
+                "v": "self_attn.v_proj",
+                "o": "self_attn.o_proj",
+            },
+            feedforward=({"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},),
+            position="rope",
+            causal=True,
+        ),
+    ),
+)
+BART_ENCODER = Stack(
+    name="encoder",
+    base="encoder",
+    layers="encoder.layers",
+    attention="self_attn",
+    projection={
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.out_proj",
+    },
+    feedforward=({"up": "fc1", "down": "fc2"},),
+    position="learned",
+    heads="encoder_attention_heads",
+)
+BART = Family(
+    tables=("shared", "decoder.embed_tokens"),
+    stacks=(
+        BART_ENCODER,
+        replace(
+            BART_ENCODER,
+            name="decoder",
+            base="decoder",
+            layers="decoder.layers",
+            causal=True,
+            heads="decoder_attention_heads",
+            cross_attention="encoder_attn",
+            cross={
+                "cross_q": "encoder_attn.q_proj",
+                "cross_k": "encoder_attn.k_proj",
+                "cross_v": "encoder_attn.v_proj",
+                "cross_o": "encoder_attn.out_proj",
+            },
+        ),
+    ),
+    untouched={"encoder.embed_positions": POSITIONS, "decoder.embed_positions": POSITIONS},
+)
+T5_ENCODER = Stack(
+    name="encoder",
+    base="encoder",
+    layers="encoder.block",
+    attention="layer.0.SelfAttention",
+    projection={role: f"layer.0.SelfAttention.{role}" for role in ("q", "k", "v", "o")},
+    feedforward=(
+        {"up": "layer.1.DenseReluDense.wi", "down": "layer.1.DenseReluDense.wo"},
+        {
+            "gate": "layer.1.DenseReluDense.wi_0",
+            "up": "layer.1.DenseReluDense.wi_1",
+            "down": "layer.1.DenseReluDense.wo",
+        },
+    ),
+    position="bias",
+)
+T5 = Family(
+    tables=("shared",),
+    stacks=(
+        T5_ENCODER,
+        replace(
+            T5_ENCODER,
+            name="decoder",
+            base="decoder",
+            layers="decoder.block",
+            causal=True,
+            cross_attention="layer.1.EncDecAttention",
+            cross={f"cross_{role}": f"layer.1.EncDecAttention.{role}" for role in ("q", "k", "v", "o")},
+            feedforward=(
+                {"up": "layer.2.DenseReluDense.wi", "down": "layer.2.DenseReluDense.wo"},
+                {
+                    "gate": "layer.2.DenseReluDense.wi_0",
+                    "up": "layer.2.DenseReluDense.wi_1",
+                    "down": "layer.2.DenseReluDense.wo",
+                },
+            ),
+        ),
+    ),
+    untouched={
+        "encoder.block.*.layer.0.SelfAttention.relative_attention_bias": BIAS,
+        "decoder.block.*.layer.0.SelfAttention.relative_attention_bias": BIAS,
+    },
+    longest="",
+)
+
+FAMILIES: Mapping[str, Family] = {
+    "bart": BART,
+    "bert": BERT,
+    "camembert": ROBERTA,
+    "distilbert": DISTILBERT,
+    "gemma": LLAMA,
+    "gemma2": LLAMA,
+    "gemma3_text": LLAMA,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "llama": LLAMA,
+    "mbart": BART,
+    "mistral": LLAMA,
+    "mt5": T5,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "roberta": ROBERTA,
+    "t5": T5,
+    "umt5": T5,
+    "xlm-roberta": ROBERTA,
+}

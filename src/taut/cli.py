@@ -1,0 +1,335 @@
+"""Words, then a verb, then printing. Nothing heavy is imported before a verb is called."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from taut.core.errors import TautError
+
+app = typer.Typer(
+    name="taut",
+    help="Efficient parts for any Hugging Face transformer, and an honest account of what each part costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="MODEL is a folder, a Hub id, 'minilm' (packaged), or a scratch spec such as llama:hidden_size=256. "
+    "RECIPE is a YAML file or the name of a shipped recipe.",
+)
+
+
+class Kind(StrEnum):
+    embedding = "embedding"
+    linear = "linear"
+    attention = "attention"
+    memory = "memory"
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="folder, Hub id, 'minilm' or scratch spec")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file or shipped recipe")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout; logs on stderr")]
+Seed = Annotated[int, typer.Option(help="seed of everything random")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's own")]
+Threads = Annotated[int | None, typer.Option(min=1, help="processor threads; default: all")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="print the version and leave", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"taut {installed('taut')}")
+        raise typer.Exit
+
+
+@app.command()
+def methods(
+    kind: Annotated[Kind | None, typer.Argument(help="only this kind")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods: what they are, where they come from, their knobs."""
+    from taut import display, verbs
+
+    rows = verbs.methods(kind.value if kind else None)
+    _finish(as_json, {"methods": rows}, lambda: display.methods(rows))
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeName,
+    length: Annotated[int | None, typer.Option(min=1, help="declared n of attention and memory costs")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a recipe would do and cost, from the config alone."""
+    from taut import display, verbs
+
+    found = verbs.plan(model, recipe, length)
+    _finish(as_json, found.to_dict(), lambda: display.plan(found.to_dict()))
+
+
+@app.command()
+def apply(
+    model: Model,
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Option(help="folder to write; appears whole or not at all")],
+    text: Annotated[str, typer.Option(help="calibration text: builtin, none, or a text file")] = "builtin",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Tighten a model and write a complete folder that AutoModel opens."""
+    from taut import display, verbs
+
+    verbs.use_threads(threads)
+    with display.progress("fitting parts") as step:
+        tightened = verbs.apply(
+            model,
+            recipe,
+            out,
+            text=None if text == "none" else text,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            progress=step,
+        )
+    line = verbs.footprint(tightened)
+    _finish(as_json, {"out": str(out), "footprint": line, **verbs.show(out)}, lambda: print(f"{out}: {line}"))
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
+    as_json: Json = False,
+) -> None:
+    """Show what is inside a folder: recipe, parts, tensors, bytes."""
+    from taut import display, verbs
+
+    found = verbs.show(folder)
+    _finish(as_json, found, lambda: display.folder(found))
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    dense: Annotated[bool, typer.Option("--dense", help="merge every part into dense weights")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a plain dense checkpoint, for tools that do not know taut."""
+    from taut import verbs
+
+    if not dense:
+        raise TautError("export: say --dense; it is the only form there is")
+    kept = verbs.export(folder, out)
+
+    def text() -> None:
+        print(f"{out}: plain dense checkpoint")
+        for name, reason in kept:
+            print(f"not merged: {name}: {reason}")
+
+    _finish(as_json, {"out": str(out), "not_merged": [{"site": name, "reason": why} for name, why in kept]}, text)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Option(help="docs_retrieval, sts, perplexity, agreement, classify")],
+    data: Annotated[str | None, typer.Option(help="file or named data set; default: the task's own")] = None,
+    reference: Annotated[str | None, typer.Option(help="the original MODEL, for agreement")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="further task options, key=value")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model on one task, beside the task's shortcut baselines."""
+    from taut import display, verbs
+
+    verbs.use_threads(threads)
+    options = _pairs(option)
+    with display.progress(task) as step:
+        scores = verbs.evaluate(
+            model,
+            task,
+            data=data,
+            reference=reference,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            progress=step,
+            **options,
+        )
+    content = {"model": model, "scores": [score.model_dump(mode="json") for score in scores]}
+    _finish(as_json, content, lambda: display.scores(scores))
+
+
+@app.command()
+def measure(
+    model: Model,
+    against: Annotated[str | None, typer.Option(help="another MODEL, for interleaved ratios")] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    length: Annotated[int, typer.Option(min=1, help="tokens of the prompt or sentence")] = 128,
+    decode: Annotated[int, typer.Option(min=0, help="tokens to decode (decoders)")] = 32,
+    repeats: Annotated[int, typer.Option(min=2)] = 10,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure size, FLOPs, latency, throughput, peak memory, cache bytes and energy."""
+    from taut import display, verbs
+
+    with display.status("measuring") as tell:
+        found = verbs.measure(
+            model,
+            against=against,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            batch=batch,
+            length=length,
+            decode=decode,
+            repeats=repeats,
+            threads=threads,
+            progress=tell,
+        )
+    content = {"model": model, "quantities": {name: found[name].model_dump(mode="json") for name in found}}
+    _finish(as_json, content, lambda: display.quantities(found))
+
+
+@app.command()
+def compare(
+    study: Annotated[str, typer.Argument(metavar="STUDY|MODEL", help="a study's YAML file, or a MODEL")],
+    recipes: Annotated[list[str] | None, typer.Option(help="with MODEL: recipe files, names, or a shipped set")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", hidden=True)] = None,
+    ledger: Annotated[Path | None, typer.Option(help="folder of the records; default: runs/STUDY")] = None,
+    report: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
+    figures: Annotated[Path | None, typer.Option(help="also write the pictures as PNG into this folder")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="run only these recipes of the study")] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Compare recipes fairly, and draw the report. Interrupted, it resumes where it was."""
+    from taut import display, verbs
+
+    outcome = verbs.compare(
+        study,
+        [*(recipes or []), *(more or [])],
+        ledger=ledger,
+        report=report,
+        figures=figures,
+        limit=only or (),
+        device=device,
+        threads=threads,
+    )
+    _finish(as_json, outcome.to_dict() | {"report": str(report)}, lambda: display.outcome(outcome, report))
+    if outcome.interrupted:
+        raise typer.Exit(130)
+    if outcome.unexpected:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="folder of records")],
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
+    figures: Annotated[Path | None, typer.Option(help="also write the pictures as PNG into this folder")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the report of a ledger again."""
+    from taut import verbs
+
+    verbs.report(ledger, out, figures=figures)
+    _finish(as_json, {"report": str(out), "figures": str(figures) if figures else None}, lambda: print(out))
+
+
+@app.command()
+def check(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="an id such as embedding.low_bit")],
+    family: Annotated[
+        list[str] | None, typer.Option(help="tiny families to try; default: four representatives")
+    ] = None,
+    knob: Annotated[list[str] | None, typer.Option(help="key=value instead of the method's own test row")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the contract suite on one method, yours included."""
+    from taut import display, verbs
+
+    rows = verbs.check(method, family or (), _pairs(knob) or None)
+    failed = any(row["status"] == "failed" for row in rows)
+    _finish(as_json, {"method": method, "passed": not failed, "rows": rows}, lambda: display.checks(rows))
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(context: typer.Context) -> None:
+    """Run any command with taut imported in its Python: taut run -- lm_eval --model hf ..."""
+    from taut import launch
+
+    if not context.args:
+        raise TautError("run: name a command after --, for example: taut run -- python script.py")
+    raise typer.Exit(launch.run(context.args))
+
+
+def main() -> None:
+    """The entry point: a mistake in the input is one line on stderr and exit code 2."""
+    as_json = "--json" in sys.argv
+    try:
+        with _quiet_stdout(as_json):
+            app()
+    except TautError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"error": str(error)}))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextmanager
+def _quiet_stdout(as_json: bool) -> Iterator[None]:
+    """Libraries that print end up on stderr when stdout is for a script."""
+    original = sys.stdout
+    if as_json:
+        sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout = original
+
+
+def _finish(as_json: bool, content: dict[str, Any], text: Callable[[], None]) -> None:
+    if as_json:
+        print(json.dumps(content, default=str), file=sys.__stdout__, flush=True)
+    else:
+        text()
+
+
+def _pairs(items: list[str] | None) -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
+    for item in items or ():
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise TautError(f"{item!r}: expected key=value")
+        try:
+            pairs[key] = json.loads(value)
+        except ValueError:
+            pairs[key] = value
+    return pairs

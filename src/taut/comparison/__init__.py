@@ -1,0 +1,1 @@
+"""Studies and what follows from their records: numbers only, no torch."""

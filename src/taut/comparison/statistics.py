@@ -1,0 +1,165 @@
+"""Intervals and tests for the differences between two trials. numpy and scipy, fixed seeds, no state."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtr, ndtri, stdtrit
+from scipy.stats import rankdata
+
+from taut.core.errors import TautError
+
+CONFIDENCE = 0.95
+CELLS_AT_ONCE = 4_000_000
+"""The most numbers of a resampling held in memory at a time."""
+
+Contrast = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""What is compared, from the mean of the variant and the mean of the baseline."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value between the ends of its interval, in the unit of the value."""
+
+    value: float
+    low: float
+    high: float
+
+    def contains(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+def difference(variant: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """Mean of the variant minus mean of the baseline."""
+    return variant - baseline
+
+
+def difference_of_exponentials(variant: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """For perplexities, whose items are negative log-likelihoods."""
+    return np.exp(variant) - np.exp(baseline)
+
+
+def ratio(variant: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """Mean of the variant over mean of the baseline."""
+    return variant / baseline
+
+
+def paired_bootstrap(
+    variant: Sequence[float],
+    baseline: Sequence[float],
+    contrast: Contrast = difference,
+    confidence: float = CONFIDENCE,
+    resamples: int = 10_000,
+    seed: int = 0,
+    corrected: bool = True,
+) -> Interval:
+    """The bootstrap interval of a contrast between two sets of scores of the same N items, in the same order.
+
+    Items are drawn together, so whatever makes an item hard for both cancels. ``corrected`` chooses the BCa interval
+    (bias-corrected and accelerated), else the percentile interval. Where no resample differs from the value, the
+    interval is the value itself. Raises TautError unless N >= 2 and both have N items.
+
+    Source: B. Efron, Better Bootstrap Confidence Intervals, JASA 82 (1987).
+    """
+    pairs = _pairs(variant, baseline)
+    count = pairs.shape[1]
+    value = float(contrast(*pairs.mean(axis=1)))
+    draws = np.concatenate([contrast(*means) for means in _resampled_means(pairs, resamples, seed)])
+    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    # The share of resamples below the value, counting ties as half, is the median bias.
+    below = float(np.mean(draws < value) + np.mean(draws == value) / 2)
+    if corrected and 0 < below < 1:
+        left_out = contrast(*((pairs.sum(axis=1, keepdims=True) - pairs) / (count - 1)))
+        pull = left_out.mean() - left_out
+        spread = float((pull**2).sum()) ** 1.5
+        acceleration = float((pull**3).sum()) / (6 * spread) if spread > 0 else 0.0
+        bias = ndtri(below)
+        shifted = bias + ndtri(tails)
+        tails = ndtr(bias + shifted / (1 - acceleration * shifted))
+    low, high = np.quantile(draws, tails)
+    return Interval(value, float(low), float(high))
+
+
+def sign_flip_test(
+    variant: Sequence[float], baseline: Sequence[float], resamples: int = 10_000, seed: int = 0
+) -> float:
+    """The two-sided p-value of "the two are exchangeable on every item", by flipping the signs of the differences.
+
+    All 2^n sign patterns are tried when at most 12 items differ, a fixed random sample of them otherwise.
+    """
+    pairs = _pairs(variant, baseline)
+    gaps = pairs[0] - pairs[1]
+    gaps = gaps[gaps != 0]
+    if gaps.size == 0:
+        return 1.0
+    reached = abs(gaps.sum()) * (1 - 1e-12)
+    if gaps.size <= 12:
+        signs = 1 - 2 * ((np.arange(2**gaps.size)[:, None] >> np.arange(gaps.size)) & 1)
+        return float(np.mean(np.abs(signs @ gaps) >= reached))
+    generator, extreme = np.random.default_rng(seed), 0
+    for size in _chunks(resamples, gaps.size):
+        signs = 1.0 - 2.0 * generator.integers(0, 2, (size, gaps.size), dtype=np.int8)
+        extreme += int(np.sum(np.abs(signs @ gaps) >= reached))
+    return (extreme + 1) / (resamples + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for being several, in the order given (Holm 1979)."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted, worst = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        worst = max(worst, min(1.0, p_values[index] * (len(p_values) - rank)))
+        adjusted[index] = worst
+    return adjusted
+
+
+def student_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """The mean over seeds with Student's t interval. Raises TautError for fewer than two values."""
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.size < 2:
+        raise TautError(f"an interval over seeds needs at least 2 values, not {sample.size}; add seeds to the study")
+    mean = float(sample.mean())
+    reach = float(stdtrit(sample.size - 1, (1 + confidence) / 2) * sample.std(ddof=1) / np.sqrt(sample.size))
+    return Interval(mean, mean - reach, mean + reach)
+
+
+def pareto_front(points: Sequence[Sequence[float]], lower_is_better: Sequence[bool]) -> list[int]:
+    """The points that no other point beats: at least as good in every column, better in one. Equal points all stay."""
+    table = np.asarray(points, dtype=np.float64).reshape(-1, len(lower_is_better))
+    table = np.where(np.asarray(lower_is_better), table, -table)
+    return [
+        index
+        for index, point in enumerate(table)
+        if not np.any(np.all(table <= point, axis=1) & np.any(table < point, axis=1))
+    ]
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's correlation with ties sharing their mean rank; None when one side has no order at all."""
+    ranks = rankdata(_pairs(first, second), axis=1)
+    ranks = ranks - ranks.mean(axis=1, keepdims=True)
+    lengths = np.sqrt((ranks**2).sum(axis=1))
+    return float((ranks[0] * ranks[1]).sum() / lengths.prod()) if lengths.all() else None
+
+
+def _pairs(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
+    """(2, N) float64."""
+    if len(first) != len(second):
+        raise TautError(f"a paired comparison needs the same items on both sides, not {len(first)} and {len(second)}")
+    if len(first) < 2:
+        raise TautError(f"a paired comparison needs at least 2 items, not {len(first)}")
+    return np.asarray([first, second], dtype=np.float64)
+
+
+def _resampled_means(pairs: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """(2, chunk) means of resamples of the N items, drawn with replacement."""
+    generator, count = np.random.default_rng(seed), pairs.shape[1]
+    for size in _chunks(resamples, count):
+        drawn = generator.integers(0, count, (size, count), dtype=np.int32)
+        yield np.stack([side[drawn].mean(axis=1) for side in pairs])
+
+
+def _chunks(total: int, width: int) -> Iterator[int]:
+    size = max(1, CELLS_AT_ONCE // width)
+    for start in range(0, total, size):
+        yield min(size, total - start)

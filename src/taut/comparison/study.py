@@ -1,0 +1,313 @@
+"""A study: models x recipes x seeds, the same tasks and the same measurements for every cell."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from taut.core.errors import TautError, nearest
+from taut.core.recipe import Entry, Recipe, shipped
+from taut.core.registry import METHODS, TASKS
+from taut.core.slot import SLOTS
+from taut.core.spec import TrialSpec
+
+DENSE: dict[str, Any] = {}
+IDENTITY: dict[str, Any] = {
+    slot: {"method": "identity"} for slot in ("embedding", "projection", "attention", "feedforward")
+}
+"""The control of every study. Without the memory slot, which an encoder does not have."""
+
+UNITS = {"": 1, "B": 1} | {f"{p}B": 10 ** (3 * n) for n, p in enumerate("KMGT", 1)}
+UNITS |= {f"{p}IB": 2 ** (10 * n) for n, p in enumerate("KMGT", 1)}
+
+
+class _Strict(BaseModel):
+    """Abstract: refuses an unknown key and names the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, content: Any) -> Any:
+        for key in content if isinstance(content, dict) else ():
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown key {key!r}: {nearest(key, cls.model_fields)}")
+        return content
+
+
+class Latency(_Strict):
+    """How latency is taken: the variant and the dense model take turns."""
+
+    batch: int = Field(1, ge=1, description="sequences at once")
+    length: int = Field(128, ge=1, description="tokens of each sequence")
+    repeats: int = Field(20, ge=1, description="interleaved samples of each; an interval needs at least 6")
+    threads: int | None = Field(None, ge=1, description="torch threads; None leaves them as they are")
+    decode: int = Field(0, ge=0, description="new tokens to time one by one; 0 for none (encoders)")
+
+
+class Measure(_Strict):
+    """What is measured beside the sizes, which always are."""
+
+    latency: Latency | None = None
+    memory: bool = Field(False, description="peak memory, in a fresh process for each trial")
+    energy: bool = Field(False, description="joules, where the machine lets them be read")
+
+
+class Limits(_Strict):
+    """What one trial may use."""
+
+    memory: int | None = Field(None, description="bytes, or text such as 8GB; None: what the machine has free")
+    seconds: float | None = Field(None, gt=0)
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        if match is None or match[2].upper() not in UNITS:
+            raise ValueError(f"{value!r} is not an amount of memory such as 8GB or 512MiB")
+        return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+class Choice(_Strict):
+    """One recipe of a study, checked, and what should become of it."""
+
+    recipe: dict[str, Any]
+    expect: Literal["done", "failed"] = "done"
+
+
+class Study(_Strict):
+    """Models x recipes x seeds. ``dense`` (the baseline) and ``identity`` (the error bar) are in every study."""
+
+    name: str = Field("study", min_length=1)
+    models: tuple[str, ...] = Field(min_length=1)
+    recipes: dict[str, Choice]
+    tasks: tuple[dict[str, Any], ...] = ()
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    measure: Measure = Measure()
+    limits: Limits = Limits()
+    device: str = "cpu"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    source: str = Field("study", exclude=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Study":
+        """From a YAML file. Raises TautError naming the file, the key and the nearest valid choice."""
+        path = Path(path)
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        except OSError as error:
+            raise TautError(f"{path}: cannot read the study: {error.strerror or error}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise TautError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        return cls.parse(content, str(path), path.parent)
+
+    @classmethod
+    def parse(cls, content: Any, source: str = "study", base: Path | None = None) -> "Study":
+        """From a mapping as written in YAML; recipe files are looked for beside ``base`` first."""
+        if not isinstance(content, dict):
+            raise TautError(f"{source}: a study is a mapping with models, recipes and tasks, not {_kind(content)}")
+        content = {"name": Path(source).stem} | content
+        recipes = content.get("recipes") or {}
+        if not isinstance(recipes, dict):
+            raise TautError(f"{source}: recipes: expected a mapping from names to recipes, not {_kind(recipes)}")
+        chosen = {str(name): _choice(value, f"{source}: recipes.{name}", base) for name, value in recipes.items()}
+        for name, recipe in (("identity", IDENTITY), ("dense", DENSE)):
+            if name in chosen and chosen[name].recipe != recipe:
+                raise TautError(f"{source}: recipes.{name}: kept for {recipe or '{}'}; choose another name")
+            if all(choice.recipe != recipe for choice in chosen.values()):
+                chosen = {name: Choice(recipe=recipe)} | chosen
+        tasks = content.get("tasks") or ()
+        if isinstance(tasks, str | dict):
+            tasks = (tasks,)
+        content |= {"recipes": chosen, "tasks": tuple(_task(task, f"{source}: tasks") for task in tasks)}
+        if isinstance(content.get("models"), str):
+            content["models"] = (content["models"],)
+        try:
+            return cls(**content | {"source": source})
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(step) for step in first["loc"])
+            text = first["msg"].removeprefix("Value error, ")
+            given = "" if first["type"] in ("value_error", "missing") else f" = {first['input']!r}"
+            raise TautError(f"{source}: {key}{given}: {text}" if key else f"{source}: {text}") from None
+
+    @classmethod
+    def from_arguments(
+        cls,
+        model: str | Sequence[str],
+        recipes: Sequence[str],
+        tasks: Sequence[str | dict[str, Any]] = (),
+        **options: Any,
+    ) -> "Study":
+        """Without YAML. Each of ``recipes`` is a file, a folder of files, the name of a shipped set (``light``) or of
+        a shipped recipe; ``options`` are the other fields of a study (seeds, measure, limits, device, dtype, name)."""
+        chosen: dict[str, dict[str, Any]] = {}
+        where: dict[str, Path] = {}
+        for argument in recipes:
+            for path in _recipe_files(argument):
+                name = path.stem
+                if name in where and where[name] != path:
+                    raise TautError(f"recipes: {where[name]} and {path} have the same name {name!r}; rename one file")
+                chosen[name], where[name] = Recipe.load(path).to_dict(), path
+        models = [model] if isinstance(model, str) else list(model)
+        content = {"name": "-".join(re.sub(r"\W+", "-", Path(one).name).strip("-") for one in models) or "study"}
+        return cls.parse(content | {"models": models, "recipes": chosen, "tasks": list(tasks)} | options, "arguments")
+
+    def narrowed(self, recipes: Sequence[str] = (), device: str | None = None, threads: int | None = None) -> "Study":
+        """This study with only some recipes (and its two controls), on another device, with another thread count."""
+        for name in recipes:
+            if name not in self.recipes:
+                raise TautError(f"{self.source}: no recipe {name!r}: {nearest(name, self.recipes)}")
+        controls = [name for name, choice in self.recipes.items() if choice.recipe in (DENSE, IDENTITY)]
+        kept = {name: one for name, one in self.recipes.items() if not recipes or name in (*recipes, *controls)}
+        latency = self.measure.latency
+        if latency is not None and threads is not None:
+            latency = latency.model_copy(update={"threads": threads})
+        measure = self.measure.model_copy(update={"latency": latency})
+        return self.model_copy(update={"recipes": kept, "device": device or self.device, "measure": measure})
+
+    @property
+    def digest(self) -> str:
+        """A hash of the ids of all trials."""
+        return hashlib.sha256(json.dumps(sorted(spec.id for spec in self._specs())).encode()).hexdigest()[:16]
+
+    def trials(self) -> tuple[TrialSpec, ...]:
+        """All cells, dense and identity first. Raises TautError naming two cells that would be the same trial."""
+        owner: dict[str, TrialSpec] = {}
+        for spec in self._specs():
+            if (other := owner.setdefault(spec.id, spec)) is not spec:
+                raise TautError(f"{self.source}: {other.name!r} and {spec.name!r} are the same trial; remove one")
+        digest = self.digest
+        return tuple(spec.model_copy(update={"study_digest": digest}) for spec in owner.values())
+
+    def _specs(self) -> list[TrialSpec]:
+        fingerprints = {model: fingerprint(model) for model in self.models}
+        return [
+            TrialSpec(
+                study=self.name,
+                model=model,
+                model_digest=fingerprints[model],
+                recipe_name=name,
+                recipe=choice.recipe,
+                expect=choice.expect,
+                seed=seed,
+                tasks=self.tasks,
+                measure=self.measure.model_dump(),
+                device=self.device,
+                dtype=self.dtype,
+                memory=self.limits.memory,
+                seconds=self.limits.seconds,
+            )
+            for model in self.models
+            for name, choice in self.recipes.items()
+            for seed in self.seeds
+        ]
+
+
+def fingerprint(model: str, blocks: int = 64, size: int = 4096) -> str | None:
+    """A hash of a local model folder from its small files and evenly spaced blocks of its weights, so that a model
+    trained further is another model. None for what is no folder: names and specs identify themselves."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".json", ".safetensors") or not path.is_file():
+            continue
+        length = path.stat().st_size
+        digest.update(f"{path.name}:{length}:".encode())
+        with path.open("rb") as file:
+            for block in range(blocks):
+                file.seek(max(0, length - size) * block // (blocks - 1))
+                digest.update(file.read(size))
+    return digest.hexdigest()[:16]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys and says nothing; a recipe would vanish from a study."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | float) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+            if isinstance(key, str | int | float):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _choice(value: Any, where: str, base: Path | None) -> Choice:
+    """A recipe as written in a study: a mapping (with ``expect`` beside the slots), a file, a shipped name, nothing."""
+    expect = "done"
+    if isinstance(value, str):
+        beside = base / value if base else Path(value)
+        try:
+            recipe = Recipe.load(beside if beside.is_file() else value)
+        except TautError as error:
+            raise TautError(f"{where}: {error}") from None
+    elif value is None or isinstance(value, dict):
+        slots = dict(value or {})
+        expect = slots.pop("expect", "done")
+        if unknown := [slot for slot in slots if slot not in SLOTS]:
+            raise TautError(f"{where}: unknown slot {unknown[0]!r}: {nearest(unknown[0], (*SLOTS, 'expect'))}")
+        if expect not in ("done", "failed"):
+            raise TautError(f"{where}: expect = {expect!r}: {nearest(str(expect), ('done', 'failed'))}")
+        recipe = Recipe.parse(slots, where)
+    else:
+        raise TautError(f"{where}: expected a recipe, the name of one or {{}} for dense, not {_kind(value)}")
+    for entry in recipe.entries:
+        _check_method(entry, where)
+    return Choice(recipe=recipe.to_dict(), expect=expect)
+
+
+def _check_method(entry: Entry, where: str) -> None:
+    if entry.method_id not in METHODS.ids():
+        try:
+            METHODS.get(entry.method_id)
+        except TautError as error:
+            raise TautError(f"{where}.{entry.slot}: {error}") from None
+    if entry.store is not None:
+        _check_method(entry.store, where)
+
+
+def _task(task: Any, where: str) -> dict[str, Any]:
+    task = {"name": task} if isinstance(task, str) else task
+    if not isinstance(task, dict) or not isinstance(task.get("name"), str):
+        raise TautError(f"{where}: expected a name or a mapping with 'name', for example {{name: docs_retrieval}}")
+    if task["name"] not in TASKS.ids():
+        raise TautError(f"{where}: unknown task {task['name']!r}: {nearest(task['name'], TASKS.ids())}")
+    return dict(task)
+
+
+def _recipe_files(argument: str) -> list[Path]:
+    """The YAML files behind one word of ``--recipes``."""
+    known = shipped()
+    sets: dict[str, list[Path]] = {}
+    for path in known.values():
+        if path.parent.name != "recipes":
+            sets.setdefault(path.parent.name, []).append(path)
+    path = Path(argument)
+    if path.is_file():
+        return [path]
+    if path.is_dir() and (found := sorted(path.glob("*.yaml"))):
+        return found
+    if argument in sets:
+        return sets[argument]
+    if argument in known:
+        return [known[argument]]
+    choices = nearest(argument, [*sets, *known])
+    raise TautError(f"{argument}: no recipe file, folder of recipes, shipped set or shipped recipe: {choices}")
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

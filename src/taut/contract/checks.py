@@ -1,0 +1,349 @@
+"""The checks, each a function of a case. A failed assertion is a broken contract; Skip says why one does not apply."""
+
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from taut.contract.case import Case, Skip
+from taut.contract.tiny import inputs, logits, padded_inputs
+from taut.contract.workers import Worker, bits_equal
+from taut.core.errors import TautError
+from taut.core.recipe import Recipe
+from taut.core.registry import METHODS
+from taut.core.site import LinearSite, TableSite
+from taut.methods.part import LinearPart, Part, PartMethod, TablePart
+from taut.surgery.apply import apply, undo
+from taut.surgery.export import densify
+from taut.surgery.plan import make
+
+COMPANIONS = {
+    "embedding": {"method": "low_bit", "bits": 8},
+    "projection": {"method": "low_rank", "rank": 8},
+    "feedforward": {"method": "low_bit"},
+    "attention": {"method": "local_global", "window": 6},
+    "memory": {"method": "window_sink", "sinks": 2, "window": 6},
+}
+
+
+def shape_and_dtype(case: Case) -> None:
+    """Same shape and dtype as the original's answer, finite, in float32 and bfloat16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        original, model = case.model(dtype), case.tightened(dtype)
+        before, after = case.answer(original), case.answer(model)
+        assert (after.shape, after.dtype) == (before.shape, before.dtype)
+        assert after.isfinite().all()
+
+
+def predicted_is_counted(case: Case) -> None:
+    """Predicted bytes are the bytes of the part's tensors, predicted parameters their numbers; both exact."""
+    model = case.tightened()
+    for step in model.hf_quantizer.surgery.steps:
+        if not isinstance(step.method, PartMethod):
+            continue
+        part = model.get_submodule(step.site.path)
+        tensors = list(part.state_dict().values())
+        assert step.cost.bytes == sum(tensor.nbytes for tensor in tensors), step.site.name
+        floating = all(tensor.is_floating_point() for tensor in tensors)
+        numbers = sum(tensor.numel() for tensor in tensors) if floating else step.site.dense().parameters
+        assert step.cost.parameters == numbers, step.site.name
+
+
+def flops_are_counted(case: Case) -> None:
+    """Predicted FLOPs are within 2 % of PyTorch's counter, or the method says why the counter cannot see them."""
+    model = case.tightened()
+    seen = 0
+    for step in model.hf_quantizer.surgery.steps:
+        if not isinstance(step.method, PartMethod):
+            continue
+        if step.method.uncounted:
+            raise Skip(step.method.uncounted)
+        part = model.get_submodule(step.site.path)
+        tokens = 16
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            if isinstance(part, TablePart):
+                part(torch.arange(tokens))
+                for _ in step.site.heads:
+                    part.logits(torch.randn(tokens, step.site.width))
+            else:
+                part(torch.randn(tokens, step.site.inputs))
+        counted = counter.get_total_flops() / tokens
+        assert abs(step.cost.flops_per_token - counted) <= 0.02 * counted + 1e-9, (step.site.name, counted)
+        seen += 1
+    if not seen:
+        raise Skip("no part with tensors of its own")
+
+
+def cost_is_monotone(case: Case) -> None:
+    """A smaller keep never costs more, and never more than it promised."""
+    method = METHODS.get(case.method)
+    if method.dial is None:
+        raise Skip("no dial")
+    entry = {key: value for key, value in case.entry if key not in (method.dial, "keep")}
+    model = case.model()
+    costs = []
+    for keep in (0.25, 0.5, 0.75, 1.0):
+        try:
+            plan = make(model, Case(case.method, case.family, (*entry.items(), ("keep", keep))).recipe())
+        except TautError:
+            continue
+        after, before = plan.after, plan.before
+        costs.append((after.parameters, after.bytes, after.flops_per_token, after.cache_bytes_per_token))
+        assert after.bytes <= before.bytes or not isinstance(plan.steps[0].method, PartMethod)
+    if len(costs) < 2:
+        raise Skip("fewer than two legal settings at this size")
+    assert all(a[1] <= b[1] and a[2] <= b[2] and a[3] <= b[3] for a, b in itertools.pairwise(costs))
+
+
+def gradients_flow(case: Case) -> None:
+    """A finite gradient reaches every trainable parameter."""
+    model = case.tightened().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    given = inputs(model)
+    output = model(**given)
+    answer = output["logits"] if "logits" in output else output["last_hidden_state"]
+    (answer * torch.randn(answer.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.numel() and not name.endswith("position_bias"):
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+
+
+def future_does_not_leak(case: Case) -> None:
+    """Changing a token leaves every earlier answer as it was, to the bit."""
+    case.need_decoder()
+    model = case.tightened()
+    given = inputs(model, length=14)
+    key = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+    changed = {name: tensor.clone() for name, tensor in given.items()}
+    changed[key][:, 9] = (changed[key][:, 9] + 7) % 90 + 5
+    before, after = logits(model, **given), logits(model, **changed)
+    assert bits_equal(before[:, :9], after[:, :9])
+    assert not torch.equal(before[:, 9:], after[:, 9:])
+
+
+def padding_does_not_leak(case: Case) -> None:
+    """What stands in the padding does not matter, and a padded row equals the row alone."""
+    model = case.tightened(torch.float32)
+    given = padded_inputs(model, length=14)
+    other = {name: tensor.clone() for name, tensor in given.items()}
+    padding = given["attention_mask"] == 0
+    other["input_ids"][padding] = 50
+    if not model.config.is_encoder_decoder and case.decoder:
+        positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        given["position_ids"] = other["position_ids"] = positions
+    before, after = logits(model, **given), logits(model, **other)
+    real = torch.ones(before.shape[:2], dtype=torch.bool)
+    if not model.config.is_encoder_decoder:
+        real = ~padding
+    assert torch.allclose(before[real], after[real], atol=2e-5, rtol=0)
+    keep = given["attention_mask"][-1].bool()
+    alone = {name: tensor[-1:] for name, tensor in given.items()}
+    alone["input_ids"] = alone["input_ids"][:, keep]
+    alone["attention_mask"] = alone["attention_mask"][:, keep]
+    if "position_ids" in alone:
+        alone["position_ids"] = alone["position_ids"][:, keep]
+    single = logits(model, **alone)[0]
+    _assert_close(model, before[-1][real[-1]], single, atol=5e-4)
+
+
+def steps_equal_full_pass(case: Case) -> None:
+    """Decoding token by token through the cache gives what one pass over the whole text gives."""
+    case.need_decoder()
+    model = case.tightened()
+    given = inputs(model, length=14)
+    whole = logits(model, **given, use_cache=False)
+    key = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+    ids = given.pop(key)
+    mask = given.pop("attention_mask") if key == "input_ids" else None
+    past, pieces = None, []
+    with torch.no_grad():
+        for start, stop in [(0, 4), *((index, index + 1) for index in range(4, 14))]:
+            step = {key: ids[:, start:stop], **({"attention_mask": mask[:, :stop]} if mask is not None else {})}
+            output = model(**given, **step, past_key_values=past, use_cache=True)
+            past = output["past_key_values"]
+            pieces.append(output["logits"])
+    _assert_close(model, torch.cat(pieces, 1), whole, atol=1e-4)
+
+
+def undo_to_the_bit(case: Case) -> None:
+    """After undo the model is the original: same tensors, same answer, same ties, no trace in the config."""
+    original, model = case.model(), case.tightened()
+    undo(model)
+    assert "quantization_config" not in model.config.to_dict()
+    before, after = original.state_dict(), model.state_dict()
+    assert list(before) == list(after)
+    assert all(bits_equal(before[name], after[name]) for name in before)
+    assert bits_equal(case.answer(original), case.answer(model))
+    assert original.all_tied_weights_keys == model.all_tied_weights_keys
+    assert original.config._attn_implementation == model.config._attn_implementation
+
+
+def same_seed_same_bits(case: Case) -> None:
+    """Applying twice gives the same tensors; the answer too."""
+    first, second = case.tightened(), case.tightened()
+    a, b = first.state_dict(), second.state_dict()
+    assert list(a) == list(b)
+    assert all(bits_equal(a[name], b[name]) for name in a)
+    assert bits_equal(case.answer(first), case.answer(second))
+
+
+def reloads_to_the_bit(case: Case, worker: Worker) -> None:
+    """Saved here, opened by stock transformers in another process: the same answer, and saved again the same file."""
+    model = case.tightened()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        model.save_pretrained(path)
+        given = inputs(model)
+        save_file(given, f"{folder}/inputs")
+        reply = worker.open(path, Path(folder) / "inputs", type(model).__name__, Path(folder) / "again")
+        assert reply["opened"], reply.get("error")
+        assert bits_equal(reply["answer"], case.answer(model))
+        first = (path / "model.safetensors").read_bytes()
+        assert first == (Path(folder) / "again" / "model.safetensors").read_bytes()
+
+
+def loud_without_taut(case: Case, worker: Worker) -> None:
+    """Opened where taut is not imported, the folder raises instead of starting with random weights."""
+    model = case.tightened()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        model.save_pretrained(path)
+        save_file(inputs(model), f"{folder}/inputs")
+        reply = worker.open(path, Path(folder) / "inputs", type(model).__name__)
+        assert not reply["opened"]
+        assert "size" in reply["error"].lower() or "shape" in reply["error"].lower(), reply["error"]
+
+
+def casting_keeps_codes(case: Case) -> None:
+    """half, bfloat16, float and back: integer tensors stay, floating ones follow, the model still answers."""
+    model = case.tightened()
+    codes = {name: tensor.clone() for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    for cast in (lambda: model.to(torch.bfloat16), lambda: model.half(), lambda: model.float()):
+        cast()
+        state = model.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in codes.items())
+        assert len({tensor.dtype for tensor in state.values() if tensor.is_floating_point()}) == 1
+    assert case.answer(model).isfinite().all()
+    assert case.answer(model.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def merged_is_equivalent(case: Case) -> None:
+    """The dense equivalent of every part computes what the part computes, and export gives a model that agrees."""
+    model = case.tightened()
+    parts = {name: module for name, module in model.named_modules() if isinstance(module, Part)}
+    if not parts:
+        raise Skip("no part with a dense equivalent")
+    exact = not _approximate(model)
+    tolerance = 1e-4 if exact else 3e-2
+    for name, part in parts.items():
+        merged = part.merged()
+        if isinstance(part, TablePart):
+            ids = torch.arange(part.num_embeddings)
+            assert torch.allclose(part(ids), merged * part.scale, atol=1e-5), name
+            hidden = torch.randn(5, part.embedding_dim)
+            assert torch.allclose(part.logits(hidden), hidden @ merged.t(), atol=1e-3, rtol=1e-3), name
+        elif isinstance(part, LinearPart):
+            x = torch.randn(7, part.in_features)
+            dense = torch.nn.functional.linear(x, merged, part.bias)
+            assert (part(x) - dense).norm() <= tolerance * dense.norm(), name
+    dense, _ = densify(model)
+    gap = (case.answer(dense) - case.answer(model)).norm() / case.answer(model).norm()
+    assert gap <= (1e-3 if exact else 0.2)
+
+
+def builds_from_scratch(case: Case) -> None:
+    """A part built from shapes alone is finite and sound, without any trained weight."""
+    model = case.model()
+    seen = 0
+    for step in case.planned(model).steps:
+        if isinstance(step.method, PartMethod):
+            torch.manual_seed(0)
+            part = step.method.build(step.site, torch.device("cpu"), torch.float32)
+            if isinstance(step.site, TableSite):
+                assert part(torch.arange(4)).isfinite().all()
+            elif isinstance(step.site, LinearSite):
+                assert part(torch.randn(2, step.site.inputs)).isfinite().all()
+            seen += 1
+    if not seen:
+        raise Skip("no part with tensors of its own")
+
+
+def copies_deeply(case: Case) -> None:
+    """copy.deepcopy of a tightened model is independent and gives the same answer."""
+    model = case.tightened()
+    before = case.answer(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert bits_equal(case.answer(twin), before)
+
+
+def composes(case: Case) -> None:
+    """Together with a real method in every other slot that this family has."""
+    model = case.model()
+    case.planned(model)
+    content = dict(case.recipe().to_dict())
+    for slot, line in COMPANIONS.items():
+        if slot not in content:
+            try:
+                make(model, Recipe.parse({slot: line}))
+            except TautError:
+                continue
+            content[slot] = line
+    apply(model, Recipe.parse(content), case.batches(model))
+    answer = case.answer(model)
+    assert answer.isfinite().all()
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = type(model).from_pretrained(folder).eval()
+        assert bits_equal(case.answer(again), answer)
+
+
+def _approximate(model: PreTrainedModel) -> bool:
+    """Whether a part rounds activations: then the last bit of a float may flip a code, and bits become a tolerance."""
+    steps = model.hf_quantizer.surgery.steps
+    return any(isinstance(step.method, PartMethod) and step.method.approximate for step in steps)
+
+
+def _assert_close(model: PreTrainedModel, a: Tensor, b: Tensor, atol: float) -> None:
+    if _approximate(model):
+        assert (a - b).norm() <= 0.03 * b.norm()
+    else:
+        assert torch.allclose(a, b, atol=atol, rtol=1e-4)
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    check.__name__: check
+    for check in (
+        shape_and_dtype,
+        predicted_is_counted,
+        flops_are_counted,
+        cost_is_monotone,
+        gradients_flow,
+        future_does_not_leak,
+        padding_does_not_leak,
+        steps_equal_full_pass,
+        undo_to_the_bit,
+        same_seed_same_bits,
+        casting_keeps_codes,
+        merged_is_equivalent,
+        builds_from_scratch,
+        copies_deeply,
+        composes,
+    )
+}
+PROCESS_CHECKS: dict[str, tuple[Callable[[Case, Worker], None], bool]] = {
+    "reloads_to_the_bit": (reloads_to_the_bit, True),
+    "loud_without_taut": (loud_without_taut, False),
+}

@@ -1,0 +1,158 @@
+"""A recipe: which method fills which slot, in which layers, and how hard. All that a user has to write."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from taut.core.errors import TautError, nearest
+from taut.core.slot import KIND_OF_SLOT, SLOTS
+
+RESERVED = ("method", "keep", "layers", "store")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a recipe: a method in a slot, for some layers, with its knobs and perhaps a nested ``store``."""
+
+    slot: str
+    method: str
+    keep: float | None = None
+    layers: str | None = None
+    store: "Entry | None" = None
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def method_id(self) -> str:
+        return f"{KIND_OF_SLOT[self.slot]}.{self.method}"
+
+    def covers(self, layer: int | None, count: int) -> bool:
+        """Whether ``layers`` (``0``, ``1:``, ``:-1``, ``0,3,5``, ``::2``) selects this one of ``count`` layers."""
+        return layer is None or self.layers is None or layer in _selected(self.layers, count)
+
+    def to_dict(self) -> dict[str, Any]:
+        chosen = {"method": self.method, "keep": self.keep, "layers": self.layers, **self.knobs}
+        chosen["store"] = self.store.to_dict() if self.store else None
+        return {key: value for key, value in chosen.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. Knobs are checked by the methods themselves, when the plan is made."""
+
+    entries: tuple[Entry, ...]
+    source: str = "recipe"
+
+    @classmethod
+    def load(cls, source: "str | Path | dict | Recipe") -> "Recipe":
+        """From a YAML file, the name of a recipe shipped with taut, a mapping, or a recipe.
+
+        Raises TautError naming the file, the key and the nearest valid choice.
+        """
+        if isinstance(source, Recipe):
+            return source
+        if isinstance(source, dict):
+            return cls.parse(source)
+        path = find(source)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise TautError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        return cls.parse({} if content is None else content, str(path))
+
+    @classmethod
+    def parse(cls, content: Any, source: str = "recipe") -> "Recipe":
+        if not isinstance(content, dict):
+            raise TautError(f"{source}: a recipe is a mapping from slots to methods, not {type(content).__name__}")
+        entries: list[Entry] = []
+        for slot, lines in content.items():
+            if slot not in SLOTS:
+                raise TautError(f"{source}: unknown slot {slot!r}: {nearest(slot, SLOTS)}")
+            lines = lines if isinstance(lines, list) else [lines]
+            entries += [_entry(slot, line, f"{source}: {slot}") for line in lines]
+        return cls(tuple(entries), source)
+
+    def to_dict(self) -> dict[str, Any]:
+        slots: dict[str, Any] = {}
+        for entry in self.entries:
+            slots.setdefault(entry.slot, []).append(entry.to_dict())
+        return {slot: lines[0] if len(lines) == 1 else lines for slot, lines in slots.items()}
+
+    @property
+    def digest(self) -> str:
+        """A hash of the content, whatever the order of the keys."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def for_slot(self, slot: str) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.slot == slot)
+
+    def check_overlap(self, slot: str, count: int) -> None:
+        """Raises TautError when two entries of a slot claim one of the ``count`` layers."""
+        owner: dict[int, Entry] = {}
+        for entry in self.for_slot(slot):
+            for layer in range(count):
+                if entry.covers(layer, count):
+                    if layer in owner:
+                        raise TautError(
+                            f"{self.source}: {slot}: layer {layer} is claimed by {owner[layer].method!r} "
+                            f"(layers {owner[layer].layers or 'all'}) and {entry.method!r} "
+                            f"(layers {entry.layers or 'all'}); make their layers disjoint"
+                        )
+                    owner[layer] = entry
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with taut, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))}
+
+
+def find(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    known = shipped()
+    if str(source) in known:
+        return known[str(source)]
+    raise TautError(f"{source}: no such recipe file, nor a shipped recipe: {nearest(str(source), known)}")
+
+
+def _entry(slot: str, line: Any, where: str, nested: bool = False) -> Entry:
+    if isinstance(line, str):
+        line = {"method": line}
+    if not isinstance(line, dict) or "method" not in line:
+        raise TautError(f"{where}: expected a mapping with the key 'method', for example {{method: low_bit}}")
+    keep, layers, store = line.get("keep"), line.get("layers"), line.get("store")
+    if not isinstance(line["method"], str):
+        raise TautError(f"{where}: method must be a name, not {line['method']!r}")
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
+        raise TautError(f"{where}: keep = {keep!r} is out of range: a share above 0 and at most 1")
+    if layers is not None:
+        layers = str(layers)
+        if nested or slot in ("embedding", "memory"):
+            raise TautError(f"{where}: layers does not apply {'inside store' if nested else f'to the {slot} slot'}")
+        _selected(layers, 1, where)
+    if store is not None:
+        if nested:
+            raise TautError(f"{where}: store nests once only")
+        store = _entry(slot, store, f"{where}.store", nested=True)
+    knobs = {str(key): value for key, value in line.items() if key not in RESERVED}
+    return Entry(slot, line["method"], keep, layers, store, knobs)
+
+
+def _selected(layers: str, count: int, where: str = "layers") -> set[int]:
+    chosen: set[int] = set()
+    for piece in layers.split(","):
+        try:
+            numbers = [int(number) if number.strip() else None for number in piece.split(":")]
+            if len(numbers) == 1:
+                chosen.add(range(count)[numbers[0]] if -count <= numbers[0] < count else -1)
+            else:
+                chosen |= set(range(count)[slice(*numbers)])
+        except (ValueError, TypeError):
+            raise TautError(
+                f"{where}: layers = {layers!r} is not a selection such as '0', '1:', ':-1' or '0,3'"
+            ) from None
+    return chosen

@@ -1,0 +1,63 @@
+"""What a trial leaves behind: quantities with their samples, and where everything came from."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Quantity(BaseModel):
+    """A value with its unit, its raw samples and how it was taken. What could not be taken is None, never a number.
+
+    ``samples`` are repeats of a timing, or one score per item of a task (then two records of the same task can be
+    compared item by item); ``low`` and ``high`` bound the 95 % interval when there is one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    value: float | None
+    unit: str
+    how: str
+    samples: tuple[float, ...] = ()
+    low: float | None = None
+    high: float | None = None
+
+
+class Score(BaseModel):
+    """One metric of one task: the model's value beside the shortcut baselines computed on the very same split."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    metric: str
+    quantity: Quantity
+    better: Literal["higher", "lower"]
+    baselines: dict[str, float] = Field(default_factory=dict)
+    data: dict[str, str] = Field(default_factory=dict, description="source, split, items, sha256 of the text")
+
+
+class Record(BaseModel):
+    """One cell of a study. Written once, never edited; a failed trial is a record with a reason."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    id: str
+    study: str
+    study_digest: str
+    trial: str = Field(description="readable name: model, recipe, seed")
+    model: str
+    recipe_name: str
+    recipe: dict[str, Any]
+    recipe_digest: str
+    seed: int
+    status: Literal["done", "failed"]
+    reason: str | None = None
+    expect: Literal["done", "failed"] = Field("done", description="what the study said would happen")
+    scores: tuple[Score, ...] = ()
+    costs: dict[str, Quantity] = Field(default_factory=dict)
+    bytes_per_slot: dict[str, int] = Field(default_factory=dict)
+    plan: tuple[dict[str, Any], ...] = ()
+    untouched: tuple[tuple[str, str], ...] = ()
+    environment: dict[str, Any] = Field(default_factory=dict)
+    started: str = ""
+    seconds: float = 0.0

@@ -1,0 +1,60 @@
+"""What one trial is, before it runs: everything that decides its outcome, and the id made from exactly that."""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from taut.core.recipe import Recipe
+from taut.core.record import Record
+
+
+class TrialSpec(BaseModel):
+    """One cell of a study. ``study``, ``name``, ``recipe_name``, ``limits`` and ``expect`` do not enter the id, so
+    two studies that ask for the same thing share one record."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    study: str
+    study_digest: str = ""
+    model: str
+    model_digest: str | None = Field(None, description="fingerprint of a local folder; None for what has a name")
+    recipe_name: str
+    recipe: dict[str, Any]
+    seed: int = 0
+    tasks: tuple[dict[str, Any], ...] = Field((), description="each with name and the options of that task")
+    measure: dict[str, Any] = Field(default_factory=dict)
+    device: str = "cpu"
+    dtype: str = "float32"
+    memory: int | None = Field(None, description="the most bytes a trial may need")
+    seconds: float | None = Field(None, description="the longest a trial may take")
+    expect: Literal["done", "failed"] = "done"
+
+    @property
+    def id(self) -> str:
+        content = self.model_dump(
+            include={"model", "model_digest", "recipe", "seed", "tasks", "measure", "device", "dtype"}
+        )
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} · {self.recipe_name} · seed {self.seed}"
+
+    def record(self, status: Literal["done", "failed"], **found: Any) -> Record:
+        """The record of this trial: what was asked for, and what was ``found`` (scores, costs, reason, ...)."""
+        return Record(
+            id=self.id,
+            study=self.study,
+            study_digest=self.study_digest,
+            trial=self.name,
+            model=self.model,
+            recipe_name=self.recipe_name,
+            recipe=self.recipe,
+            recipe_digest=Recipe.load(self.recipe).digest,
+            seed=self.seed,
+            status=status,
+            expect=self.expect,
+            **found,
+        )

@@ -1,0 +1,131 @@
+"""What the command line prints: tables and progress for people. Progress goes to stderr, results to stdout."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from taut.core.record import Quantity, Score
+
+OUT = Console()
+ERR = Console(stderr=True)
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr fed by (done, total); nothing where stderr is not a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
+        task = bar.add_task(escape(label), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def status(label: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being done right now."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as line:
+        task = line.add_task(escape(label), total=None)
+        yield lambda text: line.update(task, description=escape(text))
+
+
+def methods(rows: list[dict[str, Any]]) -> None:
+    table = _table("method", "what it does", "dial", "knobs", "source")
+    for row in rows:
+        knobs = ", ".join(f"{name}={knob['default']}" for name, knob in row["knobs"].items())
+        table.add_row(*(escape(text) for text in (row["id"], row["summary"], row["dial"] or "-", knobs, row["source"])))
+    OUT.print(table)
+
+
+def plan(content: dict[str, Any]) -> None:
+    """One line per slot and method, then what stays as it is and why."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for step in content["steps"]:
+        knobs = ", ".join(f"{key}={value}" for key, value in step["knobs"].items())
+        groups.setdefault((step["site"].partition(".")[0], step["method"], knobs), []).append(step)
+    table = _table("slot", "method", "knobs", "sites", "parameters", "bytes", "FLOPs/token", "cache B/token")
+    for (slot, method, knobs), steps in groups.items():
+        cells = [_change(steps, key) for key in ("parameters", "bytes", "flops_per_token", "cache_bytes_per_token")]
+        table.add_row(slot, escape(method), escape(knobs), str(len(steps)), *cells)
+    OUT.print(table)
+    if content["untouched"]:
+        OUT.print("not touched:")
+        for row in content["untouched"]:
+            OUT.print(f"  {escape(row['path'])}: {escape(row['reason'])}", highlight=False)
+
+
+def folder(content: dict[str, Any]) -> None:
+    kind = f"tightened by taut {content['taut_version']}" if content["tightened"] else "not tightened"
+    OUT.print(
+        f"{escape(content['folder'])}: {content['model_type']} {content['architectures']}, {kind}, "
+        f"{content['file_bytes']:,} bytes",
+        highlight=False,
+    )
+    if content["tightened"]:
+        OUT.print(f"recipe: {escape(str(content['recipe']))}", highlight=False)
+        table = _table("site", "method", "knobs")
+        for step in content["steps"]:
+            table.add_row(*(escape(str(step[key])) for key in ("site", "method", "knobs")))
+        OUT.print(table)
+
+
+def scores(found: Iterable[Score]) -> None:
+    table = _table("task", "metric", "score", "95 % interval", "baselines", "data")
+    for score in found:
+        quantity = score.quantity
+        between = "-" if quantity.low is None else f"{quantity.low:.4f} to {quantity.high:.4f}"
+        baselines = ", ".join(f"{name} {value:.4f}" for name, value in score.baselines.items())
+        data = ", ".join(f"{name} {value}" for name, value in score.data.items())
+        table.add_row(
+            *(escape(text) for text in (score.task, score.metric, _value(quantity), between, baselines, data))
+        )
+    OUT.print(table)
+
+
+def quantities(found: dict[str, Quantity]) -> None:
+    table = _table("quantity", "value", "unit", "95 % interval", "how")
+    for name, quantity in found.items():
+        between = "-" if quantity.low is None else f"{quantity.low:.4g} to {quantity.high:.4g}"
+        table.add_row(*(escape(text) for text in (name, _value(quantity), quantity.unit, between, quantity.how)))
+    OUT.print(table)
+
+
+def checks(rows: list[dict[str, Any]]) -> None:
+    """Failures in full, the rest counted."""
+    names = list(dict.fromkeys(row["check"] for row in rows))
+    table = _table("check", "passed", "skipped", "failed")
+    for name in names:
+        counts = [sum(row["check"] == name and row["status"] == status for row in rows) for status in STATUSES]
+        table.add_row(name, *(str(count) for count in counts))
+    OUT.print(table)
+    for row in rows:
+        if row["status"] == "failed":
+            OUT.print(f"failed: {row['check']} {escape(row['case'])}: {escape(row['reason'])}", highlight=False)
+
+
+STATUSES = ("passed", "skipped", "failed")
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _change(steps: list[dict[str, Any]], key: str) -> str:
+    before, after = (sum(step[side][key] for step in steps) for side in ("before", "after"))
+    if not before and not after:
+        return "-"
+    share = f" ({after / before:.0%})" if before else ""
+    return f"{before:,.0f} → {after:,.0f}{share}"
+
+
+def _value(quantity: Quantity) -> str:
+    if quantity.value is None:
+        return "n/a"
+    return f"{quantity.value:,.0f}" if quantity.unit == "bytes" else f"{quantity.value:.4g}"

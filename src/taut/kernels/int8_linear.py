@@ -1,0 +1,158 @@
+"""Linear maps with 8-bit weights and, on the fly, 8-bit inputs: an exact integer product, scaled back row by row.
+
+A weight (M, N) is one int8 tensor of one dimension: the codes row after row, padded to a multiple of 4, then M float32
+scales, then the M sums of each row's codes, also float32. Outputs are quantised symmetrically: W ~ scale * code.
+
+Inputs are quantised one token at a time, x ~ step * q + low with q in 0..255, so no token's answer depends on which
+others are in the call. Then W x + b = scale * (step * (codes . q) + low * sum(codes)) + b.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from taut.core.errors import TautError
+
+
+class Int8Weight(NamedTuple):
+    """Views of a packed weight: ``codes`` (M, N) int8, ``scales`` (M,) and ``sums`` (M,) float32."""
+
+    codes: Tensor
+    scales: Tensor
+    sums: Tensor
+
+
+def packed_size(outputs: int, inputs: int) -> int:
+    """Bytes of a packed weight."""
+    return -(-outputs * inputs // 4) * 4 + 8 * outputs
+
+
+def pack(weight: Tensor) -> Tensor:
+    """(M, N) float -> (``packed_size``,) int8, the nearest codes in -127..127 with one scale a row. Deterministic.
+
+    Raises TautError for numbers that are not finite.
+    """
+    if not weight.isfinite().all():
+        raise TautError("the weight holds numbers that are not finite; repair it before packing")
+    weight = weight.detach().float()
+    scales = weight.abs().amax(dim=1) / 127
+    scales = torch.where(scales == 0, 1.0, scales)
+    codes = (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    sums = codes.sum(dim=1, dtype=torch.int32).float()
+    padding = codes.new_zeros(-codes.numel() % 4)
+    return torch.cat((codes.flatten(), padding, torch.cat((scales, sums)).view(torch.int8)))
+
+
+def unpack(packed: Tensor, outputs: int, inputs: int) -> Int8Weight:
+    """The views into ``packed``; nothing is copied."""
+    codes, tail = packed[: outputs * inputs], packed[-8 * outputs :]
+    return Int8Weight(codes.view(outputs, inputs), *tail.view(torch.float32).view(2, outputs).unbind())
+
+
+def expand(weight: Int8Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense equivalent (M, N) of ``dtype``."""
+    return (weight.codes * weight.scales[:, None]).to(dtype)
+
+
+def quantise_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, N) float32 -> q (T, N) uint8, ``step`` (T, 1) and ``low`` (T, 1) float32, so that x ~ step * q + low.
+
+    One fused FBGEMM pass on a CPU, the same formula in plain torch elsewhere. A row of NaN gives NaN; single NaNs among
+    finite numbers are not passed on.
+    """
+    fused = getattr(torch.ops.quantized, "embedding_bag_byte_prepack", None) if x.device.type == "cpu" else None
+    if fused is None:
+        return quantise_tokens_plainly(x)
+    rows = fused(x)
+    step, low = rows[:, x.shape[1] :].clone(memory_format=torch.contiguous_format).view(torch.float32).split(1, dim=1)
+    return rows[:, : x.shape[1]], step, low
+
+
+def quantise_tokens_plainly(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula of ``quantise_tokens``: 255 equal steps between a token's least and greatest number."""
+    low, high = x.aminmax(dim=1, keepdim=True)
+    # The constant is FBGEMM's: it keeps a token of equal numbers from a division by zero.
+    q = ((x - low) * (255 / (high - low + 1e-8))).round().to(torch.uint8)
+    return q, (high - low) / 255, low
+
+
+def linear(
+    x: Tensor, packed: Tensor, outputs: int, inputs: int, bias: Tensor | None = None, round_inputs: bool = True
+) -> Tensor:
+    """(..., N) x packed (M, N) + bias (M,) -> (..., M), in the dtype of ``x``; computed in float32.
+
+    ``round_inputs`` False multiplies by the expanded weight, which is exact and slow. So does a device without an
+    exact integer product, on inputs rounded just the same. The gradient is that of the expanded weight: rounding
+    the inputs counts as the identity (straight through).
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _linear(x, bias, packed, outputs, inputs, round_inputs)
+    # A custom operator costs some 20 microseconds, a third of a small map at one token.
+    return _forward(x, bias, packed, outputs, inputs, round_inputs)
+
+
+@torch.library.custom_op("taut::int8_linear", mutates_args=())
+def _linear(x: Tensor, bias: Tensor | None, packed: Tensor, outputs: int, inputs: int, round_inputs: bool) -> Tensor:
+    """Opaque to compilers, and keeps the packed weight for the backward pass: autograd alone would keep a dense one."""
+    return _forward(x, bias, packed, outputs, inputs, round_inputs)
+
+
+@_linear.register_fake
+def _linear_shape(
+    x: Tensor, bias: Tensor | None, packed: Tensor, outputs: int, inputs: int, round_inputs: bool
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, packed, *ctx.shape, _ = inputs
+    ctx.save_for_backward(packed)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    to_x = to_bias = None
+    if ctx.needs_input_grad[0]:
+        to_x = gradient @ expand(unpack(*ctx.saved_tensors, *ctx.shape), gradient.dtype)
+    if ctx.needs_input_grad[1]:
+        to_bias = gradient.flatten(0, -2).sum(dim=0)
+    return to_x, to_bias, None, None, None, None
+
+
+_linear.register_autograd(_backward, setup_context=_remember)
+
+
+def _forward(x: Tensor, bias: Tensor | None, packed: Tensor, outputs: int, inputs: int, round_inputs: bool) -> Tensor:
+    weight = unpack(packed, outputs, inputs)
+    if not round_inputs:
+        return F.linear(x, expand(weight, x.dtype), bias)
+    q, step, low = quantise_tokens(x.reshape(-1, inputs).float())
+    bias = None if bias is None else bias.float()
+    if x.device.type == "cpu" and integer_product_is_exact():
+        answer = _scaled_product(q, step, low, weight, bias)
+    else:
+        answer = F.linear(torch.addcmul(low, q.float(), step), expand(weight), bias)
+    return answer.to(x.dtype).view(*x.shape[:-1], outputs)
+
+
+def _scaled_product(q: Tensor, step: Tensor, low: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+    answer = torch.empty(q.shape[0], weight.codes.shape[0], dtype=torch.float32)
+    # Integers and floats take turns in the same memory: at many tokens a second array costs as much as the product.
+    integers = answer.view(torch.int32)
+    torch._int_mm(q, weight.codes.T, out=integers)
+    answer.copy_(integers).mul_(step).addcmul_(low, weight.sums)
+    return answer.mul_(weight.scales) if bias is None else torch.addcmul(bias, answer, weight.scales, out=answer)
+
+
+@functools.cache
+def integer_product_is_exact() -> bool:
+    """Whether torch multiplies uint8 by int8 without saturating on this processor. x86 before VNNI adds pairs of
+    products in 16 bits."""
+    left = torch.full((16, 256), 255, dtype=torch.uint8)
+    right = torch.full((256, 16), 127, dtype=torch.int8)
+    try:
+        return all(bool((torch._int_mm(left[:rows], right) == 256 * 255 * 127).all()) for rows in (1, 16))
+    except RuntimeError:
+        return False

@@ -1,0 +1,267 @@
+"""Who may see whom, as data: patterns over positions, and the view that a model hands to its attention function."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(batch, head, query, key) indices, broadcasting against each other -> bool: the mask function of transformers."""
+
+WHOLE = slice(None)
+
+
+class Pattern(ABC):
+    """Abstract: which keys a query may see, by position. Subclasses are frozen and hashable."""
+
+    @abstractmethod
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        """(..., Q) and (..., S) integer positions -> (..., Q, S) bool."""
+
+    def pairs(self, length: int) -> int:
+        """How many of the ``length`` x ``length`` pairs are allowed. Counted, unless a subclass knows the formula."""
+        positions = torch.arange(length)
+        return sum(int(self.allowed(rows, positions).sum()) for rows in positions.split(1024))
+
+    @property
+    @abstractmethod
+    def settled(self) -> int:
+        """From this position on, what a query sees depends on the distance alone, but for keys that are seen always
+        or never. Blocks beyond it share one mask."""
+
+
+@dataclass(frozen=True)
+class Causal(Pattern):
+    """j <= i."""
+
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        return key[..., None, :] <= query[..., :, None]
+
+    def pairs(self, length: int) -> int:
+        return length * (length + 1) // 2
+
+    @property
+    def settled(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Window(Pattern):
+    """0 <= i - j < width when causal, else |i - j| < width: ``width`` positions to each side, itself included."""
+
+    width: int
+    causal: bool = True
+
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        distance = query[..., :, None] - key[..., None, :]
+        return (distance >= 0) & (distance < self.width) if self.causal else distance.abs() < self.width
+
+    def pairs(self, length: int) -> int:
+        width = min(self.width, length)
+        below = length * width - width * (width - 1) // 2
+        return below if self.causal else 2 * below - length
+
+    @property
+    def settled(self) -> int:
+        return self.width
+
+
+@dataclass(frozen=True)
+class Global(Pattern):
+    """The first ``count`` positions see everybody and are seen by everybody. Combine with Causal in a decoder."""
+
+    count: int
+
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        return (query < self.count)[..., :, None] | (key < self.count)[..., None, :]
+
+    def pairs(self, length: int) -> int:
+        return length**2 - max(0, length - self.count) ** 2
+
+    @property
+    def settled(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True)
+class Sink(Pattern):
+    """Causal, and j < count or i - j < window: the first tokens and a sliding window."""
+
+    count: int
+    window: int
+
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        distance = query[..., :, None] - key[..., None, :]
+        return (distance >= 0) & ((distance < self.window) | (key < self.count)[..., None, :])
+
+    def pairs(self, length: int) -> int:
+        return Window(self.window).pairs(length) + self.beyond(length)
+
+    def beyond(self, length: int) -> int:
+        """Pairs with one of the first ``count`` keys that lie outside the window."""
+        longest = max(0, length - self.window)
+        count = min(self.count, longest)
+        return count * longest - count * (count - 1) // 2
+
+    @property
+    def settled(self) -> int:
+        return self.count + self.window
+
+
+class _Several(Pattern):
+    """Abstract: a combination of ``members``, at least one."""
+
+    members: tuple[Pattern, ...]
+
+    @property
+    def settled(self) -> int:
+        return max(member.settled for member in self.members)
+
+
+@dataclass(frozen=True)
+class AnyOf(_Several):
+    """What at least one member allows."""
+
+    members: tuple[Pattern, ...]
+
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        seen = self.members[0].allowed(query, key)
+        for member in self.members[1:]:
+            seen = seen | member.allowed(query, key)
+        return seen
+
+
+@dataclass(frozen=True)
+class AllOf(_Several):
+    """What every member allows."""
+
+    members: tuple[Pattern, ...]
+
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        seen = self.members[0].allowed(query, key)
+        for member in self.members[1:]:
+            seen = seen & member.allowed(query, key)
+        return seen
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """Who may see whom in one call of the attention function: everything a mask says, without the T x S tensor.
+
+    T = ``queries`` stand at positions ``query_start``, ...; S = ``keys`` stand at ``key_start``, ... or, where a cache
+    has gaps, at ``key_positions`` (B or 1, S), counted from each row's first real token; negative marks an empty entry.
+    ``padding`` (B, S) bool is True for real tokens, None when all are. ``starts`` (B,) are the positions of the first
+    real tokens, None when all are 0: patterns count from there, so that a left-padded row equals the row alone.
+    ``causal``: j <= i. ``rule`` says more where the model does (packed sequences, its own sliding window), causality
+    included. ``packed`` (B or 1, T) are positions that start anew in each packed sequence, and patterns count by them.
+    ``pattern`` is the memory's, ANDed with all of this. ``stock`` makes the mask that the model would have used by
+    itself: (B, 1, T, S) bool or float, or None. ``memo`` keeps masks that layers share.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    query_start: int = 0
+    key_start: int = 0
+    causal: bool = False
+    padding: Tensor | None = None
+    starts: Tensor | None = None
+    key_positions: Tensor | None = None
+    packed: Tensor | None = None
+    pattern: Pattern | None = None
+    rule: Rule | None = None
+    stock: Callable[[], Tensor | None] | None = None
+    memo: dict[Hashable, object] = field(default_factory=dict, repr=False)
+
+    ndim = 4
+    """Generation with a static cache makes the mask ahead of the model, and asks these two of it."""
+
+    def contiguous(self) -> "View":
+        return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model's own mask is all there is: no memory pattern and no gaps."""
+        return self.pattern is None and self.key_positions is None
+
+    def dense(self, device: torch.device, pattern: Pattern | None = None) -> Tensor | None:
+        """The mask as a tensor, True = may see: (B or 1, 1, T, S) bool, or None where no mask is needed beyond the
+        ``is_causal`` flag (which holds for more than one query). ``pattern`` is ANDed with what is here."""
+        key = ("dense", pattern, device)
+        if key not in self.memo:
+            if self.plain and pattern is None and self.stock is not None:
+                self.memo[key] = self.stock()
+            elif self.plain and pattern is None and self._unmasked:
+                self.memo[key] = None
+            else:
+                mask = self.block(WHOLE, WHOLE, device, pattern)
+                # One query that sees everything: the fused kernels are faster without a mask.
+                self.memo[key] = None if self.queries == 1 and bool(mask.all()) else mask
+        return self.memo[key]
+
+    def block(self, rows: slice, columns: slice, device: torch.device, pattern: Pattern | None = None) -> Tensor:
+        """The part of the mask for these queries and keys: (B or 1, 1, t, s) bool."""
+        query = self._shifted(torch.arange(self.queries, device=device)[rows] + self.query_start)
+        key = self._keys(device)[..., columns]
+        seen = key[..., None, :] >= 0 if self.key_positions is not None else torch.ones((), dtype=torch.bool).to(device)
+        if self.causal and self.rule is None:
+            seen = seen & Causal().allowed(query, key)
+        for each in (self.pattern, pattern):
+            if each is not None and self.packed is not None:
+                seen = seen & each.allowed(self.packed[:, rows], self.packed[:, columns])
+            elif each is not None:
+                seen = seen & each.allowed(query, key)
+        if self.padding is not None:
+            seen = seen & self.padding[:, None, columns].to(device)
+        if self.rule is not None:
+            seen = seen & self._ruled(query, key)
+        seen = seen if seen.dim() == 3 else seen.expand(1, query.shape[-1], key.shape[-1])
+        return seen.expand(-1, query.shape[-1], key.shape[-1])[:, None]
+
+    def distances(self, device: torch.device) -> Tensor:
+        """Position of the key minus position of the query, (B or 1, T, S); empty entries give anything."""
+        query = self._shifted(torch.arange(self.queries, device=device) + self.query_start)
+        return self._keys(device)[:, None, :] - query[:, :, None]
+
+    def reach(self, count: int) -> int:
+        """How many leading keys hold the first ``count`` real tokens of every row."""
+        return min(self.keys, count + self._latest_start) if count else 0
+
+    def padded(self, columns: slice) -> bool:
+        """Whether any row has padding among these keys."""
+        if self.padding is None:
+            return False
+        return self._pads[columns.stop] > self._pads[columns.start]
+
+    @cached_property
+    def _pads(self) -> list[int]:
+        """How many of the first k keys are padding in some row, for k = 0 ... S: one look at the device."""
+        return [0, *(~self.padding).any(0).cumsum(0).tolist()]
+
+    @cached_property
+    def _latest_start(self) -> int:
+        return 0 if self.starts is None else int(self.starts.max())
+
+    @property
+    def _unmasked(self) -> bool:
+        square = self.queries == self.keys or self.queries == 1
+        aligned = self.query_start + self.queries == self.key_start + self.keys
+        return self.padding is None and self.rule is None and (not self.causal or (square and aligned))
+
+    def _keys(self, device: torch.device) -> Tensor:
+        if self.key_positions is not None:
+            return self.key_positions.to(device)
+        return self._shifted(torch.arange(self.keys, device=device) + self.key_start)
+
+    def _shifted(self, positions: Tensor) -> Tensor:
+        """Positions counted from each row's first real token: (Q,) -> (B or 1, Q)."""
+        return positions[None] if self.starts is None else positions[None] - self.starts.to(positions.device)[:, None]
+
+    def _ruled(self, query: Tensor, key: Tensor) -> Tensor:
+        offset = 0 if self.starts is None else self.starts.to(query.device)[:, None]
+        query, key = (query + offset)[:, None, :, None], (key + offset).clamp(min=0)[:, None, None, :]
+        rows = torch.arange(self.batch, device=query.device)[:, None, None, None]
+        return self.rule(rows, torch.zeros_like(rows[:1]), query, key)[:, 0]

@@ -1,0 +1,40 @@
+"""Running someone else's program with taut imported, so that it opens tightened folders."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from taut.core.errors import TautError
+
+START = """\
+import sys
+here = {here!r}
+sys.path[:] = [path for path in sys.path if path != here]
+sys.modules.pop("sitecustomize", None)
+try:
+    import sitecustomize
+except ImportError:
+    pass
+import taut
+"""
+
+
+def run(command: list[str]) -> int:
+    """The command's own exit code. Every Python it starts imports taut first (through ``sitecustomize`` on
+    ``PYTHONPATH``; a ``sitecustomize`` that was there already still runs).
+
+    Raises TautError when the command does not exist.
+    """
+    with tempfile.TemporaryDirectory(prefix="taut-run-") as here:
+        Path(here, "sitecustomize.py").write_text(START.format(here=here))
+        paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+        folders = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PATH": os.pathsep.join(folders)}
+        try:
+            return subprocess.run(command, env=environment).returncode
+        except FileNotFoundError:
+            raise TautError(f"run: no such command: {command[0]!r}") from None
+        except PermissionError:
+            raise TautError(f"run: {command[0]!r} cannot be executed") from None

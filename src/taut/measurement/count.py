@@ -1,0 +1,241 @@
+"""Parameters, bytes and FLOPs, counted on the model itself: shared tensors once, packed tensors for what they are."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from taut.core.errors import TautError
+from taut.core.record import Quantity
+from taut.core.site import Site
+
+REST = "rest"
+"""Where the tensors go that belong to no site: norms, position tables, untied heads, poolers."""
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """``parameters``: the numbers that the tensors stand for (a 4-bit table has as many as the dense one).
+    ``stored``: bytes of the tensors in a file. ``resident``: bytes of the memory they hold, buffers that are not
+    saved included; None for a model on the meta device."""
+
+    parameters: int
+    stored: int
+    resident: int | None
+
+
+@dataclass(frozen=True)
+class Footprint(Share):
+    """A whole model, and its ``slots``: the five and ``rest``, as far as they hold tensors. They sum to the whole.
+
+    ``header``: bytes a safetensors file spends on names and shapes, beside the tensors.
+    """
+
+    header: int
+    slots: dict[str, Share]
+
+    @property
+    def file(self) -> int:
+        """Bytes of the model as one safetensors file."""
+        return self.stored + self.header
+
+    def quantities(self) -> dict[str, Quantity]:
+        return {
+            "parameters": Quantity(value=self.parameters, unit="parameters", how="counted, shared tensors once"),
+            "stored": Quantity(value=self.stored, unit="bytes", how="tensors of the state dict, shared ones once"),
+            "resident": Quantity(value=self.resident, unit="bytes", how="storages of all tensors held, each once"),
+        }
+
+
+def count(model: nn.Module, sites: Iterable[Site] = (), logical: Mapping[str, int] | None = None) -> Footprint:
+    """The footprint of ``model``, split by the slots of ``sites``; a tensor belongs to the innermost site around it.
+
+    ``logical`` gives, for module paths whose tensors are packed, the number of parameters they stand for (a plan's
+    ``Cost.parameters``, bias included); everywhere else the elements of the parameters are counted. Memory held
+    outside tensors (a library's packed weights) is not seen; ``memory.peak_memory`` sees it.
+    """
+    slot_of = {site.path: site.slot for site in sites if site.slot != "memory"}
+    logical = dict(logical or {})
+    saved = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    tied, held = _by_identity(saved), _by_storage(_held(model))
+
+    parameters: dict[str, int] = {}
+    stored: dict[str, int] = {}
+    for path, number in logical.items():
+        _add(parameters, _slot([path], slot_of), number)
+    for names, tensor in tied:
+        slot = _slot(names, slot_of)
+        _add(stored, slot, tensor.nbytes)
+        if isinstance(tensor, nn.Parameter) and not any(_inside(name, logical) for name in names):
+            _add(parameters, slot, tensor.numel())
+    resident: dict[str, int] | None = None if any(tensor.is_meta for _, tensor in held) else {}
+    if resident is not None:
+        for names, tensor in held:
+            _add(resident, _slot(names, slot_of), tensor.untyped_storage().nbytes())
+
+    slots = {
+        slot: Share(parameters.get(slot, 0), stored.get(slot, 0), None if resident is None else resident.get(slot, 0))
+        for slot in dict.fromkeys([*slot_of.values(), *parameters, *stored, *(resident or ())])
+    }
+    total = None if resident is None else sum(resident.values())
+    header = _header_bytes({names[0]: tensor for names, tensor in tied})
+    return Footprint(sum(parameters.values()), sum(stored.values()), total, header, slots)
+
+
+@dataclass(frozen=True)
+class FolderBytes:
+    """What the weights of a folder take on disk: ``total`` = ``tensors`` + ``headers`` over all ``files``."""
+
+    total: int
+    tensors: int
+    headers: int
+    files: tuple[str, ...]
+
+
+def folder_bytes(folder: str | Path) -> FolderBytes:
+    """The safetensors files of a saved model. Raises TautError when there is none or one is cut short."""
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths:
+        raise TautError(f"{folder}: no *.safetensors file; expected the folder of a saved model")
+    tensors = headers = 0
+    for path in paths:
+        size, header, data = path.stat().st_size, *_layout(path)
+        if size != header + data:
+            raise TautError(f"{path}: {size} bytes, but its header describes {header + data}: the file is damaged")
+        tensors, headers = tensors + data, headers + header
+    return FolderBytes(tensors + headers, tensors, headers, tuple(path.name for path in paths))
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of memory that a KV cache holds: the storages of all tensors in it, each once."""
+    return sum(tensor.untyped_storage().nbytes() for _, tensor in _by_storage(_inner(cache, set())))
+
+
+def flops_per_token(model: nn.Module, inputs: Mapping[str, Tensor]) -> Quantity:
+    """FLOPs of one forward pass, divided by the positions of ``input_ids`` (B, T); a multiply-add counts as two.
+
+    Matrix products, convolutions and attention are counted, as torch does; a fused attention counts all pairs,
+    masked or not; element-wise work and operators without a formula (int8 kernels) count nothing.
+    """
+    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        model(**inputs)
+    how = f"torch's FLOP counter, one forward pass of {tuple(inputs['input_ids'].shape)} tokens"
+    return Quantity(value=counter.get_total_flops() / inputs["input_ids"].numel(), unit="FLOPs/token", how=how)
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    """q.k and a.v over shapes (B, H, T, K), (B, H', S, K), (B, H', S, K)."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[2] * (width + value[3])
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Everything a model keeps in memory, also tensors kept as plain attributes."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield f"{path}.{name}", value
+
+
+def _inner(value: Any, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors inside a cache, its layers, and their containers; never those of a model it may point to."""
+    if id(value) in seen or isinstance(value, nn.Module | type):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield "", value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _inner(item, seen)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _inner(item, seen)
+    else:
+        for item in getattr(value, "__dict__", {}).values():
+            yield from _inner(item, seen)
+
+
+def _by_identity(named: Mapping[str, Tensor]) -> list[tuple[list[str], Tensor]]:
+    """Each distinct tensor with all its names."""
+    groups: dict[Any, tuple[list[str], Tensor]] = {}
+    for name, tensor in named.items():
+        view = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        key = id(tensor) if tensor.is_meta or not tensor.numel() else view
+        groups.setdefault(key, ([], tensor))[0].append(name)
+    return list(groups.values())
+
+
+def _by_storage(named: Iterable[tuple[str, Tensor]]) -> list[tuple[list[str], Tensor]]:
+    """Each distinct piece of memory with the names of the tensors in it, and one of them."""
+    groups: dict[Any, tuple[list[str], Tensor]] = {}
+    for name, tensor in named:
+        key = id(tensor) if tensor.is_meta else (tensor.device, tensor.untyped_storage().data_ptr())
+        groups.setdefault(key, ([], tensor))[0].append(name)
+    return list(groups.values())
+
+
+def _slot(names: Iterable[str], slot_of: Mapping[str, str]) -> str:
+    owners = (_inside(name, slot_of) for name in names)
+    return next((slot_of[owner] for owner in owners if owner is not None), REST)
+
+
+def _inside(name: str, paths: Mapping[str, Any]) -> str | None:
+    """The longest of ``paths`` that is ``name`` or a module around it."""
+    while name not in paths:
+        name, dot, _ = name.rpartition(".")
+        if not dot:
+            return None
+    return name
+
+
+def _add(totals: dict[str, int], key: str, number: int) -> None:
+    totals[key] = totals.get(key, 0) + number
+
+
+def _header_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """What safetensors writes before the data: 8 bytes of length, then JSON padded to a multiple of 8."""
+    order = list(SAFETENSORS_DTYPES)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
+        end = offset + tensor.nbytes
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8
+
+
+def _layout(path: Path) -> tuple[int, int]:
+    """Bytes of the header (its length field included) and of the data it describes."""
+    with path.open("rb") as file:
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, path.stat().st_size)))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise TautError(f"{path}: not a safetensors file, or a damaged one") from None
+    return 8 + length, max(ends, default=0)

@@ -1,0 +1,1 @@
+"""The methods: one file each, in the folder of its kind. The folder is the list."""

@@ -1,0 +1,1 @@
+"""Methods for the embedding kind: one file each."""

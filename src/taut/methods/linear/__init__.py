@@ -1,0 +1,1 @@
+"""Methods for the linear kind: one file each."""

@@ -1,0 +1,19 @@
+"""A linear map left as it is: the error bar of every comparison."""
+
+from taut.core.cost import Cost
+from taut.core.site import Site
+from taut.methods.part import Method
+
+
+class IdentityLinear(Method):
+    """Changes nothing; what a study measures on it is noise."""
+
+    id = "linear.identity"
+    summary = "leaves the map in place, as the error bar of a comparison"
+    source = "none: the control of every study"
+
+    def fits(self, site: Site) -> str | None:
+        return None
+
+    def predict(self, site: Site) -> Cost:
+        return site.dense()

@@ -1,0 +1,1 @@
+"""Methods for the memory kind: one file each."""

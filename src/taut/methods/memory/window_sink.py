@@ -1,0 +1,62 @@
+"""A bounded cache: the first tokens and a sliding window."""
+
+from pydantic import Field
+
+from taut.core.cost import Cost
+from taut.core.errors import TautError
+from taut.core.site import MemorySite, Site
+from taut.kernels.patterns import Sink
+from taut.kernels.ring import RingCache
+from taut.methods.part import Knobs, MemoryMethod
+
+
+class WindowSinkKnobs(Knobs):
+    sinks: int = Field(4, ge=0, description="first tokens that are never dropped")
+    window: int = Field(1024, ge=1, description="latest tokens that are kept, the current one included")
+
+
+class WindowSink(MemoryMethod):
+    """Keeps the keys and values of the first ``sinks`` tokens of each row and of its latest ``window``.
+
+    A query at i sees the key at j <= i when j < sinks or i - j < window, positions counted from the row's first real
+    token; a full forward uses the same pattern, so decoding step by step equals it.
+    """
+
+    id = "memory.window_sink"
+    summary = "first tokens plus sliding window, bounded whatever the length"
+    source = (
+        "Xiao et al. 2023 (2309.17453), StreamingLLM. Changed: tokens keep their true positions instead of their "
+        "places in the cache, and a long prompt is read under the same pattern"
+    )
+    Knobs = WindowSinkKnobs
+    dial = "window"
+    knobs: WindowSinkKnobs
+
+    def fits(self, site: Site) -> str | None:
+        if not isinstance(site, MemorySite):
+            return "not a cache"
+        if site.softcap:
+            return f"the model caps its attention scores at {site.softcap:g}, which fused attention cannot do"
+        return None
+
+    def solve(self, site: MemorySite, keep: float) -> "WindowSink":
+        """The largest window for which at most ``keep`` of ``site.length`` entries remain."""
+        window = int(keep * site.length + 1e-9) - self.knobs.sinks
+        if window < 1:
+            raise TautError(
+                f"{self.id}: keep = {keep} of {site.length} entries leaves no window beside {self.knobs.sinks} sinks; "
+                f"the least keep is {(self.knobs.sinks + 1) / site.length:.4f}"
+            )
+        return WindowSink(self.knobs.model_copy(update={"window": window}))
+
+    def predict(self, site: MemorySite) -> Cost:
+        return Cost(cache_bytes_per_token=site.entry_bytes * self.entries(site) / site.length)
+
+    def cache(self, layers: int) -> RingCache:
+        return RingCache(layers, self.knobs.sinks, self.knobs.window)
+
+    def pattern(self) -> Sink:
+        return Sink(self.knobs.sinks, self.knobs.window)
+
+    def entries(self, site: MemorySite) -> int:
+        return min(site.length, self.knobs.sinks + self.knobs.window)

@@ -1,0 +1,1 @@
+"""Tables, figures and one page, drawn from the ledger alone. No torch."""

@@ -1,0 +1,286 @@
+"""One self-contained page from a ledger: it opens offline and loads nothing."""
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import vl_convert
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from taut.comparison.protocol import COSTS, RATIOS, Cell, Row, cost_keys, score_keys, summary
+from taut.core.errors import TautError
+from taut.core.record import Record
+from taut.ledger import Ledger
+from taut.reporting import words
+from taut.reporting.figures import FAMILY_COLORS, config, draw
+from taut.reporting.figures import save as save_figures
+from taut.reporting.highlights import highlights
+
+MAIN_COSTS = (
+    "stored_bytes",
+    "latency_prefill",
+    "latency_decode",
+    "peak_bytes",
+    "flops_per_token",
+    "cache_bytes_per_token",
+    "throughput",
+    "energy_joules",
+)
+"""The columns shown at once; the others appear at the press of a button."""
+
+SAMPLES_SHOWN = 600
+"""The most raw samples of a cell that the page carries; the record has them all."""
+
+
+def write(
+    ledger: Ledger | str | Path, out: str | Path | None, figures: str | Path | None = None, title: str | None = None
+) -> Path | None:
+    """Draw the report of a whole ledger: the page ``out`` and PNG files in the folder ``figures``, where given.
+
+    Raises TautError when the ledger is empty or a place cannot be written.
+    """
+    ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+    records, damaged = ledger.records(), ledger.damaged()
+    if not records and not damaged:
+        raise TautError(f"{ledger.path}: no records here; run `taut compare` first or name another ledger")
+    if figures is not None:
+        save_figures(summary(records), figures)
+    if out is None:
+        return None
+    out = Path(out)
+    draft = out.with_name(f".{out.name}.draft")
+    text = page(records, [(str(path), reason) for path, reason in damaged], title)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, out)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise TautError(f"{out}: cannot write the report: {error.strerror or error}") from None
+    return out
+
+
+def page(records: Sequence[Record], damaged: Sequence[tuple[str, str]] = (), title: str | None = None) -> str:
+    """The HTML of a report. Everything that comes from records is escaped, in markup and in scripts."""
+    rows = summary(records)
+    cells = _Cells()
+    drawn = draw(rows)
+    scores, costs = score_keys(rows), [name for name in cost_keys(rows) if name not in RATIOS]
+    templates = Environment(
+        loader=PackageLoader("taut.reporting", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    source, _, _ = templates.loader.get_source(templates, "page.css")
+    script, _, _ = templates.loader.get_source(templates, "page.js")
+    models = list(dict.fromkeys(row.model for row in rows))
+    studies = list(dict.fromkeys(record.study for record in records))
+    return templates.get_template("page.html.jinja").render(
+        title=title or " · ".join(studies) or "taut report",
+        drawn=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        models=models,
+        scores=scores,
+        score_help={key: _score_help(rows, key) for key in scores},
+        costs=[
+            (name, words.label(name), COSTS[name].help if name in COSTS else "", name in MAIN_COSTS) for name in costs
+        ],
+        rows=[_row(index, scores, costs, cells, rows) for index in range(len(rows))],
+        highlights=[card for model in models for card in highlights([row for row in rows if row.model == model])],
+        failures=[(row, record) for row in rows for record in row.failures],
+        damaged=damaged,
+        superseded=sum(row.superseded for row in rows),
+        environments=_environments(records),
+        counts={
+            "trials": len(records),
+            "done": sum(record.status == "done" for record in records),
+            "failed": sum(record.status == "failed" for record in records),
+            "damaged": len(damaged),
+        },
+        figures=drawn,
+        data=_for_script(
+            {
+                "cells": cells.found,
+                "charts": [
+                    {
+                        "kind": one.kind,
+                        "title": one.title,
+                        "caption": one.caption,
+                        "model": one.model,
+                        "score": one.score,
+                        "spec": one.spec(),
+                    }
+                    for one in drawn
+                ],
+                "themes": {"light": config(False) | {"background": "transparent"}, "dark": config(True)},
+                "details": [_details(row) for row in rows],
+            }
+        ),
+        style=Markup(source),
+        script=Markup(script),
+        vega=Markup(_bundle() if drawn else ""),
+    )
+
+
+class _Cells:
+    """Collects the provenance of the cells while the table is drawn; a cell is known by its place in the list."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, Any]] = []
+
+    def add(self, heading: str, cell: Cell) -> int:
+        self.found.append({"heading": heading, "value": words.value(cell), "how": cell.how, "facts": _facts(cell)})
+        self.found[-1]["sources"] = [
+            {
+                "record": source.record.id,
+                "seed": source.record.seed,
+                "facts": _source_facts(source),
+                "samples": source.quantity.samples[:SAMPLES_SHOWN],
+                "count": len(source.quantity.samples),
+            }
+            for source in cell.sources
+        ]
+        return len(self.found) - 1
+
+
+def _row(index: int, scores: list[str], costs: list[str], cells: _Cells, rows: Sequence[Row]) -> dict[str, Any]:
+    row = rows[index]
+    heading = f"{row.name} · "
+    largest = {"stored_bytes": max(_values(rows, row.model, "stored_bytes"), default=0.0)}
+    shown = []
+    for key, cell, names in [(key, row.scores.get(key), None) for key in scores] + [
+        (name, row.costs.get(name), COSTS[name].words if name in COSTS else None) for name in costs
+    ]:
+        if cell is None:
+            shown.append({"text": "n/a", "sort": "", "index": None, "key": key, "title": "not part of this trial"})
+            continue
+        share = cell.value / largest[key] if key in largest and cell.value and largest[key] else None
+        shown.append(
+            {
+                "key": key,
+                "text": words.value(cell),
+                "sort": "" if cell.value is None else repr(cell.value),
+                "index": cells.add(heading + (words.label(key) if key in costs else key), cell),
+                "title": cell.how if cell.value is None else "where this number comes from",
+                "gap": words.gap(cell.gap, names),
+                "verdict": words.verdict(cell.gap),
+                "share": share,
+            }
+        )
+    return {
+        "row": row,
+        "index": index,
+        "family": words.family(row),
+        "color": FAMILY_COLORS[words.family(row)],
+        "line": words.recipe_line(row.recipe)
+        if row.role != "identity"
+        else "every part replaced by itself: the error bar",
+        "cells": shown,
+    }
+
+
+def _values(rows: Sequence[Row], model: str, name: str) -> list[float]:
+    found = (row.costs[name].value for row in rows if row.model == model and name in row.costs)
+    return [value for value in found if value is not None]
+
+
+def _facts(cell: Cell) -> list[tuple[str, str]]:
+    facts = [("interval", words.interval(cell))]
+    if cell.gap is not None:
+        gap = cell.gap
+        facts.append(("against dense", " ".join(part for part in (words.gap(gap), words.interval(gap)) if part)))
+        facts.append(("p", f"{gap.p:.2g} after Holm's correction" if gap.p is not None else ""))
+        facts.append(("compared by", gap.how))
+    return [(name, text) for name, text in facts if text]
+
+
+def _source_facts(source: Any) -> list[tuple[str, str]]:
+    facts = [("how", source.quantity.how), ("value", _exact(source.quantity.value, source.quantity.unit))]
+    if source.score is not None:
+        facts += [(name, str(value)) for name, value in source.score.data.items()]
+        facts += [(f"shortcut: {name}", words.score(value)) for name, value in source.score.baselines.items()]
+    return [*facts, ("taken", source.record.started), ("environment", _where(source.record.environment))]
+
+
+def _details(row: Row) -> dict[str, Any]:
+    """What the dialog of a row shows: its recipe, plan, untouched sites and records."""
+    last = (row.records or row.failures)[-1]
+    return {
+        "heading": row.name,
+        "recipe": yaml.safe_dump(row.recipe, sort_keys=False) if row.recipe else "{}  # nothing changed",
+        "plan": [{str(key): _plain(value) for key, value in line.items()} for line in last.plan],
+        "untouched": [list(pair) for pair in last.untouched],
+        "records": [
+            {
+                "file": f"{record.id}.json",
+                "seed": record.seed,
+                "status": record.status,
+                "reason": record.reason or "",
+                "started": record.started,
+                "seconds": f"{record.seconds:.1f} s",
+                "study": f"{record.study} {record.study_digest}",
+            }
+            for record in (*row.records, *row.failures)
+        ],
+        "superseded": row.superseded,
+    }
+
+
+def _score_help(rows: Sequence[Row], key: str) -> dict[str, Any]:
+    """The shortcut baselines of a score, and which way is better."""
+    cell = next(row.scores[key] for row in rows if key in row.scores)
+    score = cell.sources[0].score
+    return {
+        "better": score.better,
+        "baselines": [(name, words.score(value)) for name, value in score.baselines.items()],
+    }
+
+
+def _environments(records: Sequence[Record]) -> list[tuple[int, list[tuple[str, str]]]]:
+    """Every distinct environment with the number of its records."""
+    found: dict[str, tuple[int, dict[str, Any]]] = {}
+    for record in records:
+        key = json.dumps(record.environment, sort_keys=True, default=str)
+        found[key] = (found[key][0] + 1 if key in found else 1, record.environment)
+    return [
+        (count, [(str(name), _plain(value)) for name, value in content.items()])
+        for count, content in found.values()
+        if content
+    ]
+
+
+def _where(content: dict[str, Any]) -> str:
+    parts = [content.get("processor"), f"{content['threads']} threads" if content.get("threads") else None]
+    packages = content.get("packages") or {}
+    parts += [f"{name} {packages[name]}" for name in ("torch", "transformers", "taut") if packages.get(name)]
+    parts.append(f"commit {content['commit']}" if content.get("commit") else None)
+    return ", ".join(str(part) for part in parts if part) or "not recorded"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {one}" for key, one in value.items())
+    return "unknown" if value is None else str(value)
+
+
+def _exact(value: float | None, unit: str) -> str:
+    return "n/a" if value is None else f"{value:.10g} {unit}".strip()
+
+
+def _for_script(content: Any) -> Markup:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(content, ensure_ascii=True, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed. `</script` can stand only inside its strings, where the backslash is harmless."""
+    return vl_convert.javascript_bundle().replace("</script", "<\\/script")

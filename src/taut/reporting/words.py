@@ -1,0 +1,130 @@
+"""Numbers as people read them."""
+
+from typing import Any
+
+from taut.comparison.protocol import COSTS, NOISE, UNKNOWN, Cell, Gap, Row
+
+SLOT_LABELS = {
+    "embedding": "embedding",
+    "projection": "projection",
+    "attention": "attention",
+    "feedforward": "feed-forward",
+    "memory": "memory",
+}
+
+
+def value(cell: Cell) -> str:
+    """A cell's value with its unit, a score without; ``n/a`` when it could not be taken."""
+    if cell.value is None:
+        return "n/a"
+    return score(cell.value) if cell.sources[0].score is not None else quantity(cell.value, cell.unit)
+
+
+def quantity(number: float, unit: str) -> str:
+    """``number`` in a readable multiple of ``unit``; bytes in powers of 1000, as storage is sold."""
+    if unit in ("B", "bytes", "bytes/token"):
+        return _scaled(number, ("B", "kB", "MB", "GB", "TB"))
+    if unit in ("s", "seconds"):
+        factor, name = (1.0, "s") if number >= 1 else (1e-3, "ms") if number >= 1e-3 else (1e-6, "µs")
+        return f"{number / factor:.3g} {name}"
+    # What the heading of the column says already.
+    unit = "" if unit in ("parameters", "FLOPs/token") else unit
+    if abs(number) >= 1000:
+        return f"{_scaled(number, ('', 'k', 'M', 'G', 'T'))} {unit}".strip()
+    return f"{number:.4g} {unit}".strip()
+
+
+def score(number: float) -> str:
+    """Four digits after the point for scores below 10, as differences of .001 matter."""
+    return f"{number:.4f}" if abs(number) < 10 else f"{number:.5g}"
+
+
+def signed(number: float) -> str:
+    """A difference with its sign, and a real minus."""
+    return f"{'+' if number > 0 else '−' if number < 0 else '±'}{score(abs(number))}"
+
+
+def gap(found: Gap | None, names: tuple[str, str] | None = None) -> str:
+    """A difference or a ratio in words, with its verdict: ``+0.0012 within noise``, ``39% smaller``, ``1.32× faster``.
+
+    ``names`` are the words of the column for less and for more. A ratio near 1 is told in percent.
+    """
+    if found is None:
+        return ""
+    if found.kind == "difference":
+        return f"{signed(found.value)} {found.word}".strip()
+    if names is None or found.word not in names:
+        return found.word if found.word == "same" else f"{found.value:.2f}× {found.word}".strip()
+    if names[0] == "faster":
+        return f"{1 / found.value if found.word == 'faster' else found.value:.2f}× {found.word}"
+    if found.value <= 0.5 or found.value >= 2:
+        return f"{1 / found.value if 0 < found.value < 1 else found.value:.3g}× {found.word}"
+    share = abs(found.value - 1)
+    return f"{100 * share:.2g}% {found.word}"
+
+
+def interval(found: Gap | Cell | None) -> str:
+    """``[low, high]`` or nothing."""
+    if found is None or found.low is None or found.high is None:
+        return ""
+    if isinstance(found, Gap) and found.kind == "difference":
+        return f"[{signed(found.low)}, {signed(found.high)}]"
+    if isinstance(found, Gap):
+        return f"[{found.low:.2f}, {found.high:.2f}]"
+    return f"[{quantity(found.low, found.unit)}, {quantity(found.high, found.unit)}]"
+
+
+def verdict(found: Gap | None) -> str:
+    """The class of a gap, for its colour: good, bad, noise, unknown or none."""
+    if found is None or not found.word:
+        return "none"
+    if found.word == UNKNOWN:
+        return "unknown"
+    if found.word in (NOISE, "same") or found.good is None:
+        return "noise"
+    return "good" if found.good else "bad"
+
+
+def label(cost: str) -> str:
+    return COSTS[cost].label if cost in COSTS else cost.replace("_", " ")
+
+
+def slots_of(row: Row) -> list[str]:
+    """The slots that a recipe changes."""
+    lines = {slot: found if isinstance(found, list) else [found] for slot, found in row.recipe.items()}
+    return [slot for slot in SLOT_LABELS if any(line["method"] != "identity" for line in lines.get(slot, ()))]
+
+
+def family(row: Row) -> str:
+    """What a recipe is about, for colours: dense, identity, one slot, linear maps, or a combination."""
+    slots = slots_of(row)
+    if row.role != "variant":
+        return row.role
+    if set(slots) <= {"projection", "feedforward"}:
+        return "linear maps"
+    return slots[0] if len(slots) == 1 else "combination"
+
+
+def recipe_line(recipe: dict[str, Any]) -> str:
+    """A recipe on one line: ``embedding: low_bit bits 8 · memory: window_sink``."""
+    parts = []
+    for slot, found in recipe.items():
+        for line in found if isinstance(found, list) else [found]:
+            parts.append(f"{SLOT_LABELS.get(slot, slot)}: {_line(line)}")
+    return " · ".join(parts) or "nothing changed"
+
+
+def _line(line: dict[str, Any]) -> str:
+    words = [str(line["method"])]
+    words += [f"{key} {given}" for key, given in line.items() if key not in ("method", "store")]
+    if "store" in line:
+        words.append(f"stored as {_line(line['store'])}")
+    return " ".join(words)
+
+
+def _scaled(number: float, names: tuple[str, ...]) -> str:
+    for name in names[:-1]:
+        if abs(number) < 999.5:
+            return f"{number:.3g} {name}".strip()
+        number /= 1000
+    return f"{number:.3g} {names[-1]}"

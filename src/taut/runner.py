@@ -1,0 +1,396 @@
+"""Runs a study: what the ledger holds is skipped, one trial at a time is leased, and no trial ends the run."""
+
+import logging
+import signal
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from taut.comparison.protocol import Row, role_of, summary
+from taut.comparison.study import Study
+from taut.core.environment import environment
+from taut.core.errors import TautError
+from taut.core.record import Record
+from taut.core.spec import TrialSpec
+from taut.ledger import Ledger
+
+INTERRUPTED = 130
+LONGEST_REASON = 400
+DEFAULTS: dict[str, Any] = {"tasks": ("docs_retrieval", "agreement"), "measure": {"latency": {"decode": 16}}}
+"""What a study made from arguments scores and measures: tasks that fit every model that reads text."""
+
+log = logging.getLogger("taut")
+
+
+class Journey(Protocol):
+    """What the runner needs to know about trials. The module taut.trial is one."""
+
+    def validate(self, spec: TrialSpec) -> str | None:
+        """Why this trial cannot work (the recipe fits no site), or None. Raises TautError for wrong input."""
+
+    def estimate(self, spec: TrialSpec) -> dict[str, float]:
+        """``seconds`` and ``bytes`` (of memory) that the trial will take, roughly."""
+
+    def run(self, spec: TrialSpec, report: Callable[[str], None]) -> Record:
+        """The whole trial; ``report`` says in a word or two what is being done."""
+
+
+@dataclass
+class Outcome:
+    """How a run ended. ``records`` are those of the study's trials, whichever run wrote them; ``ran`` this run's."""
+
+    study: str
+    ledger: Path
+    total: int
+    records: list[Record] = field(default_factory=list)
+    ran: list[Record] = field(default_factory=list)
+    skipped: list[TrialSpec] = field(default_factory=list)
+    elsewhere: list[tuple[TrialSpec, str]] = field(default_factory=list)
+    refused: list[tuple[TrialSpec, str]] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def unexpected(self) -> list[Record]:
+        """The failures that the study did not expect."""
+        return [record for record in self.records if record.status == "failed" and record.expect != "failed"]
+
+    @property
+    def exit_code(self) -> int:
+        """130 after ctrl-C, 1 when a trial failed unexpectedly or was refused, else 0."""
+        if self.interrupted:
+            return INTERRUPTED
+        return 1 if self.unexpected or self.refused else 0
+
+    @property
+    def rows(self) -> list[Row]:
+        """The comparison, a row for each model and recipe."""
+        return summary(self.records)
+
+    def sentence(self) -> str:
+        """One line for the end of the run."""
+        failed = sum(record.status == "failed" for record in self.records)
+        counts = {
+            "done": len(self.records) - failed,
+            "failed as expected": failed - len(self.unexpected),
+            "failed": len(self.unexpected),
+            "refused for memory": len(self.refused),
+            "left to another runner": len(self.elsewhere),
+        }
+        counts["not finished"] = self.total - sum(counts.values())
+        told = ", ".join(f"{count} {words}" for words, count in counts.items() if count > 0)
+        earlier = f" ({len(self.skipped)} were in the ledger already)" if self.skipped else ""
+        return f"{self.total} trials: {told}{earlier}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        return {
+            "study": self.study,
+            "ledger": str(self.ledger),
+            "trials": self.total,
+            "ran": [record.id for record in self.ran],
+            "skipped": [spec.id for spec in self.skipped],
+            "unexpected_failures": [{"trial": record.trial, "reason": record.reason} for record in self.unexpected],
+            "elsewhere": [{"trial": spec.name, "holder": holder} for spec, holder in self.elsewhere],
+            "refused": [{"trial": spec.name, "reason": reason} for spec, reason in self.refused],
+            "interrupted": self.interrupted,
+            "rows": [row.to_dict() for row in self.rows],
+        }
+
+
+class Display(ABC):
+    """Abstract: what the user sees of a run. Everything goes to standard error."""
+
+    @abstractmethod
+    def say(self, text: str) -> None:
+        """One line that stays."""
+
+    @abstractmethod
+    def begin(self, spec: TrialSpec, number: int, total: int) -> None:
+        """A trial starts."""
+
+    @abstractmethod
+    def step(self, text: str) -> None:
+        """What the trial is doing now."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """The trial is over."""
+
+    def close(self) -> None:
+        """The run is over."""
+
+
+class PlainDisplay(Display):
+    """Lines, for logs and pipes."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+
+    def say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def begin(self, spec: TrialSpec, number: int, total: int) -> None:
+        self.say(f"[{number}/{total}] {spec.name}")
+
+    def step(self, text: str) -> None:
+        self.say(f"    {text}")
+
+    def end(self) -> None:
+        pass
+
+
+class LiveDisplay(Display):
+    """A bar that moves, for terminals."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console or Console(stderr=True),
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._name = ""
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def begin(self, spec: TrialSpec, number: int, total: int) -> None:
+        if self._task is None:
+            self._progress.start()
+            self._task = self._progress.add_task("", total=total)
+        self._name = spec.recipe_name
+        self._progress.update(self._task, completed=number - 1, description=self._name)
+
+    def step(self, text: str) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, description=f"{self._name}: {text}")
+
+    def end(self) -> None:
+        if self._task is not None:
+            self._progress.advance(self._task)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def display() -> Display:
+    """A live bar on a terminal, plain lines elsewhere."""
+    return LiveDisplay() if sys.stderr.isatty() else PlainDisplay()
+
+
+def compare(
+    study: str | Path,
+    recipes: Sequence[str] = (),
+    *,
+    ledger: str | Path | None = None,
+    limit: Sequence[str] = (),
+    device: str | None = None,
+    threads: int | None = None,
+    view: Display | None = None,
+    **options: Any,
+) -> Outcome:
+    """Run a study's YAML file, or one model with ``recipes`` and ``options`` (tasks, seeds, measure, limits, name).
+
+    ``limit`` keeps only these recipes and the two controls; ``device`` and ``threads`` replace what the study says.
+    The ledger is ``runs/NAME`` unless given. Raises TautError for wrong input.
+    """
+    if Path(study).suffix in (".yaml", ".yml"):
+        if given := [*recipes, *options]:
+            raise TautError(f"{study}: a study says itself what is compared, so {given[0]!r} has no place beside it")
+        chosen = Study.load(study)
+    elif not recipes:
+        raise TautError(
+            f"{study}: give the recipes to compare, for example --recipes light, or the YAML file of a study"
+        )
+    else:
+        chosen = Study.from_arguments(str(study), recipes, **DEFAULTS | options)
+    chosen = chosen.narrowed(limit, device, threads)
+    # Only now, as it brings torch and transformers: wrong input is answered at once.
+    from taut import trial
+
+    return run(chosen, Ledger(ledger or Path("runs") / chosen.name), trial, view)
+
+
+def run(study: Study, ledger: Ledger, journey: Journey, view: Display | None = None) -> Outcome:
+    """Run what the ledger does not hold yet, and say how it went.
+
+    All trials are checked before the first one runs. Ctrl-C ends the run with everything finished so far in the
+    ledger; so does kill -9, whose lease the next run takes over. Raises TautError for wrong input, for a study none
+    of whose recipes can work, and when not one trial has the memory it needs.
+    """
+    specs = study.trials()
+    view = view or display()
+    outcome = Outcome(study.name, ledger.path, len(specs))
+    try:
+        outcome.skipped = [spec for spec in specs if ledger.has(spec.id)]
+        held = {spec.id for spec in outcome.skipped}
+        pending = [spec for spec in specs if spec.id not in held]
+        reasons = {spec.id: journey.validate(spec) for spec in pending}
+        variants = [spec for spec in specs if role_of(spec.recipe) == "variant" and spec.expect == "done"]
+        if variants and all(reasons.get(spec.id) for spec in variants):
+            first = variants[0]
+            raise TautError(f"{study.source}: no recipe can work; the first: {first.name}: {reasons[first.id]}")
+        for path, reason in ledger.damaged():
+            view.say(f"damaged record skipped: {path}: {reason}")
+        affordable = _afford(pending, reasons, journey, outcome, view)
+        for number, spec in enumerate(affordable, 1):
+            _one(spec, ledger, journey, view, outcome, reasons[spec.id], number, len(affordable))
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+    finally:
+        view.close()
+    ids = {spec.id for spec in specs}
+    outcome.records = [record for record in ledger.records() if record.id in ids]
+    view.say(outcome.sentence())
+    if outcome.interrupted:
+        view.say(f"interrupted; what is finished is in {ledger.path}, and the same command goes on from there")
+    return outcome
+
+
+def _afford(
+    pending: Sequence[TrialSpec], reasons: dict[str, str | None], journey: Journey, outcome: Outcome, view: Display
+) -> list[TrialSpec]:
+    """Say what the run will take, and leave out the trials that need more memory than there is."""
+    free, affordable, seconds, peak = free_memory(), [], 0.0, 0.0
+    for spec in pending:
+        guess = {"seconds": 0.0, "bytes": 0.0} if reasons[spec.id] else journey.estimate(spec)
+        limit = free if spec.memory is None else spec.memory
+        if guess["bytes"] > limit:
+            why = f"needs about {_gigabytes(guess['bytes'])}, and {_gigabytes(limit)} is "
+            outcome.refused.append((spec, why + ("free" if spec.memory is None else "the limit of the study")))
+            view.say(f"refused: {spec.name}: {outcome.refused[-1][1]}")
+            continue
+        affordable.append(spec)
+        seconds, peak = seconds + guess["seconds"], max(peak, guess["bytes"])
+    if pending and not affordable:
+        spec, why = outcome.refused[0]
+        raise TautError(f"no trial has the memory it needs; the first: {spec.name} {why}")
+    if affordable:
+        known = f"{len(outcome.skipped)} more in the ledger, " if outcome.skipped else ""
+        view.say(f"{len(affordable)} trials to run, {known}about {_duration(seconds)} and {_gigabytes(peak)} of memory")
+    return affordable
+
+
+def _one(
+    spec: TrialSpec,
+    ledger: Ledger,
+    journey: Journey,
+    view: Display,
+    outcome: Outcome,
+    reason: str | None,
+    number: int,
+    total: int,
+) -> None:
+    with ledger.lease(spec.id) as holder:
+        if holder is not None:
+            outcome.elsewhere.append((spec, holder))
+            view.say(f"{spec.name}: being run by {holder}")
+            return
+        if ledger.has(spec.id):
+            outcome.skipped.append(spec)
+            return
+        view.begin(spec, number, total)
+        started, clock = datetime.now(UTC).isoformat(timespec="milliseconds"), time.monotonic()
+        try:
+            if reason is not None:
+                raise TautError(reason)
+            with _deadline(spec.seconds):
+                record = journey.run(spec, view.step)
+            path = ledger.write(record)
+        # SystemExit comes from libraries that think they are a program.
+        except (Exception, SystemExit) as error:
+            log.debug("trial %s failed", spec.name, exc_info=True)
+            if ledger.has(spec.id):
+                outcome.skipped.append(spec)
+                return
+            record = spec.record(
+                "failed",
+                reason=_one_line(error),
+                started=started,
+                seconds=time.monotonic() - clock,
+                environment=environment(),
+            )
+            path = ledger.write(record)
+        view.end()
+        outcome.ran.append(record)
+        _tell(record, path, view)
+
+
+def _tell(record: Record, path: Path, view: Display) -> None:
+    if record.status == "failed":
+        how = " as expected" if record.expect == "failed" else ""
+        view.say(f"  failed{how}: {record.trial}: {record.reason}  [{path.name}]")
+        return
+    scores = "  ".join(f"{score.metric} {_number(score.quantity.value)}" for score in record.scores)
+    surprise = "  (the study expected it to fail)" if record.expect == "failed" else ""
+    view.say(f"  done: {record.trial}: {scores}  {_duration(record.seconds)}{surprise}")
+
+
+@contextmanager
+def _deadline(seconds: float | None) -> Iterator[None]:
+    """Raise TautError in the trial after ``seconds``, where signals allow it (the main thread, not on Windows)."""
+    able = sys.platform != "win32" and threading.current_thread() is threading.main_thread()
+    if seconds is None or not able:
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TautError(f"stopped after {seconds:g} s, the limit of the study")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def free_memory() -> int:
+    """Bytes that can be taken now: what the machine has free, or what the container still allows if that is less."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # The cache of files counts as used there, but is given back on demand.
+        used = int((group / "memory.current").read_text()) - int(counts["file"])
+    except (OSError, ValueError, KeyError):
+        return free
+    return min(free, limit - used)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if not isinstance(error, TautError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 1] + "…"
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,168 @@
+"""Apply a recipe: to a model in memory, or from folder to folder."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from taut import _plugin
+from taut.core.errors import TautError
+from taut.core.recipe import Recipe
+from taut.methods.part import Calibration, PartMethod
+from taut.surgery import checkpoint
+from taut.surgery.calibrate import calibrate, token_batches
+from taut.surgery.install import Surgery, fitted
+from taut.surgery.plan import Plan, Step, make
+from taut.surgery.source import Source, open_model, open_skeleton, open_tokenizer
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
+
+
+def apply(
+    model: PreTrainedModel,
+    recipe: Recipe | Plan,
+    batches: Iterable[dict[str, torch.Tensor]] = (),
+    *,
+    keep_originals: bool = True,
+    original: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """Tighten ``model`` in place and return the plan.
+
+    ``batches`` are model inputs (dicts of tensors) for the methods that calibrate; without them those methods fit
+    the weights alone. With ``keep_originals`` the change can be undone to the bit (and the dense weights stay in
+    memory until then). Raises TautError as ``plan.make`` does, and when the model is tightened already.
+    """
+    plan = recipe if isinstance(recipe, Plan) else make(model, recipe)
+    needs = {step.site: step.method.needs for step in plan.steps if isinstance(step.method, PartMethod)}
+    known = calibrate(model, {site: need for site, need in needs.items() if need}, batches)
+    calibration = {site.name: known.get(site.name, Calibration()) for site in needs}
+    total, done = len(needs), 0
+
+    def build(step: Any, module: torch.nn.Module) -> Any:
+        nonlocal done
+        part = fitted(step, module, calibration)
+        done += 1
+        if progress is not None:
+            progress(done, total)
+        return part
+
+    _plugin.arm()
+    config = checkpoint.TautConfig(
+        [step.to_dict() for step in plan.steps], plan.recipe.to_dict(), family=plan.family, original=original
+    )
+    quantizer = checkpoint.TautQuantizer(config, pre_quantized=True)
+    quantizer.surgery = Surgery(model, plan.steps, build, keep_originals)
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = config
+    return plan
+
+
+def tighten(
+    source: Source,
+    recipe: Recipe,
+    texts: Iterable[str] = (),
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[PreTrainedModel, Plan]:
+    """Open a model and apply a recipe to it: the plan is checked on the skeleton, before any weight is read.
+
+    ``texts`` are for calibration and used only by methods that calibrate, where the source has a tokenizer.
+    """
+    make(open_skeleton(source), recipe)
+    model = open_model(source, dtype, device, seed)
+    plan = make(model, recipe)
+    batches: Iterable[dict[str, torch.Tensor]] = ()
+    if any(isinstance(step.method, PartMethod) and step.method.needs for step in plan.steps):
+        tokenizer = open_tokenizer(source)
+        if tokenizer is not None:
+            batches = token_batches(tokenizer, texts, model)
+    apply(model, plan, batches, keep_originals=False, original=source.name, progress=progress)
+    return model, plan
+
+
+def undo(model: PreTrainedModel) -> None:
+    """Take every part out again, to the bit. Raises TautError when the model is not tightened or was loaded so."""
+    surgery_of(model).undo()
+    del model.hf_quantizer
+    del model.config.quantization_config
+
+
+def is_tightened(model: PreTrainedModel) -> bool:
+    return isinstance(vars(model).get("hf_quantizer"), checkpoint.TautQuantizer)
+
+
+def surgery_of(model: PreTrainedModel) -> Surgery:
+    """What was done to the model. Raises TautError when it is not tightened."""
+    if not is_tightened(model):
+        raise TautError(f"this {type(model).__name__} is not tightened by taut")
+    return model.hf_quantizer.surgery
+
+
+def steps_of(model: PreTrainedModel) -> tuple[Step, ...]:
+    """The steps of a tightened model, each with its site in this very model."""
+    return surgery_of(model).steps
+
+
+def save(model: PreTrainedModel, out: str | Path, source: Path | None = None) -> Path:
+    """Write a complete folder: weights, config, and whatever else lay beside the original's weights (tokenizer, chat
+    template, generation config, sentence-transformers' folders). The folder appears whole or not at all."""
+    with whole_folder(out) as folder:
+        if source is not None:
+            copy_companions(source, folder)
+        model.save_pretrained(folder)
+    return Path(out)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    shutil.copytree(
+        source, folder, ignore=shutil.ignore_patterns(*WEIGHTS, ".git", "onnx", "openvino"), dirs_exist_ok=True
+    )
+    for config in source.glob("*/config.json"):
+        # A module folder of sentence-transformers (1_Pooling) keeps its own config.
+        target = folder / config.relative_to(source)
+        if target.parent.is_dir():
+            shutil.copy2(config, target)
+
+
+@contextmanager
+def whole_folder(out: str | Path) -> Any:
+    """A temporary sibling of ``out`` that takes its name when the block ends well, and vanishes otherwise.
+
+    Raises TautError when ``out`` exists and is not empty, or cannot be written.
+    """
+    target = Path(out).absolute()
+    check_writable(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise TautError(f"{out}: cannot write there: {error.strerror or error}") from None
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        if target.is_dir():
+            target.rmdir()
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(target: Path) -> None:
+    """Raises TautError before any work is done for an output folder that could not be made."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise TautError(f"{target}: already there and not an empty folder; choose another --out")
+    parent = target.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise TautError(f"{target}: cannot write there: {parent} is not a writable folder")

@@ -1,0 +1,85 @@
+"""The quantizer: what makes ``AutoModel.from_pretrained`` and ``save_pretrained`` understand a tightened model.
+
+Imported while transformers is still importing itself, so everything that needs models is imported on use.
+"""
+
+from importlib.metadata import version
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from taut.core.errors import TautError
+
+
+@register_quantization_config("taut")
+class TautConfig(QuantizationConfigMixin):
+    """What config.json carries: the plan (a list, because keys are sorted on writing) and where it came from."""
+
+    def __init__(self, plan: list[dict[str, Any]], recipe: dict[str, Any], **origin: Any) -> None:
+        self.quant_method = "taut"
+        self.plan = plan
+        self.recipe = recipe
+        self.taut_version = origin.get("taut_version", version("taut"))
+        self.family = origin.get("family", "")
+        self.original = origin.get("original")
+
+
+@register_quantizer("taut")
+class TautQuantizer(HfQuantizer):
+    """Installs the parts of a stored plan on the skeleton before the weights arrive."""
+
+    def __init__(self, quantization_config: TautConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise TautError("from_pretrained(quantization_config=...) is not how taut works: use taut.apply")
+        self.surgery = None
+        self._sealed = ()
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        from taut.surgery.install import Surgery, empty
+        from taut.surgery.plan import restore
+        from taut.surgery.seal import seal_skeleton, sealed_names
+
+        steps = restore(model, self.quantization_config.plan)
+        self.surgery = Surgery(model, steps, empty, keep_originals=False)
+        self._sealed = sealed_names(model, steps)
+        seal_skeleton(model, self._sealed)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from taut.surgery.seal import unseal
+
+        unseal(model, self._sealed)
+        settle(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict | None, dict[str, str]]:
+        from taut.surgery.seal import seal_state, sealed_names
+
+        names = sealed_names(model, self.surgery.steps)
+        # No metadata: safetensors writes two keys in no fixed order, and equal models must give equal files.
+        return (seal_state(model.state_dict(), names) if names else None), {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def settle(model: Any) -> None:
+    """A tightened model may be cast and trained like any other: the marks that forbid it are taken off."""
+    model.is_quantized = False
+    for module in model.modules():
+        if "config" in vars(module) and "_is_quantized" in vars(module.config):
+            del module.config._is_quantized

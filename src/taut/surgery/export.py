@@ -1,0 +1,58 @@
+"""Back to a plain dense checkpoint, for tools that know nothing of taut (vLLM, llama.cpp, ONNX)."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from taut.methods.part import Part, PartMethod
+from taut.surgery.apply import copy_companions, surgery_of, whole_folder
+from taut.surgery.install import SharedHead, dense_module
+
+
+def densify(model: PreTrainedModel) -> tuple[PreTrainedModel, list[tuple[str, str]]]:
+    """A stock model with every part merged into dense weights, and the sites (name, reason) that have no dense
+    equivalent: attention and memory run stock there, so outputs differ. ``model`` is left as it is.
+
+    Raises TautError when the model is not tightened.
+    """
+    surgery = surgery_of(model)
+    config = type(model.config).from_dict(model.config.to_dict())
+    if "quantization_config" in vars(config):
+        del config.quantization_config
+    config._attn_implementation = None
+    dtype = model.dtype
+    dense = type(model)._from_config(config, dtype=dtype)
+    parts = {name for name, module in model.named_modules() if isinstance(module, Part | SharedHead)}
+    plain = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not any(name.startswith(f"{part}.") for part in parts)
+    }
+    with torch.no_grad():
+        dense.load_state_dict(plain, strict=False)
+        for name, module in model.named_modules():
+            if isinstance(module, SharedHead) and module.bias is not None:
+                dense.get_submodule(name).bias.copy_(module.bias)
+        for step in surgery.steps:
+            if isinstance(step.method, PartMethod):
+                part = model.get_submodule(step.site.path)
+                dense_module(step.site, part, dense.get_submodule(step.site.path))
+        # Merging gave the table a new tensor; the heads and copies tied to it follow.
+        dense.tie_weights()
+    kept = [
+        (step.site.name, f"{step.method.id} has no dense equivalent: the stock one runs instead")
+        for step in surgery.steps
+        if not isinstance(step.method, PartMethod) and not step.method.id.endswith(".identity")
+    ]
+    return dense.eval(), kept
+
+
+def export(model: PreTrainedModel, out: str | Path, source: Path | None = None) -> list[tuple[str, str]]:
+    """Write the dense equivalent as a complete plain folder; returns the sites that could not be merged."""
+    dense, kept = densify(model)
+    with whole_folder(out) as folder:
+        if source is not None:
+            copy_companions(source, folder)
+        dense.save_pretrained(folder)
+    return kept

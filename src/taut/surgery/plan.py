@@ -1,0 +1,166 @@
+"""What a recipe would do to a model, site by site, before anyone pays for it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from taut.anatomy.locate import Anatomy, locate
+from taut.core.cost import Cost
+from taut.core.errors import TautError
+from taut.core.recipe import Entry, Recipe
+from taut.core.registry import METHODS
+from taut.core.site import Site
+from taut.core.slot import SLOTS
+from taut.methods.part import Method
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method at one site, with its dial already solved."""
+
+    site: Site
+    method: Method
+
+    @property
+    def cost(self) -> Cost:
+        return self.method.predict(self.site)
+
+    def to_dict(self) -> dict[str, Any]:
+        knobs = self.method.knobs.model_dump(mode="json", exclude_none=True)
+        return {"site": self.site.name, "method": self.method.id, "knobs": knobs}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps in the model's order, and everything that stays as it is with the reason."""
+
+    recipe: Recipe
+    family: str
+    steps: tuple[Step, ...]
+    untouched: tuple[tuple[str, str], ...]
+
+    @property
+    def before(self) -> Cost:
+        return sum((step.site.dense() for step in self.steps), Cost())
+
+    @property
+    def after(self) -> Cost:
+        return sum((step.cost for step in self.steps), Cost())
+
+    def to_dict(self) -> dict[str, Any]:
+        """One object for scripts: every step with its cost before and after."""
+        rows = []
+        for step in self.steps:
+            row = {**step.to_dict(), "path": step.site.path}
+            rows.append({**row, "before": vars(step.site.dense()), "after": vars(step.cost)})
+        return {
+            "family": self.family,
+            "recipe": self.recipe.to_dict(),
+            "steps": rows,
+            "untouched": [{"path": path, "reason": reason} for path, reason in self.untouched],
+            "before": vars(self.before),
+            "after": vars(self.after),
+        }
+
+
+def make(model: PreTrainedModel, recipe: Recipe, length: int | None = None) -> Plan:
+    """Plan ``recipe`` for ``model``, which may be a skeleton on the meta device.
+
+    ``length`` is the declared n of attention and memory costs. Raises TautError for an unknown method or knob,
+    overlapping layers, and an entry that fits no site (with the reason of each kind of refusal).
+    """
+    refuse_other_quantization(model.config)
+    anatomy = locate(model, length)
+    untouched = list(anatomy.untouched)
+    chosen: dict[str, Step] = {}
+    for slot in SLOTS:
+        sites = [site for site in anatomy.sites if site.slot == slot]
+        for stack in {site.stack for site in sites}:
+            recipe.check_overlap(slot, anatomy.layers.get(stack, 0))
+        for entry in recipe.for_slot(slot):
+            steps, refused = _place(entry, sites, anatomy, recipe.source)
+            chosen |= {step.site.name: step for step in steps}
+            untouched += refused
+        if recipe.for_slot(slot):
+            claimed = {entry.slot for entry in recipe.for_slot(slot)}
+            covered = set(chosen) | {name for name, _ in untouched}
+            untouched += [
+                (site.path, "no entry of the recipe selects this layer")
+                for site in sites
+                if site.slot in claimed and site.name not in covered and site.path not in covered
+            ]
+        elif sites:
+            untouched.append((slot, "the recipe does not name this slot"))
+    steps = tuple(chosen[site.name] for site in anatomy.sites if site.name in chosen)
+    return Plan(recipe, anatomy.family, steps, tuple(untouched))
+
+
+def restore(model: PreTrainedModel, steps: Iterable[dict[str, Any]]) -> tuple[Step, ...]:
+    """The steps of a stored plan on a fresh skeleton of the same model, whatever its head.
+
+    Raises TautError when the skeleton lacks a site of the plan that belongs to its body.
+    """
+    anatomy = locate(model)
+    by_name = {site.name: site for site in anatomy.sites}
+    restored = []
+    for step in steps:
+        site = by_name.get(step["site"])
+        if site is None:
+            raise TautError(f"the checkpoint tightens {step['site']!r}, which {type(model).__name__} does not have")
+        restored.append(Step(site, METHODS.get(step["method"]).parse(step["knobs"], where=f"plan of {step['site']}")))
+    return tuple(restored)
+
+
+def refuse_other_quantization(config: Any) -> None:
+    """Raises TautError when the model already carries another quantization."""
+    quantization = config.to_dict().get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown")
+        advice = (
+            "undo it or start from the original"
+            if method == "taut"
+            else "taut does not stack with it: start from the unquantized model"
+        )
+        raise TautError(f"the model already carries a quantization ({method}); {advice}")
+
+
+def _place(entry: Entry, sites: list[Site], anatomy: Anatomy, source: str) -> tuple[list[Step], list[tuple[str, str]]]:
+    where = f"{source}: {entry.slot}"
+    method_class = METHODS.get(entry.method_id)
+    general = method_class.parse(entry.knobs, entry.keep, where)
+    if entry.store is not None:
+        raise TautError(f"{where}: {entry.method_id} does not nest a store")
+    steps: list[Step] = []
+    refused: list[tuple[str, str]] = []
+    for site in sites:
+        if not entry.covers(site.layer, anatomy.layers.get(site.stack, 0)):
+            continue
+        method, reason = _settle(general, site, entry.keep)
+        if reason is None:
+            steps.append(Step(site, method))
+        else:
+            refused.append((site.path or site.name, f"{entry.method_id}: {reason}"))
+    if not steps:
+        reasons = "; ".join(sorted({reason for _, reason in refused})) or (
+            f"no such slot in this model ({anatomy.family})" if not sites else f"layers {entry.layers!r} selects none"
+        )
+        raise TautError(f"{where}: {entry.method_id} fits no site: {reasons}")
+    return steps, refused
+
+
+def _settle(general: Method, site: Site, keep: float | None) -> tuple[Method, str | None]:
+    """The method with its dial solved for this site, or the reason why it cannot sit here."""
+    if keep is None:
+        return general, general.fits(site)
+    try:
+        method = general.solve(site, keep)
+    except TautError as error:
+        return general, str(error)
+    return method, method.fits(site)
+
+
+def with_length(step: Step, length: int) -> Step:
+    """The same step counted at another declared n (attention and memory sites)."""
+    return replace(step, site=replace(step.site, length=length))

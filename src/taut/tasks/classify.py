@@ -1,0 +1,246 @@
+"""Sort texts into classes: a linear probe on frozen vectors, or a short fine-tuning."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from scipy.sparse import csr_array
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taut import data
+from taut.core.errors import TautError
+from taut.core.record import Score
+from taut.tasks import task
+from taut.tasks._encode import encode, pool, states, token_ids, usable_length
+from taut.tasks._probe import probe
+from taut.tasks.task import Progress, Task, reads_text
+
+HEAD_LEARNING_RATE = 1e-3
+
+
+class Knobs(task.Knobs):
+    """Options of classify."""
+
+    data: str = Field("sst2", description="a name such as sst2, cola, trec, or a file with a text and a label a row")
+    train: str | None = Field(None, description="file to train on; else the train split, or 3 of 4 rows of the data")
+    columns: str | None = Field(None, description="TEXT,LABEL by header or position; guessed if clear")
+    limit: int | None = Field(1000, ge=1, description="rows to evaluate on, from the start of the fixed order")
+    train_limit: int | None = Field(2000, ge=2, description="rows to train on, from the start of the fixed order")
+    max_length: int = Field(128, ge=2, description="tokens kept of each text, special tokens included")
+    mode: Literal["probe", "finetune"] = Field("probe", description="train a linear map alone, or the model with it")
+    epochs: int = Field(1, ge=1, description="finetune: passes over the training rows")
+    learning_rate: float = Field(5e-5, gt=0, description="finetune: of the model; its new head has 1e-3")
+    train_batch_size: int = Field(16, ge=1, description="finetune: rows in a step")
+
+
+class Classify(Task):
+    """Accuracy, and for two classes Matthews' correlation. Training rows that also are evaluation rows are left out."""
+
+    id = "classify"
+    summary = "sort texts into classes by a linear probe or a short fine-tuning (accuracy, Matthews' correlation)"
+    Knobs: ClassVar[type[Knobs]] = Knobs
+
+    def fits(self, model: PreTrainedModel) -> str | None:
+        return reads_text(model)
+
+    def scores(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        progress: Progress,
+        reference: PreTrainedModel | None,
+    ) -> tuple[Score, ...]:
+        train, evaluation = self.splits()
+        classes = sorted(set(train.column(1)))
+        if len(classes) < 2:
+            raise TautError(f"task {self.id}: the training rows of {self.knobs.data} have the one label {classes[0]!r}")
+        labels = np.array([classes.index(label) for label in train.column(1)])
+        # A label never trained on is no class: every prediction of its rows is wrong.
+        gold = np.array([classes.index(label) if label in classes else -1 for label in evaluation.column(1)])
+        texts = (train.column(0), evaluation.column(0))
+        if self.knobs.mode == "probe":
+            predicted, how = self._probe(model, tokenizer, texts, labels, len(classes), progress)
+        else:
+            predicted, how = self._finetune(model, tokenizer, texts, labels, len(classes), progress, seed)
+        how += f", {len(labels)} training rows ({train.sha256[:12]})"
+        guesses = {
+            "majority": np.full(len(gold), Counter(labels.tolist()).most_common(1)[0][0]),
+            "bag_of_words": probe(*_bags(texts, labels), len(classes))[0],
+        }
+        facts = evaluation.facts()
+        scores = [
+            self.score(
+                "accuracy",
+                "share",
+                f"{how}; samples: 1 where right",
+                (predicted == gold).astype(float).tolist(),
+                "higher",
+                facts,
+                {name: float((guess == gold).mean()) for name, guess in guesses.items()},
+            )
+        ]
+        if len(classes) == 2 and gold.min() >= 0:
+            scores.append(
+                self.score(
+                    "matthews",
+                    "correlation",
+                    f"{how}; samples: product of standardised label and prediction, whose mean is the correlation",
+                    correlation_products(predicted, gold),
+                    "higher",
+                    facts,
+                    {name: float(np.mean(correlation_products(guess, gold))) for name, guess in guesses.items()},
+                )
+            )
+        return tuple(scores)
+
+    def splits(self) -> tuple[data.Data, data.Data]:
+        """Rows (text, label) to train on and to evaluate on: as published, or cut 3 to 1 in hashed order."""
+        knobs = self.knobs
+        if knobs.train is not None:
+            train = data.labelled(knobs.train, columns=knobs.columns)
+            evaluation = data.labelled(knobs.data, knobs.split, knobs.columns)
+        elif knobs.data in data.NAMED and "train" in data.NAMED[knobs.data].files:
+            if knobs.split == "train":
+                raise TautError(f"task {self.id}: split train of {knobs.data} is what is trained on; choose another")
+            train = data.labelled(knobs.data, "train", knobs.columns)
+            evaluation = data.labelled(knobs.data, knobs.split, knobs.columns)
+        else:
+            whole = data.labelled(knobs.data, knobs.split, knobs.columns)
+            quarter = max(1, len(whole.rows) // 4)
+            evaluation = data.Data(whole.source, f"{whole.split}, first quarter", whole.rows[:quarter])
+            train = data.Data(whole.source, f"{whole.split}, last three quarters", whole.rows[quarter:])
+        evaluation = evaluation.head(knobs.limit)
+        seen = set(evaluation.column(0))
+        rows = tuple(row for row in train.rows if row[0] not in seen)
+        train = data.Data(train.source, train.split, rows).head(knobs.train_limit)
+        if not evaluation.rows or len(train.rows) < 2:
+            raise TautError(
+                f"task {self.id}: {knobs.data} leaves {len(train.rows)} rows to train on and {len(evaluation.rows)} to "
+                "evaluate on; expected at least 2 and 1"
+            )
+        return train, evaluation
+
+    def _probe(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: tuple[list[str], list[str]],
+        labels: np.ndarray,
+        classes: int,
+        progress: Progress,
+    ) -> tuple[np.ndarray, str]:
+        vectors = encode(
+            model,
+            tokenizer,
+            [*texts[0], *texts[1]],
+            max_length=self.knobs.max_length,
+            batch_size=self.knobs.batch_size,
+            progress=progress,
+            normalise=False,
+        ).double().numpy()  # fmt: skip
+        train, evaluation = vectors[: len(labels)], vectors[len(labels) :]
+        mean, deviation = train.mean(0), train.std(0)
+        deviation[deviation == 0] = 1.0
+        # Features of variance 1 / D: a squared weight then costs the same whatever the width of the model.
+        scale = deviation * np.sqrt(train.shape[1])
+        predicted, strength = probe((train - mean) / scale, labels, (evaluation - mean) / scale, classes)
+        return predicted, f"logistic regression on frozen mean-pooled vectors, C = {strength:g} chosen in training rows"
+
+    def _finetune(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: tuple[list[str], list[str]],
+        labels: np.ndarray,
+        classes: int,
+        progress: Progress,
+        seed: int,
+    ) -> tuple[np.ndarray, str]:
+        knobs = self.knobs
+        length = usable_length(model, tokenizer, knobs.max_length)
+        ids = token_ids(tokenizer, texts[0], length)
+        targets = torch.tensor(labels, device=model.device)
+        total = len(ids) * knobs.epochs + len(texts[1])
+        with _restored(model), torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(seed)
+            head = nn.Linear(_width(model, tokenizer, ids[:1]), classes, device=model.device)
+            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            groups = [{"params": trainable, "lr": knobs.learning_rate}] if trainable else []
+            optimiser = torch.optim.AdamW([*groups, {"params": head.parameters(), "lr": HEAD_LEARNING_RATE}])
+            model.train()
+            done = 0
+            for _ in range(knobs.epochs):
+                for batch in torch.randperm(len(ids)).split(knobs.train_batch_size):
+                    hidden, mask = states(model, tokenizer, [ids[index] for index in batch.tolist()])
+                    loss = nn.functional.cross_entropy(head(pool(hidden, mask)), targets[batch.to(targets.device)])
+                    optimiser.zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_([*trainable, *head.parameters()], 1.0)
+                    optimiser.step()
+                    done += len(batch)
+                    progress(done, total)
+            model.eval()
+            vectors = encode(
+                model,
+                tokenizer,
+                texts[1],
+                max_length=knobs.max_length,
+                batch_size=knobs.batch_size,
+                progress=progress,
+                done=done,
+                total=total,
+                normalise=False,
+            )
+            with torch.inference_mode():
+                predicted = head(vectors.to(model.device)).argmax(-1).cpu().numpy()
+        return predicted, f"fine-tuned, {knobs.epochs} epochs, learning rate {knobs.learning_rate:g}, seed {seed}"
+
+
+def correlation_products(predicted: np.ndarray, gold: np.ndarray) -> list[float]:
+    """Two (M,) arrays of 0 and 1 -> M products of standardised values; their mean is Matthews' correlation.
+
+    All 0 where one side is constant, by the usual convention.
+    """
+    if predicted.std() == 0 or gold.std() == 0:
+        return [0.0] * len(gold)
+    standard = [(values - values.mean()) / values.std() for values in (predicted, gold)]
+    return (standard[0] * standard[1]).tolist()
+
+
+def _bags(texts: tuple[list[str], list[str]], labels: np.ndarray) -> tuple[csr_array, np.ndarray, csr_array]:
+    """Which words a text holds, of those the training texts hold: (N, W), labels, (M, W), sparse float64."""
+    split = [[set(text.lower().split()) for text in side] for side in texts]
+    vocabulary = {word: index for index, word in enumerate(sorted(set().union(*split[0])))}
+    tables = []
+    for side in split:
+        found = [(row, vocabulary[word]) for row, words in enumerate(side) for word in sorted(words & set(vocabulary))]
+        places = np.array(found, dtype=int).reshape(-1, 2).T
+        tables.append(csr_array((np.ones(len(found)), (places[0], places[1])), shape=(len(side), len(vocabulary))))
+    return tables[0], labels, tables[1]
+
+
+@torch.no_grad()
+def _width(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]]) -> int:
+    return states(model, tokenizer, ids)[0].shape[-1]
+
+
+@contextmanager
+def _restored(model: PreTrainedModel) -> Iterator[None]:
+    """Whatever happens inside, every parameter and buffer holds its old value afterwards, and no gradient."""
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [tensor.detach().clone() for tensor in tensors]
+    gradients = [parameter.grad for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient

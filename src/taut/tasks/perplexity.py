@@ -1,0 +1,160 @@
+"""How surprised a language model is by a text, per token and per byte."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taut import data
+from taut.core.record import Score
+from taut.tasks import task
+from taut.tasks._encode import usable_length
+from taut.tasks._language import (
+    Window,
+    causal_windows,
+    logits,
+    masked_windows,
+    same_length_batches,
+    surprise,
+    tokenize,
+)
+from taut.tasks.task import Progress, Task, kind
+
+CHARACTERS = {"causal": 100_000, "masked": 2_000}
+"""How much text is read when no limit is given. A masked model needs one pass a token."""
+
+
+class Knobs(task.Knobs):
+    """Options of perplexity."""
+
+    data: str = Field("python_topics", description="running text")
+    limit: int | None = Field(None, ge=1, description="characters, from the start of the text; 100,000 (masked: 2,000)")
+    batch_size: int = Field(8, ge=1, le=4096, description="windows run at once; does not change the score")
+    stride: int | None = Field(None, ge=1, description="tokens from window to window; half a window when left out")
+    together: int = Field(1, ge=1, description="tokens masked in one pass; 1 is the published pseudo-perplexity")
+
+
+class Perplexity(Task):
+    """Causal models: the exponential of the mean negative log-likelihood of a token, and bits per UTF-8 byte, which
+    can be compared between tokenizers. Masked models: pseudo-perplexity, every token masked in its turn (Salazar et
+    al. 2020, arXiv:1910.14659); it is no probability of the text and compares with nothing but itself.
+    """
+
+    id = "perplexity"
+    summary = "how well a language model predicts a text: per token, bits per byte; pseudo-perplexity for masked ones"
+    Knobs: ClassVar[type[Knobs]] = Knobs
+
+    def fits(self, model: PreTrainedModel) -> str | None:
+        found = kind(model)
+        if found in CHARACTERS:
+            return None
+        wanted = "load it with a causal or masked language-modelling head"
+        return f"{type(model).__name__} has no such head ({found}); {wanted}"
+
+    def scores(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        progress: Progress,
+        reference: PreTrainedModel | None,
+    ) -> tuple[Score, ...]:
+        causal = kind(model) == "causal"
+        limit = self.knobs.limit or CHARACTERS[kind(model)]
+        source = data.text(self.knobs.data, self.knobs.split, limit)
+        tokens = tokenize(tokenizer, source.rows[0][0])
+        length = usable_length(model, tokenizer, self.knobs.max_length)
+        if causal:
+            windows = causal_windows(tokens, tokenizer.bos_token_id, length, self.knobs.stride)
+            nats = self._causal(model, windows, progress)
+        else:
+            windows = masked_windows(tokens, tokenizer, length)
+            nats = self._masked(model, tokenizer.mask_token_id, windows, progress)
+        counts = [window.last - window.first for window in windows]
+        scored = tokens.ids[windows[0].first :]
+        vocabulary = model.config.get_text_config().vocab_size
+        unknown = 0 if tokenizer.unk_token_id is None else scored.count(tokenizer.unk_token_id)
+        how = f"windows of {length} ids, {self._manner(tokenizer, causal)}, {len(scored)} tokens scored"
+        how += f", {unknown} of them unknown to the tokenizer" if unknown else ""
+        facts = source.facts(len(windows))
+        baselines = {"unigram": unigram(scored, vocabulary), "uniform": math.log(vocabulary)}
+        scores = [
+            self.score(
+                "perplexity_per_token" if causal else "pseudo_perplexity_per_token",
+                "perplexity per token",
+                f"{how}; samples: nats of each window over the mean number of tokens in one, whose mean is the "
+                "logarithm of the value",
+                shares(nats, counts),
+                "lower",
+                facts,
+                {name: math.exp(value) for name, value in baselines.items()},
+                math.exp(sum(nats) / len(scored)),
+            )
+        ]
+        if causal and tokens.ends is not None:
+            sizes = [tokens.bytes_between(window.first, window.last) for window in windows]
+            scale = len(scored) / sum(sizes) / math.log(2)
+            scores.append(
+                self.score(
+                    "bits_per_byte",
+                    "bits per byte",
+                    f"{how}, {sum(sizes)} bytes; samples: bits of each window over the mean number of bytes in one",
+                    shares([value / math.log(2) for value in nats], sizes),
+                    "lower",
+                    facts,
+                    {name: value * scale for name, value in baselines.items()},
+                )
+            )
+        return tuple(scores)
+
+    def _manner(self, tokenizer: PreTrainedTokenizerBase, causal: bool) -> str:
+        if not causal:
+            return f"{self.knobs.together} masked at a time"
+        opening = "no BOS, first token not scored" if tokenizer.bos_token_id is None else "BOS first"
+        return f"stride {self.knobs.stride or 'half a window'}, {opening}"
+
+    @torch.inference_mode()
+    def _causal(self, model: PreTrainedModel, windows: Sequence[Window], progress: Progress) -> list[float]:
+        """Nats of the scored tokens of each window."""
+        nats: list[float] = []
+        for batch in same_length_batches(windows, self.knobs.batch_size):
+            for row, index in zip(logits(model, [windows[i].ids for i in batch]), batch, strict=True):
+                scored = windows[index].scored
+                targets = windows[index].ids[scored]
+                nats.append(float(surprise(row[scored.start - 1 : scored.stop - 1], targets).sum()))
+            progress(len(nats), len(windows))
+        return nats
+
+    @torch.inference_mode()
+    def _masked(self, model: PreTrainedModel, mask: int, windows: Sequence[Window], progress: Progress) -> list[float]:
+        """Nats of the tokens of each window, each predicted while it is masked."""
+        nats: list[float] = []
+        for window in windows:
+            places = range(*window.scored.indices(len(window.ids)))
+            passes = math.ceil(len(places) / self.knobs.together)
+            total = 0.0
+            for start in range(0, passes, self.knobs.batch_size):
+                # Tokens masked together lie as far apart as they can.
+                hidden = [places[turn::passes] for turn in range(start, min(start + self.knobs.batch_size, passes))]
+                rows = [[mask if at in holes else key for at, key in enumerate(window.ids)] for holes in hidden]
+                for row, holes in zip(logits(model, rows), hidden, strict=True):
+                    total += float(surprise(row[list(holes)], [window.ids[at] for at in holes]).sum())
+            nats.append(total)
+            progress(len(nats), len(windows))
+        return nats
+
+
+def shares(amounts: Sequence[float], counts: Sequence[int]) -> list[float]:
+    """Amounts over the mean count, so that the mean of the result is the sum of amounts over the sum of counts."""
+    return [amount * len(counts) / sum(counts) for amount in amounts]
+
+
+def unigram(ids: Sequence[int], vocabulary: int) -> float:
+    """Nats per token of a model that knows only how often each token is in this very text, counts plus one."""
+    counts = Counter(ids)
+    total = len(ids) + max(vocabulary, len(counts))
+    return -sum(count * math.log((count + 1) / total) for count in counts.values()) / len(ids)

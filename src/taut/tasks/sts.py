@@ -1,0 +1,92 @@
+"""Semantic textual similarity: do cosines rank pairs of sentences as people do?"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+from scipy.stats import rankdata
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taut import data
+from taut.core.errors import TautError
+from taut.core.record import Score
+from taut.tasks import task
+from taut.tasks._encode import encode
+from taut.tasks.task import Progress, Task, reads_text
+
+
+class Knobs(task.Knobs):
+    """Options of sts."""
+
+    data: str = Field("stsb", description="stsb, sts12, sts13, sts14, or a file with two sentences and a score")
+    columns: str | None = Field(None, description="SENTENCE1,SENTENCE2,SCORE by header or position; guessed if clear")
+    max_length: int = Field(128, ge=2, description="tokens kept of each sentence, special tokens included")
+
+
+class Sts(Task):
+    """Spearman's rank correlation between cosine and human score. Source: Cer et al. 2017, arXiv:1708.00055."""
+
+    id = "sts"
+    summary = "rank pairs of sentences by likeness as people do (Spearman)"
+    Knobs: ClassVar[type[Knobs]] = Knobs
+
+    def fits(self, model: PreTrainedModel) -> str | None:
+        return reads_text(model)
+
+    def scores(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        progress: Progress,
+        reference: PreTrainedModel | None,
+    ) -> tuple[Score, ...]:
+        pairs = data.scored_pairs(self.knobs.data, self.knobs.split, self.knobs.columns).head(self.knobs.limit)
+        gold = [float(score) for score in pairs.column(2)]
+        if len(set(gold)) < 2:
+            raise TautError(f"task {self.id}: all {len(gold)} scores of {self.knobs.data} are equal; nothing to rank")
+        first, second = pairs.column(0), pairs.column(1)
+        # A sentence that stands in several pairs is run once.
+        distinct = list(dict.fromkeys([*first, *second]))
+        place = {sentence: index for index, sentence in enumerate(distinct)}
+        vectors = encode(
+            model,
+            tokenizer,
+            distinct,
+            max_length=self.knobs.max_length,
+            batch_size=self.knobs.batch_size,
+            progress=progress,
+        ).double()
+        cosines = (vectors[[place[s] for s in first]] * vectors[[place[s] for s in second]]).sum(-1).tolist()
+        sets = [(set(a.lower().split()), set(b.lower().split())) for a, b in zip(first, second, strict=True)]
+        overlap = [len(a & b) / max(1, len(a | b)) for a, b in sets]
+        closeness = [-abs(len(a) - len(b)) for a, b in zip(first, second, strict=True)]
+        return (
+            self.score(
+                "spearman",
+                "correlation",
+                f"cosine of mean-pooled vectors, at most {self.knobs.max_length} tokens; samples: product of the "
+                "standardised ranks of each pair, whose mean is the correlation",
+                rank_products(cosines, gold),
+                "higher",
+                pairs.facts(),
+                {
+                    "word_overlap": float(np.mean(rank_products(overlap, gold))),
+                    "length_difference": float(np.mean(rank_products(closeness, gold))),
+                },
+            ),
+        )
+
+
+def rank_products(predicted: Sequence[float], gold: Sequence[float]) -> list[float]:
+    """N predictions and N true scores -> N products of standardised ranks (ties share their mean rank).
+
+    Their mean is Spearman's correlation; all 0 where one side is constant and there is no order to find.
+    """
+    ranks = [rankdata(values) for values in (predicted, gold)]
+    deviations = [values.std() for values in ranks]
+    if min(deviations) == 0:
+        return [0.0] * len(gold)
+    standard = [(values - values.mean()) / deviation for values, deviation in zip(ranks, deviations, strict=True)]
+    return (standard[0] * standard[1]).tolist()

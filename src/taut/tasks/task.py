@@ -1,0 +1,145 @@
+"""The contract of a task: what it measures, which models it fits, and its scores."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taut.core.errors import TautError, nearest
+from taut.core.record import Quantity, Score
+
+Progress = Callable[[int, int], None]
+"""Called with how much is done and how much there is."""
+
+Kind = Literal["causal", "masked", "sequence to sequence", "states"]
+
+
+class Knobs(BaseModel):
+    """What every task lets the user choose."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str | None = Field(None, description="a name, a file or hub:OWNER/NAME:SPLIT:COLUMNS; see taut.data")
+    split: str | None = Field(None, description="the split of the data; the usual evaluation split when left out")
+    limit: int | None = Field(None, ge=1, description="use only the first items of the fixed order")
+    batch_size: int = Field(32, ge=1, le=4096, description="sequences run at once; does not change the score")
+    max_length: int = Field(256, ge=2, description="tokens kept of each text, special tokens included")
+
+
+class Task(ABC):
+    """One evaluation. Subclasses are final; their file name is the id.
+
+    Deterministic: the same model, knobs and seed give the same scores. The model is left as it was found.
+    """
+
+    id: ClassVar[str]
+    summary: ClassVar[str]
+    Knobs: ClassVar[type[Knobs]] = Knobs
+    needs_reference: ClassVar[bool] = False
+    """Whether the original model is needed beside the one that is scored."""
+
+    def __init__(self, knobs: Knobs | None = None) -> None:
+        self.knobs = self.Knobs() if knobs is None else knobs
+
+    @classmethod
+    def parse(cls, options: dict[str, Any], where: str = "task") -> "Task":
+        """Check options from a study or the command line. Raises TautError naming the option and the nearest one."""
+        for key in options:
+            if key not in cls.Knobs.model_fields:
+                raise TautError(f"{where}: {cls.id} has no option {key!r}: {nearest(key, cls.Knobs.model_fields)}")
+        try:
+            return cls(cls.Knobs(**options))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(step) for step in first["loc"]) or "options"
+            raise TautError(f"{where}: {cls.id}: {key} = {first['input']!r}: {first['msg']}") from None
+
+    @abstractmethod
+    def fits(self, model: PreTrainedModel) -> str | None:
+        """None when the task can be put to this model, else the reason in words."""
+
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+        reference: PreTrainedModel | None = None,
+    ) -> tuple[Score, ...]:
+        """The scores of a model. ``reference`` is the original model, for tasks that compare with it.
+
+        Raises TautError when the task does not fit, the data is missing, or a needed reference is.
+        """
+        reason = self.fits(model)
+        if reason:
+            raise TautError(f"task {self.id}: {reason}")
+        with evaluating(model), evaluating(model if reference is None else reference):
+            return self.scores(model, tokenizer, seed, progress or _silent, reference)
+
+    @abstractmethod
+    def scores(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        progress: Progress,
+        reference: PreTrainedModel | None,
+    ) -> tuple[Score, ...]:
+        """What ``evaluate`` returns; called with a model that fits, in evaluation mode."""
+
+    def score(
+        self,
+        metric: str,
+        unit: str,
+        how: str,
+        samples: Sequence[float],
+        better: Literal["higher", "lower"],
+        data: dict[str, str],
+        baselines: dict[str, float] | None = None,
+        value: float | None = None,
+    ) -> Score:
+        """A Score of this task; the value is the mean of the samples unless given."""
+        samples = tuple(float(sample) for sample in samples)
+        value = math.fsum(samples) / len(samples) if value is None else value
+        quantity = Quantity(value=value, unit=unit, how=how, samples=samples)
+        return Score(
+            task=self.id, metric=metric, quantity=quantity, better=better, baselines=baselines or {}, data=data
+        )
+
+
+def kind(model: PreTrainedModel) -> Kind:
+    """What a model's output is: next-token logits, logits of masked tokens, or hidden states."""
+    if model.config.is_encoder_decoder:
+        return "sequence to sequence"
+    if model.can_generate():
+        return "causal"
+    return "masked" if model.get_output_embeddings() is not None else "states"
+
+
+def reads_text(model: PreTrainedModel) -> str | None:
+    """None when a model takes token ids and so gives vectors of texts, else the reason."""
+    if model.main_input_name != "input_ids":
+        return f"{type(model).__name__} reads {model.main_input_name}, not token ids"
+    return None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the mode of every module as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""

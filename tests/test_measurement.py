@@ -1,0 +1,373 @@
+"""Counting, timing and the fresh process: figures checked against what is known in advance."""
+
+import gc
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import StaticCache
+
+from taut.anatomy.locate import locate
+from taut.contract.tiny import inputs, tiny
+from taut.core.errors import TautError
+from taut.measurement import clock, energy, memory, sandbox, speed
+from taut.measurement.clock import Prepared, Timing, compare, median_interval, ratio
+from taut.measurement.count import cache_bytes, count, flops_per_token, folder_bytes
+from taut.measurement.sandbox import SandboxError, call
+
+FAMILIES = ("bert", "gpt2", "llama", "llama_untied", "t5")
+MIB = 2**20
+
+
+class Recorder:
+    """Cases that take a known while and write down when they were called."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.collecting: list[bool] = []
+
+    def case(self, name: str, seconds: float = 0.0025):
+        def run() -> None:
+            self.calls.append(name)
+            self.collecting.append(gc.isenabled())
+            time.sleep(seconds)
+
+        return run
+
+
+def test_cases_take_turns_and_everything_is_put_back():
+    recorder, names, repeats = Recorder(), ["a", "b", "c"], 8
+    threads = torch.get_num_threads()
+    times = compare({name: recorder.case(name) for name in names}, repeats=repeats, warmup=0, threads=threads + 1)
+    rounds = recorder.calls[-3 * repeats :]
+    turns = [tuple(rounds[start : start + 3]) for start in range(0, len(rounds), 3)]
+    assert all(sorted(turn) == names for turn in turns)
+    assert len(set(turns)) > 1, "the order within a round must vary"
+    assert not any(recorder.collecting)
+    assert gc.isenabled()
+    assert torch.get_num_threads() == threads
+    assert all(len(times[name].samples) == repeats and times[name].threads == threads + 1 for name in names)
+    assert all(sample >= 0.0025 for sample in times["a"].samples)
+
+
+def test_a_short_case_is_called_until_a_sample_is_long_enough():
+    calls = []
+    times = compare({"short": lambda: calls.append(1)}, repeats=3, warmup=0, minimum_seconds=0.004)
+    assert len(calls) > 1000
+    assert times["short"].median < 1e-4
+
+
+def test_preparation_is_fresh_each_time_and_not_timed():
+    made, used = [], []
+
+    def prepare() -> int:
+        time.sleep(0.02)
+        made.append(len(made))
+        return made[-1]
+
+    def run(given: int) -> None:
+        used.append(given)
+        time.sleep(0.003)
+
+    times = compare({"case": Prepared(prepare, run)}, repeats=4, warmup=1, clock="wall")
+    assert used == made
+    assert min(times["case"].samples) < 0.02
+
+
+def test_threads_and_collection_are_put_back_after_an_error():
+    def broken() -> None:
+        raise RuntimeError("broken case")
+
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="broken case"):
+        compare({"broken": broken}, threads=threads + 1)
+    assert torch.get_num_threads() == threads
+    assert gc.isenabled()
+
+
+def test_the_ratio_pairs_the_samples_of_a_round():
+    slow, fast = Timing((2.0, 40.0, 6.0), 1, "wall"), Timing((1.0, 10.0, 2.0), 1, "wall")
+    found = ratio(slow, fast)
+    assert found.samples == (2.0, 4.0, 3.0)
+    assert (found.value, found.low, found.high) == (3.0, None, None)
+    assert slow.per(2).samples == (1.0, 20.0, 3.0)
+    assert slow.quantity().value == 6.0
+    assert slow.quartiles == (4.0, 23.0)
+    with pytest.raises(TautError, match="one run"):
+        ratio(slow, Timing((1.0,), 1, "wall"))
+    with pytest.raises(TautError, match="one run"):
+        ratio(slow, Timing((1.0, 1.0, 1.0), 2, "wall"))
+
+
+def test_the_interval_of_the_median_covers_it():
+    assert median_interval(range(5)) == (None, None)
+    assert median_interval(range(6)) == (0, 5)
+    assert median_interval(range(20)) == (5, 14)
+    draw, covered, trials = random.Random(0), 0, 2000
+    for _ in range(trials):
+        low, high = median_interval([draw.expovariate(1.0) for _ in range(20)])
+        covered += low <= 0.6931 <= high
+    assert 0.94 < covered / trials < 0.98
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clock": "wll"}, "did you mean 'wall'"),
+        ({"repeats": 0}, "repeats"),
+        ({"clock": "cpu", "device": "cuda"}, "see"),
+    ],
+)
+def test_wrong_timing_options_are_refused(options, message):
+    with pytest.raises(TautError, match=message):
+        compare({"case": lambda: None}, **options)
+    with pytest.raises(TautError, match="empty"):
+        compare({})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_footprint_is_what_the_saved_file_holds(family, dtype, tmp_path):
+    model = tiny(family, dtype=dtype)
+    footprint = count(model, locate(model).sites)
+    model.save_pretrained(tmp_path)
+    saved = folder_bytes(tmp_path)
+    assert footprint.stored == saved.tensors
+    assert footprint.file == pytest.approx(saved.total, rel=1e-3)
+    assert saved.total == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert footprint.parameters == sum(one.numel() for one in model.parameters())
+    assert footprint.resident >= footprint.stored
+    for field in ("parameters", "stored", "resident"):
+        assert sum(getattr(share, field) for share in footprint.slots.values()) == getattr(footprint, field)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_slots_hold_what_their_sites_say(family):
+    model = tiny(family)
+    sites = locate(model).sites
+    shares = count(model, sites).slots
+    for slot in ("embedding", "projection", "feedforward"):
+        assert shares[slot].parameters == sum(site.dense().parameters for site in sites if site.slot == slot)
+        assert shares[slot].stored == sum(site.dense().bytes for site in sites if site.slot == slot)
+
+
+def test_packed_parts_count_as_the_parameters_they_stand_for():
+    model = nn.ModuleDict({"packed": nn.Module(), "dense": nn.Linear(4, 3)})
+    model["packed"].register_buffer("codes", torch.zeros(10, 2, dtype=torch.uint8))
+    model["packed"].register_buffer("cached", torch.zeros(1000), persistent=False)
+    model["packed"].weight = nn.Parameter(torch.zeros(5))
+    footprint = count(model, logical={"packed": 40})
+    assert footprint.parameters == 40 + 15
+    assert footprint.stored == 20 + 20 + 60
+    assert footprint.resident == footprint.stored + 4000
+    assert count(model).parameters == 5 + 15
+
+
+def test_memory_is_counted_by_storage_and_not_on_meta():
+    model = nn.Linear(4, 4, bias=False)
+    model.register_buffer("view", torch.zeros(1000)[:10], persistent=False)
+    model.kept = torch.zeros(3)
+    model.same = model.weight.detach()
+    assert count(model).resident == 64 + 4000 + 12
+    skeleton = count(tiny("llama", device="meta"))
+    assert skeleton.resident is None
+    assert skeleton.quantities()["resident"].value is None
+    assert skeleton.parameters == count(tiny("llama")).parameters
+    assert skeleton.stored == count(tiny("llama")).stored
+
+
+def test_the_predicted_header_is_exact(tmp_path):
+    model = nn.Module()
+    for name, dtype in (
+        ("codes", torch.uint8),
+        ("größe", torch.float32),
+        ("ids", torch.int64),
+        ("narrow", torch.float16),
+    ):
+        model.register_buffer(name, torch.zeros(7, 3).to(dtype))
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert count(model).file == folder_bytes(tmp_path).total
+
+
+def test_damaged_and_missing_files_are_named(tmp_path):
+    with pytest.raises(TautError, match=r"no \*.safetensors"):
+        folder_bytes(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(100)}, path)
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[:20], b"", b"PK\x03\x04" + bytes(100)):
+        path.write_bytes(content)
+        with pytest.raises(TautError, match="damaged"):
+            folder_bytes(tmp_path)
+
+
+def test_flops_count_every_map_and_every_pair():
+    model = tiny("llama")
+    given = inputs(model, batch=2, length=12)
+    sites = locate(model).sites
+    maps = sum(
+        site.dense().flops_per_token for site in sites if site.slot in ("embedding", "projection", "feedforward")
+    )
+    pairs = sum(4.0 * site.heads * site.head_width * 12 for site in sites if site.slot == "attention")
+    assert flops_per_token(model, given).value == pytest.approx(maps + pairs)
+
+
+@pytest.mark.parametrize(("family", "layers"), [("llama", 2), ("gpt2", 2)])
+def test_cache_bytes_are_those_of_keys_and_values(family, layers):
+    model = tiny(family)
+    given = inputs(model, batch=2, length=12)
+    heads = 2 if family == "llama" else 4
+    assert cache_bytes(speed.filled_cache(model, given)) == 2 * layers * heads * 8 * 4 * 2 * 12
+    assert speed.filled_cache(tiny("bert"), inputs(tiny("bert"))) is None
+
+
+def test_cache_bytes_see_what_is_allocated_and_both_caches_of_an_encoder_decoder():
+    model = tiny("llama")
+    static = StaticCache(config=model.config, max_cache_len=64)
+    model(**inputs(model, batch=2, length=12), past_key_values=static)
+    assert 2 * 2 * 2 * 8 * 4 * 2 * 64 <= cache_bytes(static) < 2 * 2 * 2 * 8 * 4 * 2 * 64 + 1024
+    model = tiny("t5")
+    assert cache_bytes(speed.filled_cache(model, inputs(model, batch=2, length=12))) == 2 * (2 * 2 * 4 * 8 * 4 * 2 * 12)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+def test_speed_times_decoding_for_decoders_only(family):
+    models = {name: tiny(family) for name in ("one", "two")}
+    given = inputs(models["one"], batch=2, length=6)
+    caches = {"one": lambda: StaticCache(config=models["one"].config, max_cache_len=16)} if family == "llama" else {}
+    found = speed.speed(models, given, decode_tokens=3, repeats=2, warmup=1, caches=caches)
+    for one in found.values():
+        taken = one.quantities()
+        assert taken["throughput"].value == pytest.approx(12 / taken["forward"].value)
+        assert ("decode" in taken) == (family != "bert")
+        if family != "bert":
+            assert taken["decode_throughput"].value == pytest.approx(2 / taken["decode"].value)
+            assert all(quantity.value > 0 for quantity in taken.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_decoding_starts_each_time_from_the_same_cache(family):
+    model = tiny(family)
+    given = inputs(model, batch=1, length=5)
+    case = speed.decode_case(model, given, tokens=3)
+    first = case.prepare()
+    case.run(first)
+    assert first.get_seq_length() == 5 + 3
+    assert case.prepare().get_seq_length() == 5
+
+
+def test_padded_inputs_and_models_that_do_not_decode_are_refused():
+    model = tiny("llama")
+    given = inputs(model, batch=2, length=6)
+    given["attention_mask"][0, 0] = 0
+    with pytest.raises(TautError, match="padding"):
+        speed.decode_case(model, given, 2)
+    with pytest.raises(TautError, match="does not decode"):
+        speed.decode_case(tiny("bert"), inputs(tiny("bert")), 2)
+
+
+def test_a_fresh_process_answers_and_reports_its_own_peak():
+    held = torch.ones(64 * MIB)
+    outcome = call("sandboxed:multiply", {"a": 6, "b": 7})
+    assert outcome.result["product"] == 42
+    assert 5 * MIB < outcome.peak_bytes < sandbox.peak_bytes() - 256 * MIB
+    assert held.nbytes == 256 * MIB
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("mistake", TautError, "^one line for the user$"),
+        ("crash", SandboxError, "ZeroDivisionError: nothing by nothing"),
+        ("killed", SandboxError, "out of memory"),
+        ("left", SandboxError, "exit code 3"),
+        ("nonsense", SandboxError, "not JSON serializable"),
+    ],
+)
+def test_what_goes_wrong_there_is_said_here(kind, error, message):
+    with pytest.raises(error, match=message) as caught:
+        call("sandboxed:fail", {"kind": kind})
+    if error is SandboxError:
+        assert "last words" in caught.value.stderr
+
+
+@pytest.mark.parametrize("target", ["sandboxed:nothing", "no_such_module:function", "nothing"])
+def test_a_target_that_names_no_function_is_a_mistake(target):
+    with pytest.raises(TautError, match="names no function"):
+        call(target)
+
+
+def test_time_out_and_the_death_of_the_parent_end_the_child(tmp_path):
+    marker = tmp_path / "pid"
+    with pytest.raises(SandboxError, match="not done after"):
+        call("sandboxed:sleep", {"seconds": 60, "marker": str(marker)}, timeout=5)
+    assert _gone(int(marker.read_text()))
+    marker.unlink()
+    arguments = {"seconds": 60, "marker": str(marker)}
+    script = f"from taut.measurement.sandbox import call; call('sandboxed:sleep', {arguments})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    while not marker.exists() or not marker.read_text():
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    assert _gone(int(marker.read_text()))
+
+
+def _gone(process: int, seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            with open(f"/proc/{process}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux alone")
+def test_the_peak_of_a_block_is_what_it_allocates():
+    extra = call("sandboxed:fill", {"mebibytes": 200}).result["extra"]
+    assert 195 * MIB < extra < 215 * MIB
+
+
+def test_peak_memory_of_a_saved_model_holds_at_least_its_weights(tmp_path):
+    model = tiny("llama", hidden_size=512, intermediate_size=2048)
+    model.save_pretrained(tmp_path)
+    found = memory.peak_memory(tmp_path, batch=1, length=16)
+    assert found["peak"].value > count(model).resident
+    assert 0 <= found["forward"].value < found["peak"].value
+
+
+def test_energy_is_read_where_it_can_be_and_null_elsewhere(tmp_path):
+    assert energy.energy(lambda: None, powercap=tmp_path).value is None
+    for name, joules in (("intel-rapl:0", 9_000_000), ("intel-rapl:1", 0), ("intel-rapl:0:0", 5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{joules}\n")
+        (tmp_path / name / "max_energy_range_uj").write_text("10000000\n")
+
+    def spend() -> None:
+        """One joule on each package; the first counter starts again at ten."""
+        for package in (0, 1):
+            path = tmp_path / f"intel-rapl:{package}" / "energy_uj"
+            path.write_text(str((int(path.read_text()) + 1_000_000) % 10_000_000))
+        time.sleep(0.03)
+
+    found = energy.energy(spend, minimum_seconds=0.08, powercap=tmp_path)
+    assert found.value == pytest.approx(2.0)
+    assert found.unit == "J"
+
+
+def test_the_clock_names_its_conditions():
+    said = Timing((1.0, 2.0), 2, "cpu").describe()
+    assert said == "2 interleaved samples, cpu clock, 2 threads, cpu"
+    assert clock.Timing((1.0,), 1, "wall").quartiles == (1.0, 1.0)

@@ -1,0 +1,79 @@
+"""Imports run one way: the table of the design, held by reading the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "src" / "taut"
+ALLOWED = {
+    "core": set(),
+    "kernels": {"core"},
+    "anatomy": {"core"},
+    "data": {"core"},
+    "ledger": {"core"},
+    "measurement": {"core"},
+    "methods": {"core", "kernels"},
+    "surgery": {"core", "kernels", "anatomy", "methods", "_plugin"},
+    "tasks": {"core", "data"},
+    "contract": {"core", "kernels", "anatomy", "methods", "surgery"},
+    "comparison": {"core", "ledger"},
+    "reporting": {"core", "ledger", "comparison"},
+    "trial": {"core", "anatomy", "data", "ledger", "measurement", "methods", "surgery", "tasks"},
+    "runner": {"core", "comparison", "ledger", "trial"},
+    "_plugin": {"surgery"},
+    "cli": {"core", "verbs", "display", "launch"},
+    "display": {"core"},
+    "launch": {"core"},
+}
+TORCH_FREE = ("core", "ledger", "comparison", "reporting", "cli", "display", "launch")
+FILES = sorted(
+    path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).as_posix() not in ("__init__.py", "verbs.py")
+)
+
+
+def _imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "taut":
+                found |= {f"taut.{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module or "")
+    return found
+
+
+def _room(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_run_one_way(path: Path) -> None:
+    room = _room(path)
+    ours = {name.split(".")[1] for name in _imports(path) if name.startswith("taut.")}
+    assert ours - {room} <= ALLOWED[room], f"{room} imports {sorted(ours - {room} - ALLOWED[room])}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_torch_stays_out(path: Path) -> None:
+    if _room(path) in TORCH_FREE:
+        heavy = {name for name in _imports(path) if name.split(".")[0] in ("torch", "transformers")}
+        assert not heavy
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_methods_are_strangers(path: Path) -> None:
+    """A method file imports the contract and its kernels, never another method."""
+    parts = path.relative_to(ROOT).parts
+    if parts[0] == "methods" and len(parts) == 3 and parts[2] != "__init__.py":
+        others = {name for name in _imports(path) if name.startswith("taut.methods.")} - {"taut.methods.part"}
+        assert not others
+
+
+def test_files_stay_short() -> None:
+    long = {path.name: lines for path in FILES if (lines := len(path.read_text().splitlines())) > 400}
+    assert not long

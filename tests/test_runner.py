@@ -1,0 +1,313 @@
+"""The runner: resumes, survives, and never lets one trial end the run. Trials are fakes; nothing here is timed."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from sample_records import record
+
+from taut import runner
+from taut.comparison.study import Study
+from taut.core.errors import TautError
+from taut.core.record import Quantity, Record
+from taut.core.spec import TrialSpec
+from taut.ledger import Ledger
+
+STUDY = Study.parse(
+    {
+        "name": "fake",
+        "models": ["m"],
+        "recipes": {f"r{keep}": {"embedding": {"method": "low_rank", "keep": keep / 10}} for keep in (1, 2, 3)}
+        | {"fails": {"expect": "failed", "memory": "window_sink"}},
+    }
+)
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+from sample_records import record
+from test_runner import STUDY, Fake
+from taut import runner
+from taut.ledger import Ledger
+
+class Slow(Fake):
+    def run(self, spec, report):
+        if spec.recipe_name == "r2":
+            Path(sys.argv[2]).touch()
+            time.sleep(60)
+        return super().run(spec, report)
+
+outcome = runner.run(STUDY, Ledger(sys.argv[1]), Slow(), runner.PlainDisplay())
+sys.exit(outcome.exit_code)
+"""
+
+
+class Fake:
+    """A journey without models. ``on`` maps recipe names to what happens instead of success."""
+
+    def __init__(
+        self, on: dict[str, Callable[[TrialSpec], Record]] | None = None, need: dict[str, float] | None = None
+    ):
+        self.on, self.need = on or {}, need or {}
+        self.ran: list[str] = []
+
+    def validate(self, spec: TrialSpec) -> str | None:
+        return "memory: an encoder keeps no cache" if "memory" in spec.recipe else None
+
+    def estimate(self, spec: TrialSpec) -> dict[str, float]:
+        return {"seconds": 2.0, "bytes": self.need.get(spec.recipe_name, 1e6)}
+
+    def run(self, spec: TrialSpec, report: Callable[[str], None]) -> Record:
+        self.ran.append(spec.recipe_name)
+        report("working")
+        return self.on.get(spec.recipe_name, record)(spec)
+
+
+def raising(error: BaseException) -> Callable[[TrialSpec], Record]:
+    def happen(spec: TrialSpec) -> Record:
+        raise error
+
+    return happen
+
+
+def run(path: Path, journey: Fake | None = None, study: Study = STUDY) -> tuple[runner.Outcome, str]:
+    stream = io.StringIO()
+    outcome = runner.run(study, Ledger(path), journey or Fake(), runner.PlainDisplay(stream))
+    return outcome, stream.getvalue()
+
+
+def test_a_run_writes_one_record_a_trial_and_says_so(tmp_path: Path) -> None:
+    outcome, told = run(tmp_path)
+    records = Ledger(tmp_path).records()
+    assert {one.id for one in records} == {spec.id for spec in STUDY.trials()}
+    assert len(outcome.ran) == 6
+    assert (outcome.exit_code, outcome.unexpected) == (0, [])
+    assert "6 trials to run, about 10 s" in told
+    assert "failed as expected: m · fails · seed 0: memory: an encoder keeps no cache" in told
+    assert told.splitlines()[-1] == "6 trials: 5 done, 1 failed as expected"
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".json"], "no leases, no drafts"
+
+
+def test_a_second_run_does_nothing(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    journey = Fake()
+    outcome, told = run(tmp_path, journey)
+    assert journey.ran == []
+    assert len(outcome.skipped) == len(outcome.records) == 6
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert "(6 were in the ledger already)" in told
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("two\nlines  of it"), "RuntimeError: two lines of it"),
+        (TautError("a clear line"), "a clear line"),
+        (MemoryError(), "MemoryError"),
+        (SystemExit(3), "SystemExit: 3"),
+        (ValueError("x" * 5000), "ValueError: xxx"),
+    ],
+)
+def test_a_trial_that_crashes_is_a_record_with_a_reason(tmp_path: Path, error: BaseException, reason: str) -> None:
+    outcome, told = run(tmp_path, Fake({"r1": raising(error)}))
+    (failed,) = outcome.unexpected
+    assert failed.reason.startswith(reason)
+    assert "\n" not in failed.reason
+    assert len(failed.reason) <= runner.LONGEST_REASON
+    assert failed.environment["packages"]["taut"]
+    assert outcome.exit_code == 1
+    assert len(outcome.records) == 6
+    assert failed.reason in told
+
+
+def test_a_record_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
+    def broken(spec: TrialSpec) -> Record:
+        return record(spec, costs={"energy_joules": Quantity(value=1.0, unit="J", how="", samples=(float("nan"),))})
+
+    outcome, _ = run(tmp_path, Fake({"r1": broken}))
+    assert "would not be readable" in outcome.unexpected[0].reason
+    assert Ledger(tmp_path).damaged() == []
+
+
+def test_a_surprise_is_told(tmp_path: Path) -> None:
+    class Works(Fake):
+        def validate(self, spec: TrialSpec) -> str | None:
+            return None
+
+    outcome, told = run(tmp_path, Works())
+    assert outcome.exit_code == 0
+    assert "the study expected it to fail" in told
+
+
+def test_wrong_input_ends_the_run_before_the_first_trial(tmp_path: Path) -> None:
+    class Wrong(Fake):
+        def validate(self, spec: TrialSpec) -> str | None:
+            if spec.recipe_name == "r3":
+                raise TautError("low_rank has no knob 'rang'")
+            return None
+
+    journey = Wrong()
+    with pytest.raises(TautError, match="rang"):
+        run(tmp_path / "ledger", journey)
+    assert journey.ran == []
+    assert not (tmp_path / "ledger").exists()
+
+
+def test_a_study_none_of_whose_recipes_can_work_is_wrong_input(tmp_path: Path) -> None:
+    class Hopeless(Fake):
+        def validate(self, spec: TrialSpec) -> str | None:
+            return "fits nothing" if spec.recipe_name.startswith("r") else None
+
+    with pytest.raises(TautError, match="no recipe can work; the first: m · r1 · seed 0: fits nothing"):
+        run(tmp_path / "ledger", Hopeless())
+    assert not (tmp_path / "ledger").exists()
+
+
+def test_a_trial_without_memory_is_refused_and_not_recorded(tmp_path: Path) -> None:
+    journey = Fake(need={"r2": 1e18})
+    outcome, told = run(tmp_path, journey)
+    ((spec, reason),) = outcome.refused
+    assert spec.recipe_name == "r2"
+    assert "needs about 1000000000.0 GB" in reason
+    assert "r2" not in journey.ran
+    assert outcome.exit_code == 1
+    assert "refused: m · r2 · seed 0" in told
+    assert not Ledger(tmp_path).has(spec.id), "on a larger machine it runs"
+    limited = STUDY.model_copy(update={"limits": STUDY.limits.model_copy(update={"memory": 10})})
+    with pytest.raises(TautError, match="is the limit of the study"):
+        run(tmp_path / "other", Fake(), limited.model_copy(update={"recipes": {"dense": STUDY.recipes["dense"]}}))
+
+
+def test_ctrl_c_leaves_whole_records_and_goes_on_from_there(tmp_path: Path) -> None:
+    outcome, told = run(tmp_path, Fake({"r2": raising(KeyboardInterrupt())}))
+    assert outcome.exit_code == 130
+    assert "the same command goes on from there" in told
+    assert [one.recipe_name for one in Ledger(tmp_path).records()] == [one.recipe_name for one in outcome.records]
+    assert len(outcome.records) == 3
+    assert not list(tmp_path.glob("*.lease"))
+    journey = Fake()
+    outcome, _ = run(tmp_path, journey)
+    assert journey.ran == ["r2", "r3"]
+    assert outcome.exit_code == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
+def test_a_real_process_is_interrupted_or_killed(tmp_path: Path, blow: signal.Signals) -> None:
+    ledger, mark = tmp_path / "ledger", tmp_path / "mark"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", SCRIPT, str(ledger), str(mark)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        deadline = time.monotonic() + 60
+        while not mark.exists() and time.monotonic() < deadline and child.poll() is None:
+            time.sleep(0.02)
+        assert mark.exists(), child.stderr.read()
+        child.send_signal(blow)
+        told = child.communicate(timeout=30)[1]
+    killed = blow == signal.SIGKILL
+    assert child.returncode == (-blow if killed else 130)
+    assert ("interrupted" in told) != killed
+    assert bool(list(ledger.glob("*.lease"))) == killed, "kill -9 leaves its lease behind"
+    assert Ledger(ledger).damaged() == []
+    before = {path: path.read_bytes() for path in ledger.glob("*.json")}
+    assert len(before) == 3
+    journey = Fake()
+    outcome, _ = run(ledger, journey)
+    assert journey.ran == ["r2", "r3"]
+    assert len(outcome.records) == 6
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(ledger.glob("*.lease"))
+
+
+def test_two_runners_share_the_work(tmp_path: Path) -> None:
+    second, found = Fake(), []
+
+    def meanwhile(spec: TrialSpec) -> Record:
+        found.append(run(tmp_path, second))
+        return record(spec)
+
+    first = Fake({"r1": meanwhile})
+    outcome, _ = run(tmp_path, first)
+    inner, told = found[0]
+    ((spec, holder),) = inner.elsewhere
+    assert spec.recipe_name == "r1"
+    assert str(os.getpid()) in holder
+    assert "being run by" in told
+    assert "1 left to another runner" in told
+    assert first.ran == ["identity", "dense", "r1"] or first.ran == ["dense", "identity", "r1"]
+    assert second.ran == ["r2", "r3"]
+    assert len(outcome.records) == 6
+
+
+def test_a_damaged_record_is_named_and_its_trial_run_again(tmp_path: Path) -> None:
+    run(tmp_path)
+    spec = STUDY.trials()[2]
+    path = tmp_path / f"{spec.id}.json"
+    path.write_text(path.read_text()[:100])
+    journey = Fake()
+    outcome, told = run(tmp_path, journey)
+    assert journey.ran == [spec.recipe_name]
+    assert f"damaged record skipped: {path}" in told
+    assert len(path.read_text()) == 100
+    assert len(outcome.records) == 6
+
+
+def test_a_trial_is_stopped_at_its_limit_of_time(tmp_path: Path) -> None:
+    def endless(spec: TrialSpec) -> Record:
+        while True:
+            time.sleep(0.01)
+
+    study = STUDY.model_copy(update={"limits": STUDY.limits.model_copy(update={"seconds": 0.2})})
+    outcome, _ = run(tmp_path, Fake({"r1": endless}), study)
+    assert outcome.unexpected[0].reason == "stopped after 0.2 s, the limit of the study"
+    assert len(outcome.records) == 6
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_a_run_outside_the_main_thread_works(tmp_path: Path) -> None:
+    study = STUDY.model_copy(update={"limits": STUDY.limits.model_copy(update={"seconds": 30.0})})
+    found: list[runner.Outcome] = []
+    thread = threading.Thread(target=lambda: found.append(run(tmp_path, study=study)[0]))
+    thread.start()
+    thread.join()
+    assert len(found[0].records) == 6
+
+
+def test_the_outcome_is_json(tmp_path: Path) -> None:
+    outcome, _ = run(tmp_path)
+    content = json.loads(json.dumps(outcome.to_dict()))
+    assert content["trials"] == 6
+    assert {row["recipe"]: row["status"] for row in content["rows"]}["fails"] == "failed"
+    row = next(row for row in content["rows"] if row["recipe"] == "r1")
+    assert row["scores"]["docs_retrieval mrr@10"]["against_dense"]["verdict"] == "same"
+
+
+def test_the_live_display_shows_names_as_they_are(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    view = runner.LiveDisplay(Console(file=stream, force_terminal=True, width=120))
+    study = Study.parse({"name": "[red]", "models": ["m"], "recipes": {"[bold]x": {"embedding": "low_rank"}}})
+    runner.run(study, Ledger(tmp_path), Fake(), view)
+    assert "m · [bold]x · seed 0" in stream.getvalue()
+    assert "3 trials: 3 done" in stream.getvalue()
+
+
+def test_an_unwritable_ledger_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TautError, match="not writable"):
+        run(tmp_path / "file" / "ledger")
+
+
+def test_compare_needs_recipes_or_a_study(tmp_path: Path) -> None:
+    with pytest.raises(TautError, match="--recipes light"):
+        runner.compare("minilm")
+    with pytest.raises(TautError, match="has no place beside it"):
+        runner.compare("study.yaml", ["light"])

@@ -1,0 +1,323 @@
+"""Statistics against closed forms, enumeration and simulation; then the words that follow from them."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from sample_records import DATA, quickstart, record, spec
+from scipy import stats
+
+from taut.comparison import statistics as st
+from taut.comparison.protocol import NOISE, UNKNOWN, Row, summary
+from taut.comparison.search import loss, pick
+from taut.core.errors import TautError
+from taut.core.record import Quantity, Record, Score
+
+A, B = (np.random.default_rng(0).gamma(2.0, size=(2, 40)) + 0.1).tolist()
+
+
+def test_bootstrap_mirrors_when_the_sides_are_exchanged() -> None:
+    for corrected in (False, True):
+        there = st.paired_bootstrap(A, B, corrected=corrected)
+        back = st.paired_bootstrap(B, A, corrected=corrected)
+        assert there.value == pytest.approx(-back.value)
+        assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
+
+
+def test_bootstrap_of_equal_sides_is_a_point_at_zero() -> None:
+    assert st.paired_bootstrap(A, A) == st.Interval(0.0, 0.0, 0.0)
+
+
+def test_bootstrap_does_not_see_a_shift_of_both_sides() -> None:
+    shifted = st.paired_bootstrap([a + 3 for a in A], [b + 3 for b in B])
+    plain = st.paired_bootstrap(A, B)
+    assert (shifted.value, shifted.low, shifted.high) == pytest.approx((plain.value, plain.low, plain.high))
+
+
+def test_percentile_interval_equals_enumeration() -> None:
+    """Of 3 items all 27 resamples can be listed; the ends of the interval are quantiles of that list."""
+    variant, baseline = [1.0, 5.0, 9.0], [0.0, 1.0, 2.0]
+    gaps = np.subtract(variant, baseline)
+    means = sorted(np.mean(gaps[list(drawn)]) for drawn in itertools.product(range(3), repeat=3))
+    found = st.paired_bootstrap(variant, baseline, corrected=False, confidence=0.9)
+    # 1/27 < 5 % < 1/27 + 3/27: the 5 % quantile is the second of the distinct means.
+    distinct = sorted(set(np.round(means, 12)))
+    assert found.low == pytest.approx(distinct[1])
+    assert found.high == pytest.approx(distinct[-2])
+
+
+@pytest.mark.parametrize("contrast", [st.difference, st.ratio])
+def test_bca_agrees_with_scipy(contrast: st.Contrast) -> None:
+    mine = st.paired_bootstrap(A, B, contrast, resamples=40_000)
+    theirs = stats.bootstrap(
+        (A, B),
+        lambda a, b, axis: contrast(np.mean(a, axis), np.mean(b, axis)),
+        paired=True,
+        vectorized=True,
+        method="BCa",
+        n_resamples=40_000,
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert abs(mine.low - theirs.low) < 0.03 * width
+    assert abs(mine.high - theirs.high) < 0.03 * width
+
+
+def test_bca_moves_towards_the_long_tail() -> None:
+    skewed = [*([0.0] * 30), 10.0, 20.0]
+    bca, percentile = (st.paired_bootstrap(skewed, [0.0] * 32, corrected=flag) for flag in (True, False))
+    assert bca.high > percentile.high
+    assert bca.low >= percentile.low
+
+
+def test_bootstrap_covers_what_it_should() -> None:
+    generator, hits = np.random.default_rng(3), 0
+    for _ in range(200):
+        base = generator.normal(size=60)
+        interval = st.paired_bootstrap(base + generator.normal(0.3, 1.0, 60), base, resamples=800)
+        hits += interval.contains(0.3)
+    # 95 % of 200 is 190; five standard deviations of the count are 15.
+    assert 175 <= hits <= 200
+
+
+def test_exponential_contrast_is_a_difference_of_perplexities() -> None:
+    found = st.paired_bootstrap(A, B, st.difference_of_exponentials)
+    assert found.value == pytest.approx(math.exp(np.mean(A)) - math.exp(np.mean(B)))
+    assert found.low < found.value < found.high
+
+
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = st.paired_bootstrap(A, B, resamples=500)
+    monkeypatch.setattr(st, "CELLS_AT_ONCE", 40 * 64)
+    assert st.paired_bootstrap(A, B, resamples=500) == whole
+
+
+def test_sign_flips_are_exact_for_few_items() -> None:
+    zeros = [0.0] * 9
+    assert st.sign_flip_test([1, 2, 3, 4, 5, 0, 0, 0, 0], zeros) == 2 / 32
+    assert st.sign_flip_test([1, -1, *zeros[2:]], zeros) == 1.0
+    assert st.sign_flip_test(zeros, zeros) == 1.0
+    # Of 8 patterns of (3, 1, 1), |sum| >= |3 + 1 - 1| for +++ ++- +-+ and their mirrors.
+    assert st.sign_flip_test([3, 1, -1], [0, 0, 0]) == 6 / 8
+
+
+def test_sampled_sign_flips_agree_with_scipy() -> None:
+    theirs = stats.permutation_test(
+        (np.subtract(A, B),), np.sum, permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(1)
+    ).pvalue
+    assert st.sign_flip_test(A, B) == pytest.approx(theirs, abs=0.02)
+    assert st.sign_flip_test([a + 100 for a in A], B) == pytest.approx(1 / 10_001)
+
+
+def test_holm_is_the_textbook_example() -> None:
+    assert st.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert st.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert st.holm([]) == []
+
+
+def test_student_interval_is_the_textbook_one() -> None:
+    found = st.student_interval([1.0, 2.0, 3.0])
+    reach = 4.302652729911275 / math.sqrt(3)
+    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0 - reach, 2.0 + reach))
+    with pytest.raises(TautError, match="add seeds"):
+        st.student_interval([1.0])
+
+
+def test_pareto_front() -> None:
+    points = [(1, 0.2), (2, 0.5), (2, 0.5), (3, 0.4), (4, 0.9), (5, 0.9)]
+    assert st.pareto_front(points, (True, False)) == [0, 1, 2, 4]
+    assert st.pareto_front([(1, 1), (2, 2)], (True, True)) == [0]
+    assert st.pareto_front([], (True, True)) == []
+
+
+def test_rank_correlation() -> None:
+    assert st.rank_correlation([1, 2, 3], [10, 100, 1000]) == pytest.approx(1.0)
+    assert st.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    assert st.rank_correlation(A, B) == pytest.approx(stats.spearmanr(A, B).statistic)
+    assert st.rank_correlation([1, 1, 2, 3], [4, 3, 2, 2]) == pytest.approx(
+        stats.spearmanr([1, 1, 2, 3], [4, 3, 2, 2]).statistic
+    )
+    assert st.rank_correlation([1, 1], [1, 2]) is None
+
+
+@pytest.mark.parametrize(("first", "second"), [([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([], [])])
+def test_what_cannot_be_paired_is_refused(first: list[float], second: list[float]) -> None:
+    for test in (st.paired_bootstrap, st.sign_flip_test, st.rank_correlation):
+        with pytest.raises(TautError, match="paired comparison needs"):
+            test(first, second)
+
+
+# ---- the protocol ----
+
+
+def by_name(records: list[Record]) -> dict[str, Row]:
+    return {row.recipe_name: row for row in summary(records)}
+
+
+def test_the_study_of_the_sample_reads_as_it_was_made() -> None:
+    rows = by_name(quickstart())
+    key = "docs_retrieval mrr@10"
+    assert rows["dense"].scores[key].gap is None
+    assert rows["identity"].scores[key].gap.word == "same"
+    assert rows["table low-rank 0.25"].scores[key].gap.word == "worse"
+    assert rows["table int8"].scores[key].gap.word == NOISE
+    assert rows["table int8"].costs["stored_bytes"].gap.word == "smaller"
+    assert rows["linears int8"].costs["latency_prefill"].gap.word == "faster"
+    assert rows["local attention"].costs["latency_prefill"].gap.word == "slower"
+    assert rows["identity"].costs["latency_prefill"].gap.word == NOISE
+    assert rows["cache on an encoder"].status == "failed"
+    assert "no cache" in rows["cache on an encoder"].reason
+    assert rows["table int8"].costs["peak_bytes"].value is None
+
+
+def timed(name: str, value: float, low: float | None, high: float | None) -> Record:
+    recipe = {"embedding": {"method": name, "knob": value} if name != "identity" else {"method": name}}
+    ratio = Quantity(value=value, unit="x", how="", low=low, high=high)
+    time = Quantity(value=value, unit="s", how="")
+    return record(spec(f"{name}{value}", recipe), costs={"latency_prefill": time, "latency_prefill_ratio": ratio})
+
+
+def test_faster_needs_to_leave_the_error_bar_of_identity() -> None:
+    dense = record(spec("dense"))
+    found = by_name(
+        [
+            dense,
+            timed("identity", 1.03, 0.95, 1.06),
+            timed("low_rank", 0.97, 0.96, 0.98),
+            timed("low_rank", 0.9, 0.85, 0.94),
+            timed("low_rank", 1.05, 1.02, 1.08),
+            timed("low_rank", 1.2, 1.07, 1.3),
+            timed("low_rank", 0.5, None, None),
+        ]
+    )
+    words = {name: row.costs["latency_prefill"].gap.word for name, row in found.items() if row.role != "dense"}
+    assert words == {
+        "identity1.03": NOISE,
+        "low_rank0.97": NOISE,
+        "low_rank0.9": "faster",
+        "low_rank1.05": NOISE,
+        "low_rank1.2": "slower",
+        "low_rank0.5": UNKNOWN,
+    }
+
+
+def scored(name: str, samples: list[float], better: str = "higher", **changes: object) -> Record:
+    value = changes.pop("value", sum(samples) / len(samples) if samples else 0.0)
+    quantity = Quantity(value=value, unit="", how="", samples=tuple(samples))
+    score = Score(task="t", metric="m", quantity=quantity, better=better, data=changes.pop("data", DATA))
+    recipe = {} if name == "dense" else {"embedding": {"method": "low_rank", "name": name}}
+    return record(spec(name, recipe, **changes), scores=(score,))
+
+
+def test_scores_are_compared_only_on_the_same_data() -> None:
+    rows = by_name([scored("dense", A), scored("x", B, data=DATA | {"sha256": "other"})])
+    assert rows["x"].scores["t m"].gap is None
+
+
+def test_without_items_there_is_no_verdict() -> None:
+    rows = by_name([scored("dense", [], value=0.5), scored("x", [], value=0.4)])
+    assert rows["x"].scores["t m"].gap.word == UNKNOWN
+    # Items that do not add up to the value cannot stand for it.
+    rows = by_name([scored("dense", A, value=7.7), scored("x", B, value=7.6)])
+    assert rows["x"].scores["t m"].gap.word == UNKNOWN
+
+
+def test_lower_is_better_turns_the_words() -> None:
+    worse = [a + 1 + 0.01 * i for i, a in enumerate(A)]
+    for better, word in (("higher", "better"), ("lower", "worse")):
+        rows = by_name([scored("dense", A, better), scored("x", worse, better)])
+        assert rows["x"].scores["t m"].gap.word == word
+
+
+def test_perplexities_are_compared_through_their_logarithms() -> None:
+    more = [a + 0.1 + 0.001 * i for i, a in enumerate(A)]
+    rows = by_name(
+        [
+            scored("dense", A, "lower", value=math.exp(np.mean(A))),
+            scored("x", more, "lower", value=math.exp(np.mean(more))),
+        ]
+    )
+    gap = rows["x"].scores["t m"].gap
+    assert gap.value == pytest.approx(math.exp(np.mean(more)) - math.exp(np.mean(A)))
+    assert gap.low < gap.value < gap.high
+    assert gap.word == "worse"
+
+
+def test_many_recipes_share_one_error_rate() -> None:
+    """A p-value of about .01 alone is a call; among ten it is none."""
+    generator = np.random.default_rng(5)
+    base = generator.normal(size=100)
+    shift = generator.normal(size=100)
+    shift = shift - shift.mean() + 0.25 * shift.std()
+    variant = scored("x", (base + shift).tolist())
+    others = [scored(f"n{i}", (base + generator.permutation(shift - shift.mean())).tolist()) for i in range(9)]
+    alone = by_name([scored("dense", base.tolist()), variant])["x"].scores["t m"].gap
+    among = by_name([scored("dense", base.tolist()), variant, *others])["x"].scores["t m"].gap
+    assert alone.p == pytest.approx(0.0125, abs=0.01)
+    assert among.p == pytest.approx(min(1.0, 10 * alone.p))
+    assert (alone.word, among.word) == ("better", NOISE)
+    # A loss needs no correction: it is told as soon as its interval shows it.
+    lost = scored("x", (base - shift).tolist())
+    gap = by_name([scored("dense", base.tolist()), lost, *others])["x"].scores["t m"].gap
+    assert gap.p > 0.05
+    assert gap.word == "worse"
+
+
+def test_seeds_are_averaged_and_widen_the_interval() -> None:
+    records = [scored(name, A if name == "dense" else [a + shift for a in A], seed=seed)
+               for seed, shift in enumerate((0.1, 0.2, 0.6)) for name in ("dense", "x")]  # fmt: skip
+    row = by_name(records)["x"]
+    cell, expected = row.scores["t m"], st.student_interval([0.1, 0.2, 0.6])
+    assert len(row.records) == 3
+    assert cell.value == pytest.approx(np.mean(A) + 0.3)
+    assert cell.gap.value == pytest.approx(0.3)
+    assert (cell.gap.low, cell.gap.high) == pytest.approx((expected.low, expected.high))
+    assert cell.gap.word == NOISE
+
+
+def test_the_latest_of_several_records_is_shown_and_the_rest_counted() -> None:
+    old = record(spec("dense"), size=10.0, started="2026-01-01")
+    new = record(spec("dense", measure={"latency": {"batch": 4}}), size=20.0, started="2026-01-02")
+    (row,) = summary([new, old])
+    assert row.costs["stored_bytes"].value == 20.0
+    assert row.superseded == 1
+
+
+def test_models_are_compared_with_their_own_dense() -> None:
+    shift = record(spec("dense", model="other"), size=10.0)
+    half = record(spec("half", {"embedding": {"method": "low_rank"}}, model="other"), size=5.0)
+    rows = summary([*quickstart(), shift, half])
+    assert next(row for row in rows if row.recipe_name == "half").costs["stored_bytes"].gap.value == 0.5
+
+
+# ---- picking ----
+
+
+def test_pick_by_loss_and_by_size() -> None:
+    rows = summary(quickstart())
+    assert pick(rows, max_loss=1.0).recipe_name == "all int8"
+    assert pick(rows, max_loss=0.0).recipe_name in ("dense", "identity")
+    assert pick(rows, budget=50e6).recipe_name == "all int8"
+    assert pick(rows, budget=1e9).scores["docs_retrieval mrr@10"].value == max(
+        row.scores["docs_retrieval mrr@10"].value for row in rows if row.records
+    )
+    chosen = pick(rows, max_loss=0.02, cost="latency_prefill")
+    assert loss(chosen, "docs_retrieval mrr@10") <= 0.02
+
+
+def test_pick_counts_the_worse_end_of_the_interval() -> None:
+    rows = {row.recipe_name: row for row in summary(quickstart())}
+    row = rows["table int4 per row"]
+    gap = row.scores["docs_retrieval mrr@10"].gap
+    assert loss(row, "docs_retrieval mrr@10") == -gap.low > -gap.value
+
+
+def test_pick_says_what_comes_closest() -> None:
+    rows = summary(quickstart())
+    with pytest.raises(TautError, match="lightest is minilm · all int8"):
+        pick(rows, budget=1.0)
+    with pytest.raises(TautError, match="did you mean 'docs_retrieval mrr@10'"):
+        pick(rows, score="docs_retrieval mrr", budget=1.0)
+    with pytest.raises(TautError, match="nothing to pick by"):
+        pick(rows)

@@ -1,0 +1,313 @@
+"""memory.window_sink: bounded, with true positions, whatever way the tokens come in."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+
+from taut.anatomy.locate import locate
+from taut.contract.tiny import FAMILIES, inputs, logits, padded_inputs, tiny
+from taut.core.errors import TautError
+from taut.core.site import AttentionSite, MemorySite
+from taut.kernels import blocked
+from taut.kernels.ring import Ring, RingCache
+from taut.methods.attention.local_global import LocalGlobal
+from taut.methods.memory.identity import Identity
+from taut.methods.memory.window_sink import WindowSink
+from taut.surgery.attend import install_attention, install_memory
+
+SINKS, WINDOW = 2, 5
+METHOD = WindowSink.parse({"sinks": SINKS, "window": WINDOW})
+DECODERS = [name for name, family in FAMILIES.items() if family.attention == "sdpa" and family.decoder]
+LENGTH = 24
+CHUNKS = {
+    "one by one": [1] * LENGTH,
+    "long prompt": [14] + [1] * 10,
+    "growing": [3] + [1] * 21,
+    "in pieces": [3, 1, 1, 7, 1, 2, 9],
+}
+
+
+def _install(model: PreTrainedModel, method: WindowSink | Identity = METHOD):
+    site = next(site for site in locate(model).sites if isinstance(site, MemorySite))
+    return install_memory(model, method, site)
+
+
+def _local(model: PreTrainedModel, window: int):
+    method = LocalGlobal.parse({"window": window, "global_tokens": 1})
+    sites = [site for site in locate(model).sites if isinstance(site, AttentionSite)]
+    return install_attention(model, {site.path: (method, site) for site in sites})
+
+
+def _own(cache: Cache) -> Cache:
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _stepwise(model: PreTrainedModel, chunks: list[int], past: Cache | None = None, **given: Tensor) -> tuple:
+    """Logits of all steps together, and the cache."""
+    key = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+    ids, places = given.pop(key), given.pop("position_ids", None)
+    mask = given.pop("attention_mask", None) if key == "input_ids" else None
+    pieces, start = [], 0
+    with torch.no_grad():
+        for count in chunks:
+            step = {key: ids[:, start : start + count]}
+            if places is not None:
+                step["position_ids"] = places[:, start : start + count]
+            start += count
+            if mask is not None:
+                step["attention_mask"] = mask[:, :start]
+            output = model(**given, **step, past_key_values=past, use_cache=True)
+            past = output["past_key_values"]
+            pieces.append(output["logits"])
+    return torch.cat(pieces, 1), past
+
+
+@pytest.mark.parametrize(("sinks", "window"), [(0, 1), (0, 4), (2, 3), (3, 1)])
+def test_ring_is_the_cache_it_stands_for(sinks: int, window: int) -> None:
+    ring = Ring(sinks, window)
+    columns: dict[int, int] = {}
+    for position in range(20):
+        columns[int(ring.column(torch.tensor(position)))] = position
+        count = position + 1
+        visible = {j for j in range(count) if j < sinks or position - j < window}
+        held = ring.held(torch.tensor([count]), ring.capacity)[0].tolist()
+        assert {column: place for column, place in enumerate(held) if place >= 0} == columns
+        assert visible <= set(columns.values())
+        assert len(columns) == min(count, ring.capacity)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_steps_equal_one_pass(family: str, chunks: list[int]) -> None:
+    model = tiny(family, dtype=torch.float64)
+    given = inputs(model, length=LENGTH)
+    before = logits(model, **given, use_cache=False)
+    _install(model)
+    whole = logits(model, **given, use_cache=False)
+    assert not torch.allclose(before, whole, atol=1e-3)
+    stepwise, past = _stepwise(model, chunks, **given)
+    assert (stepwise - whole).abs().max() <= 1e-12
+    for layer in _own(past).layers:
+        assert layer.keys.shape[2] == layer.values.shape[2] == SINKS + WINDOW
+    assert past.get_seq_length() == LENGTH
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("pads", [1, 6, 17])
+@pytest.mark.parametrize("chunks", [[LENGTH], *CHUNKS.values()], ids=["one pass", *CHUNKS])
+def test_left_padded_rows_equal_the_rows_alone(family: str, pads: int, chunks: list[int]) -> None:
+    model = tiny(family, dtype=torch.float64)
+    _install(model)
+    given = inputs(model, length=LENGTH)
+    alone = logits(model, input_ids=given["input_ids"][1:, pads:], use_cache=False)
+    other = logits(model, input_ids=given["input_ids"][:1], use_cache=False)
+    given["attention_mask"][1, :pads] = 0
+    given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    together, _ = _stepwise(model, chunks, **given)
+    assert (together[1:, pads:] - alone).abs().max() <= 1e-12
+    assert (together[:1] - other).abs().max() <= 1e-12
+
+
+def test_holes_in_the_mask_stay_hidden() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    _install(model)
+    given = inputs(model, length=LENGTH)
+    given["attention_mask"][0, [1, 8, 20]] = 0
+    changed = given["input_ids"].clone()
+    changed[given["attention_mask"] == 0] = 7
+    real = given["attention_mask"].bool()
+    one, _ = _stepwise(model, CHUNKS["long prompt"], **given)
+    two, _ = _stepwise(model, CHUNKS["long prompt"], **given | {"input_ids": changed})
+    assert (one - two)[real].abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bart", "t5"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_obeys(family: str, beams: int) -> None:
+    model = tiny(family)
+    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
+    options = {"max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False, "num_beams": beams}
+    stock = model.generate(**given, **options)
+    undo = _install(model)
+    ours = model.generate(**given, **options, return_dict_in_generate=True)
+    assert isinstance(_own(ours.past_key_values), RingCache)
+    assert torch.equal(ours.sequences, model.generate(**given, **options, use_cache=False))
+    assert all(layer.keys.shape[2] == SINKS + WINDOW for layer in _own(ours.past_key_values).layers)
+    undo()
+    assert torch.equal(model.generate(**given, **options), stock)
+
+
+def test_a_returned_cache_goes_on() -> None:
+    model = tiny("llama")
+    _install(model)
+    given = inputs(model, batch=1)
+    whole = model.generate(**given, max_new_tokens=16, min_new_tokens=16, do_sample=False)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(**given, **options)
+    second = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=10, do_sample=False)
+    assert torch.equal(second, whole[:, : second.shape[1]])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_assisted_decoding_takes_tokens_back(family: str) -> None:
+    model = tiny(family)
+    _install(model)
+    given = inputs(model, batch=1)
+    options = {"max_new_tokens": 14, "do_sample": False}
+    plain = model.generate(**given, **options)
+    cache = METHOD.cache(2)
+    assert torch.equal(plain, model.generate(**given, **options, prompt_lookup_num_tokens=3, past_key_values=cache))
+    with pytest.raises(TautError, match="pass an empty cache of this recipe"):
+        model.generate(**given, **options, prompt_lookup_num_tokens=3)
+
+
+def test_crop_equals_never_having_seen() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    _install(model)
+    ids = inputs(model, length=LENGTH)["input_ids"]
+    wrong = torch.cat([ids[:, :14], (ids[:, 14:18] + 1) % 90, ids[:, 14:]], 1)
+    cache = METHOD.cache(2)
+    cache.activate_past_recording()
+    _, cache = _stepwise(model, [10, 8], cache, input_ids=wrong[:, :18])
+    cache.crop(-4)
+    assert cache.get_seq_length() == 14
+    assert cache.layers[0].keys.shape[2] == SINKS + WINDOW
+    rest, _ = _stepwise(model, [1, 9], cache, input_ids=ids[:, 14:])
+    assert (rest - logits(model, input_ids=ids, use_cache=False)[:, 14:]).abs().max() <= 1e-12
+
+
+def test_crop_before_anything_was_dropped() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    _install(model)
+    ids = inputs(model, length=12)["input_ids"]
+    _, cache = _stepwise(model, [6], input_ids=ids[:, :6])
+    cache.crop(-3)
+    rest, _ = _stepwise(model, [1, 8], cache, input_ids=ids[:, 3:])
+    assert (rest - logits(model, input_ids=ids, use_cache=False)[:, 3:]).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("window", [3, 8])
+def test_composes_with_local_attention(family: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "CPU_ROWS", 4)
+    model = tiny(family, dtype=torch.float64)
+    given = inputs(model, length=LENGTH)
+    undo_local = _local(model, window)
+    local = logits(model, **given, use_cache=False)
+    undo = _install(model)
+    both = logits(model, **given, use_cache=False)
+    assert torch.allclose(local, both, atol=1e-12) == (window <= WINDOW)
+    for chunks in CHUNKS.values():
+        stepwise, _ = _stepwise(model, chunks, **given)
+        assert (stepwise - both).abs().max() <= 1e-12
+    undo_local()
+    assert model.config._attn_implementation == "taut"
+    undo()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_window_as_long_as_the_text_is_the_original() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    given = inputs(model, length=LENGTH)
+    before = logits(model, **given)
+    _install(model, WindowSink.parse({"sinks": 0, "window": LENGTH}))
+    assert (logits(model, **given) - before).abs().max() <= 1e-12
+    assert (_stepwise(model, CHUNKS["growing"], **given)[0] - before).abs().max() <= 1e-12
+
+
+def test_future_changes_nothing_to_the_bit() -> None:
+    model = tiny("llama")
+    _install(model)
+    ids = inputs(model, length=LENGTH)["input_ids"]
+    later = ids.clone()
+    later[:, 15:] = 9
+    assert torch.equal(logits(model, input_ids=ids)[:, :15], logits(model, input_ids=later)[:, :15])
+
+
+def test_gradients_flow_with_and_without_a_cache() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    _install(model)
+    ids = inputs(model, length=12)["input_ids"]
+    model(input_ids=ids, use_cache=False)[0].square().sum().backward()
+    expected = {name: each.grad.clone() for name, each in model.named_parameters()}
+    model.zero_grad()
+    past, total = None, 0.0
+    for start, stop in ((0, 9), (9, 10), (10, 11), (11, 12)):
+        output = model(input_ids=ids[:, start:stop], past_key_values=past, use_cache=True)
+        past, total = output["past_key_values"], total + output["logits"].square().sum()
+    total.backward()
+    assert all(torch.allclose(each.grad, expected[name], atol=1e-9) for name, each in model.named_parameters())
+
+
+def test_inference_mode_and_back() -> None:
+    model = tiny("llama")
+    _install(model)
+    ids = inputs(model, length=12)["input_ids"]
+    with torch.inference_mode():
+        past = model(input_ids=ids[:, :11], use_cache=True)["past_key_values"]
+    with torch.no_grad():
+        step = model(input_ids=ids[:, 11:], past_key_values=past)["logits"]
+    assert torch.allclose(step, logits(model, input_ids=ids)[:, 11:], atol=1e-4)
+
+
+def test_copies_of_model_and_cache_are_independent() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    _install(model)
+    twin = copy.deepcopy(model)
+    ids = inputs(model, length=LENGTH)["input_ids"]
+    whole = logits(model, input_ids=ids, use_cache=False)
+    _, prefix = _stepwise(twin, [10], input_ids=ids[:, :10])
+    for _ in range(2):
+        rest, _ = _stepwise(twin, [1] * 14, copy.deepcopy(prefix), input_ids=ids[:, 10:])
+        assert (rest - whole[:, 10:]).abs().max() <= 1e-12
+
+
+def test_what_cannot_be_served_is_told() -> None:
+    model = tiny("llama")
+    given = inputs(model)
+    filled = model(**given, past_key_values=DynamicCache())["past_key_values"]
+    _install(model)
+    with pytest.raises(TautError, match="already holds 12 tokens"):
+        model(input_ids=given["input_ids"][:, :1], past_key_values=filled)
+    with pytest.raises(TautError, match="StaticCache"):
+        model.generate(**given, max_new_tokens=4, cache_implementation="static")
+    with pytest.raises(TautError, match="of 4 axes"):
+        model(input_ids=given["input_ids"], attention_mask=torch.ones(2, 1, 12, 12, dtype=torch.bool))
+    padded = padded_inputs(model)
+    past = model(**padded, use_cache=True)["past_key_values"]
+    with pytest.raises(TautError, match="left-padded"):
+        model(input_ids=given["input_ids"][:, :1], past_key_values=past)
+    with pytest.raises(TautError, match="serves only the model"):
+        tiny("llama")(**given, past_key_values=METHOD.cache(2))
+
+
+def test_cost_and_keep() -> None:
+    site = MemorySite(
+        slot="memory", path="model", layers=2, key_heads=2, head_width=8, position="rope", length=100, dtype="float32"
+    )
+    assert METHOD.entries(site) == 7
+    assert METHOD.predict(site).cache_bytes_per_token == site.dense().cache_bytes_per_token * 0.07
+    assert WindowSink.parse({}, 0.5).solve(site, 0.5).knobs.window == 46
+    assert WindowSink.parse({"sinks": 0}, 1.0).solve(site, 1.0).entries(site) == 100
+    assert Identity().predict(site) == site.dense()
+    with pytest.raises(TautError, match="the least keep is 0.0500"):
+        WindowSink.parse({}, 0.03).solve(site, 0.03)
+
+
+def test_predicted_bytes_are_held() -> None:
+    model = tiny("llama")
+    site = next(site for site in locate(model, LENGTH).sites if isinstance(site, MemorySite))
+    _install(model)
+    _, past = _stepwise(model, CHUNKS["long prompt"], input_ids=inputs(model, batch=1, length=LENGTH)["input_ids"])
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in past.layers)
+    assert held == METHOD.predict(site).cache_bytes_per_token * LENGTH
+
+
+def test_identity_leaves_the_model_alone() -> None:
+    model = tiny("llama")
+    _install(model, Identity())()
+    assert model.config._attn_implementation == "sdpa"
+    assert not model.model._forward_pre_hooks

@@ -1,0 +1,1 @@
+from taut.contract.tiny import *  # noqa: F403
