@@ -23,7 +23,7 @@ ALLOWED = {
     "runner": {"core", "comparison", "ledger", "trial"},
     "_plugin": {"surgery"},
     "cli": {"core", "verbs", "display", "launch"},
-    "display": {"core"},
+    "display": {"core", "reporting"},
     "launch": {"core"},
 }
 TORCH_FREE = ("core", "ledger", "comparison", "reporting", "cli", "display", "launch")

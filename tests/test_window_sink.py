@@ -227,6 +227,16 @@ def test_future_changes_nothing_to_the_bit() -> None:
     assert torch.equal(logits(model, input_ids=ids)[:, :15], logits(model, input_ids=later)[:, :15])
 
 
+def test_packed_sequences_have_sinks_of_their_own() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    _install(model)
+    ids = inputs(model, batch=1, length=LENGTH)["input_ids"]
+    places = torch.cat([torch.arange(11), torch.arange(13)])[None]
+    packed = logits(model, input_ids=ids, position_ids=places, use_cache=False)
+    apart = torch.cat([logits(model, input_ids=part) for part in (ids[:, :11], ids[:, 11:])], 1)
+    assert (packed - apart).abs().max() <= 1e-12
+
+
 def test_gradients_flow_with_and_without_a_cache() -> None:
     model = tiny("llama", dtype=torch.float64)
     _install(model)

@@ -220,28 +220,30 @@ def compare(
     report: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
     figures: Annotated[Path | None, typer.Option(help="also write the pictures as PNG into this folder")] = None,
     only: Annotated[list[str] | None, typer.Option(help="run only these recipes of the study")] = None,
-    device: Device = "cpu",
+    task: Annotated[list[str] | None, typer.Option(help="with MODEL: the tasks; default docs_retrieval")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="seeds; default: the study's own")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the study's own")] = None,
+    dtype: Dtype = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Compare recipes fairly, and draw the report. Interrupted, it resumes where it was."""
     from taut import display, verbs
 
+    verbs.use_threads(threads)
     outcome = verbs.compare(
         study,
         [*(recipes or []), *(more or [])],
+        tasks=task or ["docs_retrieval"],
+        only=only or (),
         ledger=ledger,
         report=report,
         figures=figures,
-        limit=only or (),
-        device=device,
-        threads=threads,
+        **_given(device=device, dtype=dtype, seeds=seed),
     )
-    _finish(as_json, outcome.to_dict() | {"report": str(report)}, lambda: display.outcome(outcome, report))
-    if outcome.interrupted:
-        raise typer.Exit(130)
-    if outcome.unexpected:
-        raise typer.Exit(1)
+    content = outcome.to_dict() | {"report": None if outcome.interrupted else str(report)}
+    _finish(as_json, content, lambda: display.outcome(outcome, report))
+    raise typer.Exit(outcome.exit_code)
 
 
 @app.command()
@@ -320,6 +322,11 @@ def _finish(as_json: bool, content: dict[str, Any], text: Callable[[], None]) ->
         print(json.dumps(content, default=str), file=sys.__stdout__, flush=True)
     else:
         text()
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Only what was said."""
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _pairs(items: list[str] | None) -> dict[str, Any]:

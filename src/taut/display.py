@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -105,6 +106,18 @@ def checks(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["status"] == "failed":
             OUT.print(f"failed: {row['check']} {escape(row['case'])}: {escape(row['reason'])}", highlight=False)
+
+
+def outcome(found: Any, report: Path) -> None:
+    """The table of every model of a run, then where the page is."""
+    from taut.reporting.tables import terminal
+
+    rows = found.rows
+    for model in dict.fromkeys(row.model for row in rows):
+        OUT.print(terminal(rows, model))
+    OUT.print(found.sentence(), highlight=False)
+    if not found.interrupted:
+        OUT.print(f"report: {escape(str(report))}", highlight=False)
 
 
 STATUSES = ("passed", "skipped", "failed")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from taut.ledger import Ledger
+    from taut.runner import Outcome
     from taut.surgery.plan import Plan
 
 Progress = Callable[[int, int], None]
@@ -171,26 +173,46 @@ def compare(
     study: str | Path,
     recipes: Sequence[str] = (),
     *,
+    tasks: Sequence[str] = ("docs_retrieval",),
+    only: Sequence[str] = (),
     ledger: str | Path | None = None,
     report: str | Path | None = None,
     figures: str | Path | None = None,
-    limit: Sequence[str] = (),
     **options: Any,
-) -> Any:
-    """Run a study (a YAML file, or a model with ``recipes``), resuming what the ledger holds, and draw the report."""
-    from taut.runner import compare as run
+) -> "Outcome":
+    """Run a study, resuming what the ledger holds, and draw the report.
 
-    outcome = run(study, recipes, ledger=ledger, limit=limit, **options)
-    if report is not None or figures is not None:
-        globals()["report"](outcome.ledger, report, figures=figures)
+    ``study`` is a YAML file; or a MODEL, with ``recipes`` (files, names or a shipped set such as ``light``) and
+    ``tasks``. ``only`` names the recipes to run (``dense`` and ``identity`` always are). The ledger is a folder,
+    ``runs/NAME`` by default. ``options`` are further fields of the study (seeds, measure, limits, device, dtype).
+    Raises TautError for wrong input, before anything runs.
+    """
+    from taut import trial
+    from taut.comparison.study import Study
+    from taut.ledger import Ledger
+    from taut.runner import run
+
+    if recipes:
+        chosen = Study.from_arguments(str(study), recipes, tasks, **options)
+    else:
+        chosen = Study.load(study).with_options(**options)
+    chosen = chosen.only(only) if only else chosen
+    records = Ledger(ledger or Path("runs") / chosen.name)
+    outcome = run(chosen, records, trial)
+    if not outcome.interrupted and (report is not None or figures is not None):
+        draw(records, report, figures=figures)
     return outcome
 
 
-def report(ledger: str | Path, out: str | Path | None, *, figures: str | Path | None = None) -> Path | None:
+def report(ledger: "Ledger | str | Path", out: str | Path | None, *, figures: str | Path | None = None) -> Path | None:
     """Draw the report of a ledger: one self-contained page, and PNG figures with ``figures``."""
     from taut.reporting.page import write
 
     return write(ledger, out, figures)
+
+
+draw = report
+"""The verb under a second name, for ``compare``, whose option ``report`` hides it."""
 
 
 def check(method: str, families: Sequence[str] = (), knobs: dict[str, Any] | None = None) -> list[dict[str, Any]]:

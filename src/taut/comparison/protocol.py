@@ -2,8 +2,8 @@
 
 The baseline is the dense trial of the same model and seed. Scores are compared item by item; latencies by the
 interleaved ratio that the trial took. What ``identity`` shows is the error bar: a difference inside it, or inside its
-own interval, is "within noise". Several variants share one error rate (Holm) when they claim to be better; a loss is told
-as soon as its own interval shows it.
+own interval, is "within noise". Several variants share one error rate (Holm) when they claim to be better; a loss is
+told as soon as its own interval shows it.
 """
 
 import math
@@ -31,13 +31,18 @@ UNKNOWN = "no interval"
 
 @dataclass(frozen=True)
 class Column:
-    """How a cost is read. ``words`` are for less and for more of it; without words its ratio is only shown."""
+    """How a cost is read.
+
+    ``words`` are for less and for more of it; without words its ratio is only shown. ``ratio`` is the cost that holds
+    the interleaved ratio. ``alone`` marks what was timed in a trial of its own, and so is not compared across trials.
+    """
 
     label: str
     help: str
     words: tuple[str, str] | None = None
     ratio: str | None = None
     better: Literal["higher", "lower"] = "lower"
+    alone: bool = False
 
 
 COSTS = {
@@ -52,8 +57,8 @@ COSTS = {
     ),
     "latency_prefill": Column("prefill", "one forward pass", ("faster", "slower"), "latency_prefill_ratio"),
     "latency_decode": Column("decode", "one new token", ("faster", "slower"), "latency_decode_ratio"),
-    "throughput": Column("throughput", "tokens per second", better="higher"),
-    "energy_joules": Column("energy", "joules of one forward pass"),
+    "throughput": Column("throughput", "tokens per second of the forward pass", better="higher", alone=True),
+    "energy_joules": Column("energy", "joules of one forward pass", alone=True),
 }
 RATIOS = {column.ratio: name for name, column in COSTS.items() if column.ratio}
 
@@ -312,7 +317,7 @@ def _score_word(gap: Gap, bar: Gap | None, better: str) -> Gap:
 def _cost_gap(name: str, row: Row, dense: Row, control: Row | None) -> Gap | None:
     """The ratio of a cost to the dense model's: interleaved where the trial took one, else of the two values."""
     column = COSTS.get(name)
-    if row is dense or column is None:
+    if row is dense or column is None or column.alone:
         return None
     if column.ratio:
         timed = row.costs.get(column.ratio)

@@ -109,7 +109,7 @@ def dense(
 
 def computed_pairs(length: int, window: int, first: int, causal: bool, rows: int = CPU_ROWS) -> int:
     """How many scores ``attend`` computes on the CPU for ``length`` queries and keys, the masked ones in its blocks
-    included: what PyTorch's FLOP counter sees."""
+    included."""
     if window >= length:
         return length**2
     plan = _plan(View(1, length, length, causal=causal), window, first, rows)

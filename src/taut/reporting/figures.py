@@ -291,7 +291,7 @@ def _place_labels(points: list[dict[str, Any]], x_domain: list[float], y_domain:
         return across, HEIGHT - (point["score"] - y_domain[0]) / (y_domain[1] - y_domain[0]) * HEIGHT
 
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in map(at, points)]
-    for index in sorted(range(len(points)), key=lambda index: (index not in first, points[index]["family"] != "dense")):
+    for index in sorted(range(len(points)), key=lambda index: (index not in first, points[index]["x"])):
         (x, y), width = at(points[index]), LETTER * len(points[index]["recipe"])
         for place, (align, dx, dy) in enumerate(PLACES):
             left = x + dx - {"left": 0.0, "center": width / 2, "right": width}[align]
