@@ -23,7 +23,7 @@ demo: $(VENV)/demo  ## compare ways to lighten a real model, and draw report.htm
 	$(BIN)/taut compare studies/quickstart.yaml --report report.html
 
 demo-short: $(VENV)/demo
-	$(BIN)/taut compare studies/quickstart.yaml --report report.html --only dense --only identity --only table_int8 --only must_fail
+	$(BIN)/taut compare studies/quickstart.yaml --report report.html --only 'table int8' --only 'cache of an encoder'
 
 test: $(VENV)/test lint  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m 'not full'

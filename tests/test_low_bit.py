@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from taut.core.errors import TautError
 from taut.core.site import LinearSite, TableSite
-from taut.kernels import int8_linear, rowwise
+from taut.kernels import int8_linear, rowwise, tied_head
 from taut.kernels.rowwise import RowFormat
 from taut.methods.embedding.low_bit import LowBitEmbedding
 from taut.methods.linear.low_bit import LowBitLinear
@@ -130,13 +130,16 @@ class TestRows:
     @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
     def test_tied_head(self, layout: RowFormat, monkeypatch: pytest.MonkeyPatch) -> None:
         """Scores and gradient equal those of the dense equivalent, in pieces that do not divide the table."""
-        monkeypatch.setitem(rowwise.EXPANDED_AT_ONCE, "cpu", 7 * layout.width)
+        monkeypatch.setitem(tied_head.EXPANDED_AT_ONCE, "cpu", 7 * layout.width)
+        monkeypatch.setattr(tied_head, "CODES_AT_ONCE", 7 * layout.width)
         packed = rowwise.pack(normal(40, layout.width), layout)
         dense = rowwise.unpack(packed, layout)
         hidden, pull = normal(2, 3, layout.width).requires_grad_(), normal(2, 3, 40, seed=3)
-        (ours,) = torch.autograd.grad(rowwise.logits(hidden, packed, layout), hidden, pull)
+        (ours,) = torch.autograd.grad(tied_head.logits(hidden, packed, layout), hidden, pull)
         (theirs,) = torch.autograd.grad(hidden @ dense.T, hidden, pull)
-        assert torch.allclose(rowwise.logits(hidden, packed, layout), hidden @ dense.T, atol=1e-5)
+        for tokens in (hidden, hidden[:, :1], hidden[0, 0], hidden[:0]):
+            expected = tokens.double() @ dense.T.double()
+            assert torch.allclose(tied_head.logits(tokens, packed, layout).double(), expected, atol=1e-5)
         assert torch.allclose(ours, theirs, atol=1e-5)
 
     @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -18,7 +18,6 @@ __all__ = (
     "footprint",
     "load",
     "measure",
-    "methods",
     "plan",
     "report",
     "show",

@@ -1,6 +1,7 @@
 """Words, then a verb, then printing. Nothing heavy is imported before a verb is called."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -220,8 +221,8 @@ def compare(
     report: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
     figures: Annotated[Path | None, typer.Option(help="also write the pictures as PNG into this folder")] = None,
     only: Annotated[list[str] | None, typer.Option(help="run only these recipes of the study")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="with MODEL: the tasks; default docs_retrieval")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="seeds; default: the study's own")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="with MODEL: the tasks; default: by kind of model")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="with MODEL: seeds")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the study's own")] = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -230,16 +231,16 @@ def compare(
     """Compare recipes fairly, and draw the report. Interrupted, it resumes where it was."""
     from taut import display, verbs
 
-    verbs.use_threads(threads)
     outcome = verbs.compare(
         study,
         [*(recipes or []), *(more or [])],
-        tasks=task or ["docs_retrieval"],
-        only=only or (),
         ledger=ledger,
         report=report,
         figures=figures,
-        **_given(device=device, dtype=dtype, seeds=seed),
+        only=only or (),
+        device=device,
+        threads=threads,
+        **_given(tasks=task, dtype=dtype, seeds=seed),
     )
     content = outcome.to_dict() | {"report": None if outcome.interrupted else str(report)}
     _finish(as_json, content, lambda: display.outcome(outcome, report))
@@ -292,6 +293,8 @@ def run(context: typer.Context) -> None:
 def main() -> None:
     """The entry point: a mistake in the input is one line on stderr and exit code 2."""
     as_json = "--json" in sys.argv
+    # Our own progress is enough; transformers' bar for every file would run through it.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with _quiet_stdout(as_json):
             app()

@@ -198,7 +198,7 @@ def compare(
     recipes: Sequence[str] = (),
     *,
     ledger: str | Path | None = None,
-    limit: Sequence[str] = (),
+    only: Sequence[str] = (),
     device: str | None = None,
     threads: int | None = None,
     view: Display | None = None,
@@ -206,7 +206,7 @@ def compare(
 ) -> Outcome:
     """Run a study's YAML file, or one model with ``recipes`` and ``options`` (tasks, seeds, measure, limits, name).
 
-    ``limit`` keeps only these recipes and the two controls; ``device`` and ``threads`` replace what the study says.
+    ``only`` keeps only these recipes and the two controls; ``device`` and ``threads`` replace what the study says.
     The ledger is ``runs/NAME`` unless given. Raises TautError for wrong input.
     """
     if Path(study).suffix in (".yaml", ".yml"):
@@ -219,7 +219,7 @@ def compare(
         )
     else:
         chosen = Study.from_arguments(str(study), recipes, **DEFAULTS | options)
-    chosen = chosen.narrowed(limit, device, threads)
+    chosen = chosen.narrowed(only, device, threads)
     # Only now, as it brings torch and transformers: wrong input is answered at once.
     from taut import trial
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from taut.anatomy.locate import locate
 from taut.core.environment import environment
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
@@ -25,6 +26,7 @@ from taut.measurement.count import Footprint, cache_bytes, count, flops_per_toke
 from taut.measurement.energy import energy
 from taut.measurement.memory import peak_memory
 from taut.measurement.speed import filled_cache, forward_case, speed
+from taut.methods.part import PartMethod
 from taut.surgery.apply import is_tightened, save, steps_of, tighten
 from taut.surgery.plan import Plan, make
 from taut.surgery.source import Source, open_model, open_skeleton, open_tokenizer, resolve
@@ -183,13 +185,26 @@ def sizes(model: PreTrainedModel, found: Footprint, folder: Path) -> dict[str, Q
         "stored_bytes": Quantity(value=found.stored, unit="bytes", how="tensors of the state dict, shared ones once"),
         "file_bytes": Quantity(value=files.total, unit="bytes", how=f"size of {len(files.files)} saved weight file(s)"),
         "resident_bytes": Quantity(value=found.resident, unit="bytes", how="storages of all tensors held, each once"),
-        "flops_per_token": flops_per_token(model, inputs),
+        "flops_per_token": _flops(model, inputs),
     }
     if cache is not None:
         tokens = inputs["input_ids"].shape[1]
         how = f"tensors of the cache after {tokens} tokens"
         costs["cache_bytes_per_token"] = Quantity(value=cache_bytes(cache) / tokens, unit="bytes/token", how=how)
     return costs
+
+
+def _flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Quantity:
+    """Counted by PyTorch; what its counter cannot see on a CPU (integer kernels) is added as predicted."""
+    counted = flops_per_token(model, inputs)
+    if not is_tightened(model) or model.device.type != "cpu":
+        return counted
+    hidden = [step for step in steps_of(model) if isinstance(step.method, PartMethod) and step.method.uncounted]
+    if not hidden:
+        return counted
+    unseen = sum(step.cost.flops_per_token for step in hidden)
+    how = f"{counted.how}; {len(hidden)} parts that it cannot see as predicted"
+    return counted.model_copy(update={"value": counted.value + unseen, "how": how})
 
 
 def latencies(model: PreTrainedModel, dense: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, Quantity]:
@@ -245,10 +260,10 @@ def _opened(
 def _footprint(model: PreTrainedModel) -> Footprint:
     """Per slot; a packed part counts for the parameters it stands for."""
     if not is_tightened(model):
-        return count(model, make_sites(model))
+        return count(model, _sites(model))
     steps = steps_of(model)
     packed = {step.site.path: step.cost.parameters for step in steps if _is_packed(model, step.site)}
-    return count(model, make_sites(model), packed)
+    return count(model, _sites(model), packed)
 
 
 def _is_packed(model: PreTrainedModel, site: Site) -> bool:
@@ -256,10 +271,8 @@ def _is_packed(model: PreTrainedModel, site: Site) -> bool:
     return site.slot != "attention" and any(not tensor.is_floating_point() for tensor in tensors)
 
 
-def make_sites(model: PreTrainedModel) -> tuple[Site, ...]:
+def _sites(model: PreTrainedModel) -> tuple[Site, ...]:
     """The sites of a model, tightened or not: those of a skeleton of its configuration and class."""
-    from taut.anatomy.locate import locate
-
     if not is_tightened(model):
         return locate(model).sites
     config = type(model.config).from_dict(model.config.to_dict())
@@ -280,8 +293,8 @@ def _tokenizer(source: Source) -> Any:
 
 
 def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
             return f"{number:.3g} {unit}"
         number /= 1000
-    raise AssertionError
+    return f"{number:.3g} GB"

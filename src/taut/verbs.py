@@ -173,34 +173,27 @@ def compare(
     study: str | Path,
     recipes: Sequence[str] = (),
     *,
-    tasks: Sequence[str] = ("docs_retrieval",),
-    only: Sequence[str] = (),
     ledger: str | Path | None = None,
     report: str | Path | None = None,
     figures: str | Path | None = None,
+    only: Sequence[str] = (),
+    device: str | None = None,
+    threads: int | None = None,
     **options: Any,
 ) -> "Outcome":
     """Run a study, resuming what the ledger holds, and draw the report.
 
     ``study`` is a YAML file; or a MODEL, with ``recipes`` (files, names or a shipped set such as ``light``) and
-    ``tasks``. ``only`` names the recipes to run (``dense`` and ``identity`` always are). The ledger is a folder,
-    ``runs/NAME`` by default. ``options`` are further fields of the study (seeds, measure, limits, device, dtype).
-    Raises TautError for wrong input, before anything runs.
+    further fields of a study as ``options`` (tasks, seeds, measure, limits, dtype). ``only`` names the recipes to run
+    (``dense`` and ``identity`` always are). The ledger is a folder, ``runs/NAME`` by default. Raises TautError for
+    wrong input, before anything runs.
     """
-    from taut import trial
-    from taut.comparison.study import Study
-    from taut.ledger import Ledger
-    from taut.runner import run
+    from taut import runner
 
-    if recipes:
-        chosen = Study.from_arguments(str(study), recipes, tasks, **options)
-    else:
-        chosen = Study.load(study).with_options(**options)
-    chosen = chosen.only(only) if only else chosen
-    records = Ledger(ledger or Path("runs") / chosen.name)
-    outcome = run(chosen, records, trial)
+    use_threads(threads)
+    outcome = runner.compare(study, recipes, ledger=ledger, only=only, device=device, threads=threads, **options)
     if not outcome.interrupted and (report is not None or figures is not None):
-        draw(records, report, figures=figures)
+        draw(outcome.ledger, report, figures=figures)
     return outcome
 
 

@@ -173,22 +173,6 @@ class Study(_Strict):
         measure = self.measure.model_copy(update={"latency": latency})
         return self.model_copy(update={"recipes": kept, "device": device or self.device, "measure": measure})
 
-    def with_options(self, **options: Any) -> "Study":
-        """The same study with other fields (seeds, measure, limits, device, dtype). Raises TautError as ``parse``."""
-        written = {name: choice.recipe | {"expect": choice.expect} for name, choice in self.recipes.items()}
-        content = self.model_dump() | {"recipes": written} | options
-        return type(self).parse(content, self.source)
-
-    def only(self, names: Sequence[str]) -> "Study":
-        """Only these recipes, and the baseline and the control. Raises TautError for a name that is not there."""
-        for name in names:
-            if name not in self.recipes:
-                raise TautError(f"{self.source}: no recipe {name!r}: {nearest(name, self.recipes)}")
-        always = [name for name, choice in self.recipes.items() if choice.recipe in (DENSE, IDENTITY)]
-        return self.model_copy(
-            update={"recipes": {name: self.recipes[name] for name in self.recipes if name in (*names, *always)}}
-        )
-
     @property
     def digest(self) -> str:
         """A hash of the ids of all trials."""

@@ -48,8 +48,11 @@ def pack(weight: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, outputs: int, inputs: int) -> Int8Weight:
     """The views into ``packed``; nothing is copied."""
-    codes, tail = packed[: outputs * inputs], packed[-8 * outputs :]
-    return Int8Weight(codes.view(outputs, inputs), *tail.view(torch.float32).view(2, outputs).unbind())
+    # Few operations: at one token each costs as much as the arithmetic of a small map.
+    floats = packed.view(torch.float32)
+    return Int8Weight(
+        packed.as_strided((outputs, inputs), (inputs, 1)), floats[-2 * outputs : -outputs], floats[-outputs:]
+    )
 
 
 def expand(weight: Int8Weight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,9 +69,12 @@ def quantise_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     fused = getattr(torch.ops.quantized, "embedding_bag_byte_prepack", None) if x.device.type == "cpu" else None
     if fused is None:
         return quantise_tokens_plainly(x)
-    rows = fused(x)
-    step, low = rows[:, x.shape[1] :].clone(memory_format=torch.contiguous_format).view(torch.float32).split(1, dim=1)
-    return rows[:, : x.shape[1]], step, low
+    rows, width = fused(x), x.shape[1]
+    # The last eight bytes of a row are step and low; a view as floats needs them aligned.
+    floats = (rows if width % 4 == 0 else rows[:, width:].clone(memory_format=torch.contiguous_format)).view(
+        torch.float32
+    )
+    return rows[:, :width], floats[:, -2:-1], floats[:, -1:]
 
 
 def quantise_tokens_plainly(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,11 +144,9 @@ def _forward(x: Tensor, bias: Tensor | None, packed: Tensor, outputs: int, input
 
 
 def _scaled_product(q: Tensor, step: Tensor, low: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-    answer = torch.empty(q.shape[0], weight.codes.shape[0], dtype=torch.float32)
-    # Integers and floats take turns in the same memory: at many tokens a second array costs as much as the product.
-    integers = answer.view(torch.int32)
-    torch._int_mm(q, weight.codes.T, out=integers)
-    answer.copy_(integers).mul_(step).addcmul_(low, weight.sums)
+    integers = torch._int_mm(q, weight.codes.T)
+    # The floats take the place of the integers: at many tokens a second array costs as much as the product.
+    answer = integers.view(torch.float32).copy_(integers).mul_(step).addcmul_(low, weight.sums)
     return answer.mul_(weight.scales) if bias is None else torch.addcmul(bias, answer, weight.scales, out=answer)
 
 

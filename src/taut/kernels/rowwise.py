@@ -6,14 +6,11 @@ two in a byte with the earlier column in the low nibble, then a scale and a bias
 the tensor is (V, groups, bytes of a group), which no dense table's shape equals.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from taut.core.errors import TautError
 
@@ -22,8 +19,6 @@ SHRINKS = tuple(1 - step / 20 for step in range(1, 11))
 """What the clip search tries to shrink a range by: .95, .90, ... .50."""
 PACKED_AT_ONCE = 1 << 22
 """Numbers quantised at a time: bounds what packing a large table needs beside it."""
-EXPANDED_AT_ONCE = {"cpu": 1 << 18}
-"""Numbers of the table a tied head holds expanded. On a CPU they stay in the cache between the two kernels."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +61,17 @@ def pack(table: Tensor, layout: RowFormat, symmetric: bool = False, clip: bool =
     return torch.cat([_pack(rows, layout, symmetric, clip) for rows in table.detach().split(step)])
 
 
-def unpack(packed: Tensor, layout: RowFormat) -> Tensor:
-    """Packed (V, groups, ``group_bytes``) -> (V, D) float32: the plain formula, which the fused lookup must equal."""
+def fields(packed: Tensor, layout: RowFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """What is stored of each of the n = V * groups groups: code bytes (n, -) uint8, scale and bias (n, 1) float32."""
     codes, tail = packed.flatten(0, 1).split([layout.group * layout.bits // 8, 2 * layout.scale_dtype.itemsize], dim=1)
     # A copy, since a view as floats needs an aligned start.
     scale, bias = tail.clone(memory_format=torch.contiguous_format).view(layout.scale_dtype).float().split(1, dim=1)
+    return codes, scale, bias
+
+
+def unpack(packed: Tensor, layout: RowFormat) -> Tensor:
+    """Packed (V, groups, ``group_bytes``) -> (V, D) float32: the plain formula, which the fused lookup must equal."""
+    codes, scale, bias = fields(packed, layout)
     if layout.bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
     return torch.addcmul(bias, codes.float(), scale).reshape(-1, layout.width)
@@ -92,14 +93,6 @@ def lookup(packed: Tensor, ids: Tensor, layout: RowFormat, dtype: torch.dtype = 
     return rows.to(dtype).reshape(*ids.shape, layout.width)
 
 
-def logits(hidden: Tensor, packed: Tensor, layout: RowFormat) -> Tensor:
-    """Scores of a head tied to the table: (..., D) -> (..., V), in the dtype of ``hidden``.
-
-    Exact up to rounding: the table is expanded a few hundred rows at a time, forward and backward, and never whole.
-    """
-    return _tied_head(hidden, packed, layout.bits, layout.width, layout.group)
-
-
 @torch.library.custom_op("taut::rowwise_lookup", mutates_args=())
 def _lookup(packed: Tensor, ids: Tensor, bits: int, width: int, group: int, dtype: torch.dtype) -> Tensor:
     """``lookup``, opaque to compilers."""
@@ -109,65 +102,6 @@ def _lookup(packed: Tensor, ids: Tensor, bits: int, width: int, group: int, dtyp
 @_lookup.register_fake
 def _lookup_shape(packed: Tensor, ids: Tensor, bits: int, width: int, group: int, dtype: torch.dtype) -> Tensor:
     return packed.new_empty(*ids.shape, width, dtype=dtype)
-
-
-@torch.library.custom_op("taut::rowwise_tied_head", mutates_args=())
-def _tied_head(hidden: Tensor, packed: Tensor, bits: int, width: int, group: int) -> Tensor:
-    """``logits``, opaque to compilers. Autograd alone would keep every expanded piece until the backward pass."""
-    flat = hidden.reshape(-1, width)
-    scores = flat.new_empty(flat.shape[0], packed.shape[0])
-    for start, rows in _pieces(packed, RowFormat(bits, width, group), hidden.dtype):
-        scores[:, start : start + rows.shape[0]] = flat @ rows.T
-    return scores.view(*hidden.shape[:-1], packed.shape[0])
-
-
-@_tied_head.register_fake
-def _tied_head_shape(hidden: Tensor, packed: Tensor, bits: int, width: int, group: int) -> Tensor:
-    return hidden.new_empty(*hidden.shape[:-1], packed.shape[0])
-
-
-def _tied_head_remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, *layout = inputs
-    ctx.save_for_backward(packed)
-    ctx.layout = RowFormat(*layout)
-
-
-def _tied_head_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    layout = ctx.layout
-    return _tied_head_gradient(gradient, *ctx.saved_tensors, layout.bits, layout.width, layout.group), *[None] * 4
-
-
-@torch.library.custom_op("taut::rowwise_tied_head_gradient", mutates_args=())
-def _tied_head_gradient(gradient: Tensor, packed: Tensor, bits: int, width: int, group: int) -> Tensor:
-    """(..., V) -> (..., D)."""
-    flat = gradient.reshape(-1, packed.shape[0])
-    total = flat.new_zeros(flat.shape[0], width)
-    for start, rows in _pieces(packed, RowFormat(bits, width, group), gradient.dtype):
-        total.addmm_(flat[:, start : start + rows.shape[0]], rows)
-    return total.view(*gradient.shape[:-1], width)
-
-
-@_tied_head_gradient.register_fake
-def _tied_head_gradient_shape(gradient: Tensor, packed: Tensor, bits: int, width: int, group: int) -> Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], width)
-
-
-@register_flop_formula([torch.ops.taut.rowwise_tied_head, torch.ops.taut.rowwise_tied_head_gradient])
-def _tied_head_flops(given: torch.Size, packed: torch.Size, bits: int, width: int, *rest: Any, **named: Any) -> int:
-    """For PyTorch's FLOP counter, which cannot look inside."""
-    return 2 * math.prod(given[:-1]) * width * packed[0]
-
-
-_tied_head.register_autograd(_tied_head_backward, setup_context=_tied_head_remember)
-
-
-def _pieces(packed: Tensor, layout: RowFormat, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """The table expanded piece by piece: (first row, (n, D) of ``dtype``)."""
-    step = max(1, EXPANDED_AT_ONCE.get(packed.device.type, PACKED_AT_ONCE) // layout.width)
-    ids = torch.arange(min(step, packed.shape[0]), device=packed.device)
-    for start in range(0, packed.shape[0], step):
-        piece = packed[start : start + step]
-        yield start, lookup(piece, ids[: piece.shape[0]], layout, dtype)
 
 
 def _fused_lookup(fused: Any, packed: Tensor, ids: Tensor, layout: RowFormat) -> Tensor:

@@ -177,9 +177,10 @@ def _nearest_few(word: str, choices: Any) -> str:
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from tqdm.auto import tqdm
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(FILES), tqdm_class=tqdm))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise TautError(
             f"{name}: no such folder here, and the Hub cannot be reached or has none: {_one_line(error)}"

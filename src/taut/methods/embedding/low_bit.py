@@ -9,7 +9,8 @@ from torch import Tensor
 from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.site import Site, TableSite
-from taut.kernels.rowwise import RowFormat, logits, lookup, pack, unpack
+from taut.kernels.rowwise import RowFormat, lookup, pack, unpack
+from taut.kernels.tied_head import logits
 from taut.methods.part import Calibration, EmbeddingMethod, Knobs, TablePart
 
 STANDARD_DEVIATION = 0.02
