@@ -35,28 +35,32 @@ def status(label: str) -> Iterator[Callable[[str], None]]:
 
 
 def methods(rows: list[dict[str, Any]]) -> None:
-    table = _table("method", "what it does", "dial", "knobs", "source")
+    table = _table("method", "what it does", "dial", "knobs")
     for row in rows:
         knobs = ", ".join(f"{name}={knob['default']}" for name, knob in row["knobs"].items())
-        table.add_row(*(escape(text) for text in (row["id"], row["summary"], row["dial"] or "-", knobs, row["source"])))
+        table.add_row(*(escape(text) for text in (row["id"], row["summary"], row["dial"] or "-", knobs)))
     OUT.print(table)
+    OUT.print("sources and costs: docs/methods, or taut methods --json")
 
 
 def plan(content: dict[str, Any]) -> None:
     """One line per slot and method, then what stays as it is and why."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for step in content["steps"]:
-        knobs = ", ".join(f"{key}={value}" for key, value in step["knobs"].items())
-        groups.setdefault((step["site"].partition(".")[0], step["method"], knobs), []).append(step)
-    table = _table("slot", "method", "knobs", "sites", "parameters", "bytes", "FLOPs/token", "cache B/token")
-    for (slot, method, knobs), steps in groups.items():
-        cells = [_change(steps, key) for key in ("parameters", "bytes", "flops_per_token", "cache_bytes_per_token")]
-        table.add_row(slot, escape(method), escape(knobs), str(len(steps)), *cells)
+        groups.setdefault((step["site"].partition(".")[0], step["label"]), []).append(step)
+    table = _table("slot", "method", "sites", "bytes", "FLOPs/token", "cache B/token", wide="method")
+    for (slot, label), steps in groups.items():
+        cells = [_change(steps, key) for key in ("bytes", "flops_per_token", "cache_bytes_per_token")]
+        table.add_row(slot, escape(label), str(len(steps)), *cells)
+    before, after = content["before"], content["after"]
+    total = [{"before": before, "after": after}]
+    cells = [_change(total, key) for key in ("bytes", "flops_per_token", "cache_bytes_per_token")]
+    table.add_row("together", "", str(len(content["steps"])), *cells, style="bold")
     OUT.print(table)
     if content["untouched"]:
         OUT.print("not touched:")
         for row in content["untouched"]:
-            OUT.print(f"  {escape(row['path'])}: {escape(row['reason'])}", highlight=False)
+            OUT.print(f"  {escape(row['path'])}: {escape(row['reason'])}", highlight=False, soft_wrap=True)
 
 
 def folder(content: dict[str, Any]) -> None:
@@ -123,10 +127,11 @@ def outcome(found: Any, report: Path) -> None:
 STATUSES = ("passed", "skipped", "failed")
 
 
-def _table(*names: str) -> Table:
+def _table(*names: str, wide: str = "") -> Table:
+    """Plain columns; with ``wide``, only that one gives way in a narrow terminal."""
     table = Table(box=None, pad_edge=False)
     for name in names:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=bool(wide) and name != wide)
     return table
 
 
@@ -135,7 +140,15 @@ def _change(steps: list[dict[str, Any]], key: str) -> str:
     if not before and not after:
         return "-"
     share = f" ({after / before:.0%})" if before else ""
-    return f"{before:,.0f} → {after:,.0f}{share}"
+    return f"{_short(before)} → {_short(after)}{share}"
+
+
+def _short(number: float) -> str:
+    for unit in ("", " k", " M", " G"):
+        if abs(number) < 1000:
+            break
+        number /= 1000
+    return f"{number:.3g}{unit}"
 
 
 def _value(quantity: Quantity) -> str:

@@ -1,7 +1,7 @@
 """What a recipe would do to a model, site by site, before anyone pays for it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -26,6 +26,12 @@ class Step:
     @property
     def cost(self) -> Cost:
         return self.method.predict(self.site)
+
+    @property
+    def label(self) -> str:
+        """The method and what is not its default, for people."""
+        knobs = self.method.knobs.model_dump(mode="json", exclude_defaults=True)
+        return " ".join([self.method.id, *(f"{key}={value}" for key, value in knobs.items())])
 
     def to_dict(self) -> dict[str, Any]:
         knobs = self.method.knobs.model_dump(mode="json", exclude_none=True)
@@ -53,7 +59,7 @@ class Plan:
         """One object for scripts: every step with its cost before and after."""
         rows = []
         for step in self.steps:
-            row = {**step.to_dict(), "path": step.site.path}
+            row = {**step.to_dict(), "label": step.label, "path": step.site.path}
             rows.append({**row, "before": vars(step.site.dense()), "after": vars(step.cost)})
         return {
             "family": self.family,
@@ -159,8 +165,3 @@ def _settle(general: Method, site: Site, keep: float | None) -> tuple[Method, st
     except TautError as error:
         return general, str(error)
     return method, method.fits(site)
-
-
-def with_length(step: Step, length: int) -> Step:
-    """The same step counted at another declared n (attention and memory sites)."""
-    return replace(step, site=replace(step.site, length=length))
