@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-short test test-all lint docs clean
+.PHONY: demo demo-short test test-all test-lowest lint docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,12 @@ test: $(VENV)/test lint  ## the test suite
 
 test-all: $(VENV)/test  ## every method on every family
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m full
+
+test-lowest:  ## the contract on the oldest transformers we promise
+	$(PYTHON) -m venv $(VENV)-lowest
+	grep -v -E '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/pip --quiet install -c $(VENV)-lowest/constraints.txt 'transformers==5.20.0' -e '.[demo]' pytest pytest-xdist
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/pytest -n $(WORKERS) -m 'not full' tests/test_contract.py tests/test_surgery.py
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from taut import plan
 from taut.anatomy.locate import locate
 from taut.contract.tiny import FAMILIES, inputs, logits, padded_inputs, tiny
 from taut.core.errors import TautError
@@ -319,6 +320,9 @@ def test_copies_and_files(tmp_path: Path) -> None:
 
 def test_a_capped_model_is_refused() -> None:
     model = tiny("gemma2")
-    with pytest.raises(TautError, match="does not support fused attention"):
-        install_attention(model, {})
+    with pytest.raises(TautError, match="caps its attention scores"):
+        plan(model, {"attention": {"method": "local_global", "window": 4}})
+    if not model._supports_sdpa:
+        with pytest.raises(TautError, match="does not support fused attention"):
+            install_attention(model, {})
     assert model.config._attn_implementation == "eager"

@@ -1,5 +1,6 @@
 """What the command line prints: tables and progress for people. Progress goes to stderr, results to stdout."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from taut.core.record import Quantity, Score
 
-OUT = Console()
+OUT = Console(width=None if sys.stdout.isatty() else 120)
 ERR = Console(stderr=True)
 
 
@@ -48,13 +49,12 @@ def plan(content: dict[str, Any]) -> None:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for step in content["steps"]:
         groups.setdefault((step["site"].partition(".")[0], step["label"]), []).append(step)
-    table = _table("slot", "method", "sites", "bytes", "FLOPs/token", "cache B/token", wide="method")
+    titles = {"bytes": "bytes", "flops_per_token": "FLOPs/token", "cache_bytes_per_token": "cache B/token"}
+    keys = [key for key in titles if content["before"][key] or content["after"][key]]
+    table = _table("slot", "method", "sites", *(titles[key] for key in keys), wide="method")
     for (slot, label), steps in groups.items():
-        cells = [_change(steps, key) for key in ("bytes", "flops_per_token", "cache_bytes_per_token")]
-        table.add_row(slot, escape(label), str(len(steps)), *cells)
-    before, after = content["before"], content["after"]
-    total = [{"before": before, "after": after}]
-    cells = [_change(total, key) for key in ("bytes", "flops_per_token", "cache_bytes_per_token")]
+        table.add_row(slot, escape(label), str(len(steps)), *(_change(steps, key) for key in keys))
+    cells = [_change([content], key) for key in keys]
     table.add_row("together", "", str(len(content["steps"])), *cells, style="bold")
     OUT.print(table)
     if content["untouched"]:
@@ -144,11 +144,11 @@ def _change(steps: list[dict[str, Any]], key: str) -> str:
 
 
 def _short(number: float) -> str:
-    for unit in ("", " k", " M", " G"):
-        if abs(number) < 1000:
-            break
+    for unit in ("", " k", " M"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
         number /= 1000
-    return f"{number:.3g}{unit}"
+    return f"{number:.3g} G"
 
 
 def _value(quantity: Quantity) -> str:

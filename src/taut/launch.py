@@ -12,11 +12,12 @@ START = """\
 import sys
 here = {here!r}
 sys.path[:] = [path for path in sys.path if path != here]
-sys.modules.pop("sitecustomize", None)
+ours = sys.modules.pop("sitecustomize")
 try:
     import sitecustomize
 except ImportError:
-    pass
+    # Python expects to find the module that it is importing.
+    sys.modules["sitecustomize"] = ours
 import taut
 """
 
