@@ -20,6 +20,7 @@ from rich.table import Table
 from taut.core.environment import environment
 from taut.core.record import Quantity
 from taut.measurement.clock import Timing, ratio
+from taut.measurement.kernels import kernel_path
 
 RECORDS = Path(__file__).parent / "records"
 
@@ -70,14 +71,17 @@ def record(
             "passed": passed,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "environment": environment(torch.get_num_threads()),
+            "environment": environment(torch.get_num_threads()) | {"kernels": kernel_path(_device())},
             "notes": notes,
             "rows": rows,
         }
         RECORDS.mkdir(exist_ok=True)
         (RECORDS / f"{name}.json").write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
     return 0 if passed is not False or quick else 1
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _raw(rows: Sequence[dict[str, Any]], key: str) -> bool:

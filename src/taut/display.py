@@ -84,7 +84,7 @@ def scores(found: Iterable[Score]) -> None:
         quantity = score.quantity
         between = "-" if quantity.low is None else f"{quantity.low:.4f} to {quantity.high:.4f}"
         baselines = ", ".join(f"{name} {value:.4f}" for name, value in score.baselines.items())
-        data = ", ".join(f"{name} {value}" for name, value in score.data.items())
+        data = ", ".join(f"{name} {value[:32]}" for name, value in score.data.items())
         table.add_row(
             *(escape(text) for text in (score.task, score.metric, _value(quantity), between, baselines, data))
         )

@@ -24,6 +24,7 @@ from taut.data import calibration_texts
 from taut.measurement.clock import ratio
 from taut.measurement.count import Footprint, cache_bytes, count, flops_per_token, folder_bytes
 from taut.measurement.energy import energy
+from taut.measurement.kernels import kernel_path
 from taut.measurement.memory import peak_memory
 from taut.measurement.speed import filled_cache, forward_case, speed
 from taut.methods.part import PartMethod
@@ -98,7 +99,7 @@ def run(spec: TrialSpec, report: Tell) -> Record:
         bytes_per_slot={slot: share.stored for slot, share in found.slots.items()},
         plan=tuple(step.to_dict() for step in plan.steps) if plan else (),
         untouched=plan.untouched if plan else (),
-        environment=environment(threads),
+        environment=environment(threads) | {"kernels": kernel_path(spec.device)},
         started=started,
         seconds=time.monotonic() - clock,
     )
@@ -142,8 +143,11 @@ def measure(
     opened = open_model(resolve(model), dtype, device, seed) if isinstance(model, str | Path) else model
     other = open_model(resolve(against), dtype, device, seed) if isinstance(against, str | Path) else against
     tell("counting")
+    found = _footprint(opened)
     with saved(opened) as folder:
-        costs = sizes(opened, _footprint(opened), folder)
+        costs = sizes(opened, found, folder)
+        for slot, share in found.slots.items():
+            costs[f"stored_bytes {slot}"] = Quantity(value=share.stored, unit="bytes", how="of the state dict")
         tell("peak memory, in a fresh process")
         costs["peak_bytes"] = peak(folder, device, options)
     tell("latency")
