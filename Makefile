@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-short test test-all test-lowest lint docs clean
+.PHONY: demo demo-short test test-all test-lowest lint contract docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,9 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python docs/generate.py --check
+
+contract: $(VENV)/test  ## run the contract of every method and note it in the docs
+	OMP_NUM_THREADS=1 $(BIN)/python docs/generate.py --contract
 
 docs: $(VENV)/test  ## regenerate the generated parts of README and docs
 	$(BIN)/python docs/generate.py

@@ -4,7 +4,6 @@ import inspect
 import re
 
 import pytest
-import tiny
 import torch
 import transformers
 from torch import nn
@@ -15,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from taut.anatomy.families import FAMILIES
 from taut.anatomy.locate import locate
 from taut.anatomy.skeleton import skeleton
+from taut.contract import tiny
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite, LinearSite, MemorySite, TableSite
 

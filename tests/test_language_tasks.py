@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny
 from tiny_tokenizer import SIZE, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from taut import data
+from taut.contract.tiny import tiny
 from taut.core.errors import TautError
 from taut.core.record import Score
 from taut.tasks import agreement, perplexity

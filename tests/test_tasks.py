@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from tiny import tiny
 from tiny_tokenizer import SIZE, tiny_tokenizer
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from taut import data
+from taut.contract.tiny import tiny
 from taut.core.errors import TautError
 from taut.core.record import Score
 from taut.core.registry import TASKS

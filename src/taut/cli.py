@@ -221,7 +221,9 @@ def compare(
     report: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
     figures: Annotated[Path | None, typer.Option(help="also write the pictures as PNG into this folder")] = None,
     only: Annotated[list[str] | None, typer.Option(help="run only these recipes of the study")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="with MODEL: the tasks; default: by kind of model")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="with MODEL: the tasks; default: docs_retrieval, agreement")
+    ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="with MODEL: seeds")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the study's own")] = None,
     dtype: Dtype = None,

@@ -80,7 +80,7 @@ def run(spec: TrialSpec, report: Tell) -> Record:
     report("counting")
     found = _footprint(model)
     with saved(model) as folder:
-        costs = sizes(model, found, folder)
+        costs = sizes(model, found, folder, (options.get("latency") or {}).get("length", 128))
         if options.get("memory"):
             report("peak memory, in a fresh process")
             costs["peak_bytes"] = peak(folder, spec.device, options.get("latency") or {})
@@ -145,7 +145,7 @@ def measure(
     tell("counting")
     found = _footprint(opened)
     with saved(opened) as folder:
-        costs = sizes(opened, found, folder)
+        costs = sizes(opened, found, folder, options.get("length", 128))
         for slot, share in found.slots.items():
             costs[f"stored_bytes {slot}"] = Quantity(value=share.stored, unit="bytes", how="of the state dict")
         tell("peak memory, in a fresh process")
@@ -179,10 +179,10 @@ def saved(model: PreTrainedModel) -> Iterator[Path]:
         yield folder
 
 
-def sizes(model: PreTrainedModel, found: Footprint, folder: Path) -> dict[str, Quantity]:
-    """Bytes and FLOPs; ``file_bytes`` is read from the disk."""
+def sizes(model: PreTrainedModel, found: Footprint, folder: Path, length: int) -> dict[str, Quantity]:
+    """Bytes and FLOPs for ``length`` tokens; ``file_bytes`` is read from the disk."""
     files = folder_bytes(folder)
-    inputs = sample_inputs(model, 1, 128)
+    inputs = sample_inputs(model, 1, length)
     cache = filled_cache(model, inputs)
     costs = {
         "logical_parameters": Quantity(value=found.parameters, unit="parameters", how="counted, shared tensors once"),

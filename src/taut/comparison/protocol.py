@@ -53,7 +53,9 @@ COSTS = {
     "peak_bytes": Column("peak memory", "most memory of a fresh process that loads and runs the model"),
     "flops_per_token": Column("FLOPs/token", "a multiply-add counts as two", ("fewer", "more")),
     "cache_bytes_per_token": Column(
-        "KV bytes/token", "cache bytes per token at the declared length", ("smaller", "larger")
+        "KV bytes/token",
+        "bytes of the cache after the prompt that latency is timed on, per token of it",
+        ("smaller", "larger"),
     ),
     "latency_prefill": Column("prefill", "one forward pass", ("faster", "slower"), "latency_prefill_ratio"),
     "latency_decode": Column("decode", "one new token", ("faster", "slower"), "latency_decode_ratio"),

@@ -103,8 +103,11 @@ def cost_is_monotone(case: Case) -> None:
 
 
 def gradients_flow(case: Case) -> None:
-    """A finite gradient reaches every trainable parameter."""
+    """A finite gradient reaches every trainable parameter, and every part of a trainable model is trainable."""
     model = case.tightened().train()
+    for module in model.modules():
+        if isinstance(module, Part):
+            assert all(parameter.requires_grad for parameter in module.parameters())
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -25,37 +25,57 @@ class Registry:
     kinds: tuple[str, ...] = ()
 
     @cached_property
-    def _found(self) -> dict[str, str | EntryPoint]:
+    def _built_in(self) -> dict[str, str]:
         root = Path(__file__).parent.parent / self.package.removeprefix("taut.").replace(".", "/")
-        found: dict[str, str | EntryPoint] = {}
+        found: dict[str, str] = {}
         for kind in self.kinds or ("",):
             for info in pkgutil.iter_modules([str(root / kind)]):
                 if not info.ispkg and not info.name.startswith("_") and info.name not in ("part", "task"):
                     parts = [part for part in (kind, info.name) if part]
                     found[".".join(parts)] = ".".join([self.package, *parts])
-        for point in entry_points(group=self.group):
-            found[point.name] = point
         return found
+
+    @cached_property
+    def _outside(self) -> dict[str, EntryPoint]:
+        """A package outside adds to the list; it cannot replace what is there."""
+        return {point.name: point for point in entry_points(group=self.group) if point.name not in self._built_in}
+
+    def built_in(self) -> tuple[str, ...]:
+        """The ids that come with taut, sorted."""
+        return tuple(sorted(self._built_in))
 
     def ids(self, kind: str | None = None) -> tuple[str, ...]:
         """All ids, or those of one kind, sorted."""
-        return tuple(sorted(key for key in self._found if kind is None or key.startswith(kind + ".")))
+        return tuple(
+            sorted(key for key in (*self._built_in, *self._outside) if kind is None or key.startswith(f"{kind}."))
+        )
 
     def get(self, key: str) -> type:
-        """The class with this id. Raises TautError naming the nearest id when there is none."""
-        if key not in self._found:
+        """The class with this id. Raises TautError naming the nearest id when there is none, and when a package
+        outside is broken or gives a class with another id."""
+        if key in self._built_in:
+            where = self._built_in[key]
+            found = [value for value in vars(importlib.import_module(where)).values() if _has_id(value, key)]
+        elif key in self._outside:
+            point = self._outside[key]
+            where = f"entry point {point.value!r} of {self.group}"
+            try:
+                loaded = point.load()
+            except (ImportError, AttributeError) as error:
+                raise TautError(f"{self.noun} {key!r}: {where} cannot be loaded: {error}") from None
+            found = [loaded] if _has_id(loaded, key) else []
+        else:
             kind, _, name = key.rpartition(".")
             choices = [choice.rpartition(".")[2] for choice in self.ids(kind or None)]
             label = f"{kind} {self.noun}" if kind else self.noun
             raise TautError(f"unknown {label} {name!r}: {nearest(name, choices)}")
-        where = self._found[key]
-        if isinstance(where, EntryPoint):
-            return where.load()
-        module = importlib.import_module(where)
-        for value in vars(module).values():
-            if isinstance(value, type) and vars(value).get("id") == key:
-                return value
-        raise TautError(f"{where} defines no class with id = {key!r}; add `id = {key!r}` to its class")
+        if not found:
+            raise TautError(f"{where} defines no class with id = {key!r}; add `id = {key!r}` to its class")
+        return found[0]
+
+
+def _has_id(value: object, key: str) -> bool:
+    return isinstance(value, type) and vars(value).get("id") == key
 
 
 METHODS = Registry("method", "taut.methods", "taut.methods", KINDS)

@@ -13,6 +13,7 @@ from taut.core.site import AttentionSite, LinearSite, MemorySite, TableSite
 from taut.methods.part import AttentionMethod, LinearPart, MemoryMethod, Part, PartMethod, TablePart
 from taut.surgery.attend import install_attention, install_memory
 from taut.surgery.plan import Step
+from taut.surgery.seal import unseal_state
 
 Build = Callable[[Step, nn.Module], Part]
 
@@ -86,6 +87,8 @@ class Surgery:
         for step in self.steps:
             if isinstance(step.method, MemoryMethod) and isinstance(step.site, MemorySite):
                 self._undo.append(install_memory(model, step.method, step.site))
+        hook = model.register_load_state_dict_pre_hook(partial(unseal_state, self.steps))
+        self._undo.append(hook.remove)
 
     def _install_table(self, model: PreTrainedModel, step: Step, build: Build) -> None:
         site = step.site
@@ -142,7 +145,7 @@ def fitted(step: Step, original: nn.Module, calibration: dict) -> Part:
         step.method.fit(part, weight.t() if transposed else weight, calibration[step.site.name])
         if isinstance(part, LinearPart) and part.bias is not None:
             part.bias.copy_(original.bias)
-    if not weight.requires_grad:
+    if not original.weight.requires_grad:
         part.requires_grad_(False)
     return part
 

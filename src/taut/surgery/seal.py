@@ -7,6 +7,7 @@ and gets its own shape back on loading. The first axis stays: transformers pads 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,17 @@ def seal_state(state: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Te
         name: tensor.unsqueeze(1) if tensor.dim() > 1 and tensor.data_ptr() in pointers else tensor
         for name, tensor in state.items()
     }
+
+
+def unseal_state(
+    steps: tuple[Step, ...], model: PreTrainedModel, state: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
+    """Called by torch before ``load_state_dict``: sealed tensors of a file (Trainer resumes that way) fit again."""
+    sealed = {id(model.get_parameter(name)) for name in sealed_names(model, steps)}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tensor = state.get(prefix + name)
+        if tensor is not None and id(parameter) in sealed and tensor.dim() == parameter.dim() + 1:
+            state[prefix + name] = tensor.squeeze(1)
 
 
 def _reshape(model: PreTrainedModel, name: str, change: Callable[[Tensor, int], Tensor]) -> None:

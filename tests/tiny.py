@@ -1,1 +1,0 @@
-from taut.contract.tiny import *  # noqa: F403
