@@ -33,12 +33,14 @@ def auto_model(folder: Path, model: PreTrainedModel | None) -> list[Tensor]:
 
 @torch.no_grad()
 def auto_model_for_causal_lm(folder: Path, model: PreTrainedModel | None) -> list[Tensor]:
-    """Logits (1, T, V) of each sentence, and what greedy decoding makes of its beginning."""
+    """Logits (1, T, V) of each sentence; then greedy decoding from its beginning: ids, and the logits of each step."""
     model = model or AutoModelForCausalLM.from_pretrained(folder).eval()
     found = []
     for given in _tokens(folder):
         start = {name: tensor[:, :12] for name, tensor in given.items()}
-        found += [model(**given).logits, model.generate(**start, max_new_tokens=NEW_TOKENS, do_sample=False)]
+        options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        story = model.generate(**start, max_new_tokens=NEW_TOKENS, **options)
+        found += [model(**given).logits, story.sequences, torch.stack(story.logits)]
     return found
 
 

@@ -16,6 +16,7 @@ from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.methods.part import Calibration, PartMethod
 from taut.surgery import checkpoint
+from taut.surgery.align import align_tensors
 from taut.surgery.calibrate import calibrate, token_batches
 from taut.surgery.install import Surgery, fitted
 from taut.surgery.plan import Plan, Step, make
@@ -59,6 +60,7 @@ def apply(
     )
     quantizer = checkpoint.TautQuantizer(config, pre_quantized=True)
     quantizer.surgery = Surgery(model, plan.steps, build, keep_originals)
+    align_tensors(model)
     model.hf_quantizer = quantizer
     model.config.quantization_config = config
     return plan

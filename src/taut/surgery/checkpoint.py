@@ -48,9 +48,11 @@ class TautQuantizer(HfQuantizer):
         seal_skeleton(model, self._sealed)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from taut.surgery.align import align_tensors
         from taut.surgery.seal import unseal
 
         unseal(model, self._sealed)
+        align_tensors(model)
         settle(model)
         return model
 
