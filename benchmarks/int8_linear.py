@@ -40,7 +40,7 @@ def main() -> int:
                     where = {"inputs": inputs, "outputs": outputs, "tokens": tokens, "threads": threads}
                     rows.append(against(times["dense"], times["int8"], 1.0, **where))
     notes = "dense: torch F.linear (oneDNN or MKL). 'holds': the whole 95 % interval of the speed-up is above 1"
-    return record("int8_linear", CLAIM, rows, all(row["holds"] for row in rows), notes, given.quick)
+    return record("int8_linear", CLAIM, rows, all(row["holds"] for row in rows if "holds" in row), notes, given.quick)
 
 
 if __name__ == "__main__":

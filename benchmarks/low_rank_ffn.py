@@ -61,7 +61,7 @@ def main() -> int:
                 target = TARGET if threads == 1 else None
                 rows.append(against(times["dense"], times["low rank"], target, **where))
     notes = "dense: torch F.linear (oneDNN or MKL). 'holds': the whole 95 % interval is at or above the target"
-    return record("low_rank_ffn", CLAIM, rows, all(row["holds"] for row in rows), notes, given.quick)
+    return record("low_rank_ffn", CLAIM, rows, all(row["holds"] for row in rows if "holds" in row), notes, given.quick)
 
 
 if __name__ == "__main__":
