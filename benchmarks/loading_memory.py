@@ -57,7 +57,7 @@ def main() -> int:
     notes = (
         f"{ROWS} x {WIDTH} table, tied head. peak: loading, touching every weight, and a forward pass of {TOKENS} "
         "tokens, beyond the bare process with its libraries; 'forward' is the pass alone. 'holds': the whole peak is "
-        f"below the dense table's bytes, and beside the file's weights less than {MARGIN:g} of them. Dense and low-rank "
+        f"below the dense table's bytes, and beside the file's weights less than {MARGIN:g} of them. Dense, low-rank "
         "stand beside, without a promise: float tensors of a file are copied to aligned memory, and until loading ends "
         "the mapped file counts as well as the copy"
     )
