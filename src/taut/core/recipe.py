@@ -110,6 +110,7 @@ def shipped() -> dict[str, Path]:
 
 
 def find(source: str | Path) -> Path:
+    """The file of a recipe, or of a shipped one by name. Raises TautError with the nearest name."""
     path = Path(source)
     if path.is_file():
         return path

@@ -100,6 +100,7 @@ def undo(model: PreTrainedModel) -> None:
 
 
 def is_tightened(model: PreTrainedModel) -> bool:
+    """Whether taut changed this model, here or before it was loaded."""
     return isinstance(vars(model).get("hf_quantizer"), checkpoint.TautQuantizer)
 
 
@@ -126,6 +127,7 @@ def save(model: PreTrainedModel, out: str | Path, source: Path | None = None) ->
 
 
 def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what is no weight and not the config: tokenizer, chat template, sentence-transformers' folders."""
     shutil.copytree(
         source, folder, ignore=shutil.ignore_patterns(*WEIGHTS, ".git", "onnx", "openvino"), dirs_exist_ok=True
     )

@@ -103,6 +103,7 @@ def open_model(source: Source, dtype: torch.dtype | None = None, device: str = "
 
 
 def device_map(device: str) -> str | None:
+    """What from_pretrained wants for a device: nothing for the CPU, so that accelerate adds no hooks."""
     return None if device == "cpu" else device
 
 
