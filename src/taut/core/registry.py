@@ -30,7 +30,7 @@ class Registry:
         found: dict[str, str] = {}
         for kind in self.kinds or ("",):
             for info in pkgutil.iter_modules([str(root / kind)]):
-                if not info.ispkg and not info.name.startswith("_") and info.name not in ("part", "task"):
+                if not info.ispkg and not info.name.startswith("_") and info.name not in ("part", "store", "task"):
                     parts = [part for part in (kind, info.name) if part]
                     found[".".join(parts)] = ".".join([self.package, *parts])
         return found

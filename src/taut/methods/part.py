@@ -1,34 +1,41 @@
 """The contract of a method, and of the part it installs."""
 
+import itertools
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from taut.core.cost import Cost
 from taut.core.errors import TautError, nearest
 from taut.core.site import AttentionSite, LinearSite, MemorySite, Site, TableSite
-
-
-class Knobs(BaseModel):
-    """The choices of a method. Every field has a description, a default where one makes sense, and a range."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from taut.methods.store import Knobs, Store
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What running text through the original showed at one site. Either field may be missing.
+    """What running text through the original showed at one site. Any field may be missing.
 
-    ``gram``: (N, N) float64, the mean of x x^T over the inputs x of a linear map. ``frequency``: (V,) float64,
-    how often each token id was seen.
+    ``gram``: (N, N) float64, the mean of x x^T over the inputs x of a linear map.
+
+    Of a token table, V rows of width D. ``frequency``: (V,) float64, how often each token id was seen.
+    ``gradient``: (V,) float64, the sum over a row's occurrences of |g|, g the gradient of the loss by the looked-up
+    vector. ``sensitivity``: (V,) float64, the same sum of |g|^2 / D (empirical Fisher); a tied head adds its own
+    share, position by position. ``metric``: (D, D) float64, the mean of g g^T over all occurrences: which directions
+    of a vector matter. ``seed`` is the trial's, for fits that start at random.
     """
 
     gram: Tensor | None = None
     frequency: Tensor | None = None
+    gradient: Tensor | None = None
+    sensitivity: Tensor | None = None
+    metric: Tensor | None = None
+    seed: int = 0
 
 
 class Part(nn.Module, ABC):
@@ -38,18 +45,94 @@ class Part(nn.Module, ABC):
     without taut raises. Tensors are parameters (floating, trainable) or persistent buffers (codes, tables,
     permutations): the skeleton is built on the meta device and nothing else survives loading. Values that must not
     follow ``.half()`` (scales) live as bytes inside a uint8 buffer.
+
+    A float tensor that a recipe's ``store:`` may put in fewer bits is declared with ``hold`` and read with ``held``
+    or ``held_rows``. ``loosen`` makes everything that healing may change a float parameter, ``tighten`` puts it back
+    into its stored form; a loosened part computes what it will compute once tightened, and gradients pass straight
+    through the rounding.
     """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        """What the part answers in. Follows ``.to()``, ``.half()`` and their like, though codes do not."""
+        self._held: dict[str, tuple[tuple[int, ...], Store | None]] = {}
+
+    def hold(self, name: str, shape: tuple[int, ...], store: Store | None, device: torch.device) -> None:
+        """Declare a float tensor of ``shape``: a parameter, or with ``store`` a uint8 buffer of packed rows, where a
+        row is what lies along the last axis. Its values are undefined until ``fill``."""
+        self._held[name] = (shape, store)
+        if store is None:
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=self.dtype)))
+        else:
+            self.register_buffer(name, torch.empty(store.packed_shape(shape), device=device, dtype=torch.uint8))
+
+    @torch.no_grad()
+    def fill(self, name: str, value: Tensor) -> None:
+        """Give a held tensor its values, any float dtype, in the shape it was declared with."""
+        shape, store = self._held[name]
+        packed = value.reshape(shape) if store is None else store.pack(value.reshape(shape))
+        self.get_parameter(name).copy_(packed) if store is None else self.get_buffer(name).copy_(packed)
+
+    def held(self, name: str) -> Tensor:
+        """A held tensor in its declared shape and the part's dtype, expanded where it is stored in few bits."""
+        shape, store = self._held[name]
+        loose = self._parameters.get(f"{name}_loose")
+        if loose is not None:
+            return store.straight_through(loose).to(self.dtype)
+        return self.get_parameter(name) if store is None else store.unpack(self.get_buffer(name), shape, self.dtype)
+
+    def held_rows(self, name: str, ids: Tensor, padding: int | None = None) -> Tensor:
+        """Rows of a held tensor, its leading axes seen as one: (...) ids -> (..., width). Expands no other row; the
+        row ``padding`` receives no gradient."""
+        shape, store = self._held[name]
+        loose = self._parameters.get(f"{name}_loose")
+        if loose is not None:
+            return store.straight_through(F.embedding(ids, loose.reshape(-1, shape[-1]), padding)).to(self.dtype)
+        if store is None:
+            return F.embedding(ids, self.get_parameter(name).reshape(-1, shape[-1]), padding)
+        return store.lookup(self.get_buffer(name), ids, shape[-1], self.dtype)
+
+    def loosen(self, original: Tensor | None = None) -> None:
+        """Make what is stored in few bits trainable, as float parameters under the names ``<name>_loose``.
+
+        ``original`` is the dense weight the part was fitted to, where it is at hand: a better start for parts that
+        keep a row of their own for each row of it. Parts without such tensors have nothing to do.
+        """
+        for name, (shape, store) in self._held.items():
+            if store is not None:
+                dense = store.unpack(self.get_buffer(name), shape, torch.float32)
+                self.register_parameter(f"{name}_loose", nn.Parameter(dense))
+
+    def tighten(self) -> None:
+        """Undo ``loosen``: put what was trained into its stored form. Does nothing when the part is tight."""
+        for name in self._held:
+            loose = self._parameters.pop(f"{name}_loose", None)
+            if loose is not None:
+                self.fill(name, loose.detach())
+
+    def numbers(self) -> int:
+        """How many parameters the part stands for: every float it holds, also where it is stored in few bits. Parts
+        whose codes stand for a whole row or map answer with the dense count instead."""
+        held = sum(math.prod(shape) for shape, _ in self._held.values())
+        return held + sum(own.numel() for name, own in self.named_parameters() if name not in self._held)
 
     @abstractmethod
     def merged(self) -> Tensor:
         """The dense float equivalent: (V, D) of a table, (outputs, inputs) of a map. Computed, not stored."""
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Part":
+        super()._apply(fn, recurse)
+        tensor = next(itertools.chain(self.parameters(), self.buffers()))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=tensor.device)).dtype
+        return self
+
 
 class TablePart(Part):
     """Abstract token table. ``rows`` V, ``width`` D; ``scale`` multiplies lookups, never logits."""
 
-    def __init__(self, site: TableSite) -> None:
-        super().__init__()
+    def __init__(self, site: TableSite, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
         self.num_embeddings, self.embedding_dim = site.rows, site.width
         self.padding_idx, self.scale = site.padding_row, site.scale
 
@@ -66,7 +149,7 @@ class LinearPart(Part):
     """Abstract linear map, with ``bias`` (outputs,) as a parameter or None."""
 
     def __init__(self, site: LinearSite, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(dtype)
         self.in_features, self.out_features = site.inputs, site.outputs
         bias = torch.zeros(site.outputs, device=device, dtype=dtype) if site.bias else None
         self.bias = nn.Parameter(bias) if bias is not None else None
@@ -130,7 +213,7 @@ class PartMethod(Method):
     """Abstract: a method that installs a module with tensors of its own."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """The calibration fields that ``fit`` makes use of: ``gram``, ``frequency``."""
+    """The fields of Calibration that ``fit`` makes use of, ``seed`` aside."""
     uncounted: ClassVar[str | None] = None
     """Why PyTorch's FLOP counter cannot see this part's kernel; None when it can, and then the two must agree."""
     approximate: ClassVar[bool] = False

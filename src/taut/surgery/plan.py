@@ -135,9 +135,10 @@ def refuse_other_quantization(config: Any) -> None:
 def _place(entry: Entry, sites: list[Site], anatomy: Anatomy, source: str) -> tuple[list[Step], list[tuple[str, str]]]:
     where = f"{source}: {entry.slot}"
     method_class = METHODS.get(entry.method_id)
-    general = method_class.parse(entry.knobs, entry.keep, where)
-    if entry.store is not None:
+    if entry.store is not None and "store" not in method_class.Knobs.model_fields:
         raise TautError(f"{where}: {entry.method_id} does not nest a store")
+    nested = {"store": entry.store.to_dict()} if entry.store is not None else {}
+    general = method_class.parse(entry.knobs | nested, entry.keep, where)
     steps: list[Step] = []
     refused: list[tuple[str, str]] = []
     for site in sites:

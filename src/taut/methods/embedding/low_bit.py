@@ -1,6 +1,6 @@
 """A token table in 8 or 4 bits a number, packed in memory and on disk."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -31,8 +31,8 @@ class LowBitTable(TablePart):
     """
 
     def __init__(self, site: TableSite, layout: RowFormat, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(site)
-        self.layout, self.dtype = layout, dtype
+        super().__init__(site, dtype)
+        self.layout = layout
         shape = (site.rows, layout.groups, layout.group_bytes)
         self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
 
@@ -49,6 +49,10 @@ class LowBitTable(TablePart):
         """(..., D) -> (..., V), exact up to rounding, without ever holding the dense table."""
         return logits(hidden, self.weight, self.layout)
 
+    def numbers(self) -> int:
+        """V D: a code stands for a number."""
+        return self.num_embeddings * self.embedding_dim
+
     def merged(self) -> Tensor:
         """(V, D) of ``dtype``, without ``scale``."""
         return unpack(self.weight, self.layout).to(self.dtype)
@@ -56,11 +60,6 @@ class LowBitTable(TablePart):
     def extra_repr(self) -> str:
         layout = self.layout
         return f"{self.num_embeddings}, {layout.width}, bits={layout.bits}, group={layout.group}, dtype={self.dtype}"
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "LowBitTable":
-        super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        return self
 
 
 class LowBitEmbedding(EmbeddingMethod):

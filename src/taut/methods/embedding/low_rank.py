@@ -1,6 +1,7 @@
 """A token table as the product of a narrow table and a shared map: E ~ A B, with A (V, R) and B (R, D)."""
 
 import math
+from bisect import bisect_right
 
 import torch
 from pydantic import Field
@@ -12,6 +13,7 @@ from taut.core.errors import TautError
 from taut.core.site import TableSite
 from taut.kernels.svd import leading_directions
 from taut.methods.part import Calibration, EmbeddingMethod, Knobs, TablePart
+from taut.methods.store import Store, stored_bytes
 
 STANDARD_DEVIATION = 0.02
 """Of the entries of A B when the table is trained from scratch."""
@@ -22,6 +24,7 @@ class LowRankKnobs(Knobs):
     weighted: bool = Field(
         False, description="weigh each row's error by one more than how often calibration text uses it"
     )
+    store: Store | None = Field(None, description="keep both factors in fewer bits")
 
 
 class LowRankTable(TablePart):
@@ -30,23 +33,25 @@ class LowRankTable(TablePart):
     So a row of A is as long as the part of the embedding it stands for, and a tied head never leaves R dimensions.
     """
 
-    def __init__(self, site: TableSite, rank: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(site)
-        self.weight = nn.Parameter(torch.empty(site.rows, rank, device=device, dtype=dtype))
-        self.projection = nn.Parameter(torch.empty(rank, site.width, device=device, dtype=dtype))
+    def __init__(
+        self, site: TableSite, rank: int, store: Store | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(site, dtype)
+        self.hold("weight", (site.rows, rank), store, device)
+        self.hold("projection", (rank, site.width), store, device)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) ids -> (..., D): rows of A times B, times ``scale``."""
-        vectors = F.embedding(ids, self.weight, self.padding_idx) @ self.projection
+        vectors = self.held_rows("weight", ids, self.padding_idx) @ self.held("projection")
         return vectors if self.scale == 1.0 else vectors * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V): (h B^T) A^T, which is R (V + D) multiplications a token instead of V D."""
-        return F.linear(F.linear(hidden, self.projection), self.weight)
+        return F.linear(F.linear(hidden, self.held("projection")), self.held("weight"))
 
     def merged(self) -> Tensor:
         """A B, (V, D), without ``scale``."""
-        return self.weight @ self.projection
+        return self.held("weight") @ self.held("projection")
 
 
 class LowRankEmbedding(EmbeddingMethod):
@@ -78,30 +83,39 @@ class LowRankEmbedding(EmbeddingMethod):
         return f"rank {self.rank} is no reduction of {site.rows} x {site.width}: it must be below {limit}"
 
     def solve(self, site: TableSite, keep: float) -> "LowRankEmbedding":
-        """R = floor(keep V D / (V + D))."""
-        dense, sides = site.rows * site.width, site.rows + site.width
-        rank = int(keep * dense // sides)
+        """The greatest R whose two factors, as they are stored, take at most ``keep`` of the dense table's bytes."""
+        budget, limit = keep * site.dense().bytes, min(site.rows, site.width)
+        rank = bisect_right(range(limit), budget, key=lambda rank: self._bytes(site, rank)) - 1
         if rank < 1:
+            least = self._bytes(site, 1) / site.dense().bytes
             raise TautError(
                 f"{self.id}: keep = {keep} leaves no rank at {site.name} ({site.rows} x {site.width}): "
-                f"the least is {sides / dense:.2g}"
+                f"the least is {least:.2g}"
             )
         return type(self)(self.knobs.model_copy(update={"rank": rank}))
 
     def predict(self, site: TableSite) -> Cost:
         numbers = self.rank * (site.rows + site.width)
         flops = 2.0 * self.rank * site.width + 2.0 * numbers * len(site.heads)
-        return Cost(numbers, numbers * site.width_in_bytes, flops)
+        return Cost(numbers, self._bytes(site, self.rank), flops)
+
+    def _bytes(self, site: TableSite, rank: int) -> int:
+        if not rank:
+            return 0
+        factors = ((site.rows, rank), (rank, site.width))
+        return sum(stored_bytes(shape, self.knobs.store, site.width_in_bytes) for shape in factors)
 
     @torch.no_grad()
     def build(self, site: TableSite, device: torch.device, dtype: torch.dtype) -> LowRankTable:
-        part = LowRankTable(site, self.rank, device, dtype)
-        if not part.weight.is_meta:
+        part = LowRankTable(site, self.rank, self.knobs.store, device, dtype)
+        if device.type != "meta":
             # Orthonormal rows of B scale the variance of A's entries by R / D.
-            nn.init.normal_(part.weight, std=STANDARD_DEVIATION * math.sqrt(site.width / self.rank))
-            part.projection.copy_(nn.init.orthogonal_(torch.empty(self.rank, site.width, device=device)))
+            deviation = STANDARD_DEVIATION * math.sqrt(site.width / self.rank)
+            table = torch.randn(site.rows, self.rank, device=device) * deviation
             if site.padding_row is not None:
-                part.weight[site.padding_row] = 0
+                table[site.padding_row] = 0
+            part.fill("weight", table)
+            part.fill("projection", nn.init.orthogonal_(torch.empty(self.rank, site.width, device=device)))
         return part
 
     @torch.no_grad()
@@ -116,5 +130,5 @@ class LowRankEmbedding(EmbeddingMethod):
                 raise TautError(f"{self.id}: weighted needs token frequencies; give calibration text or drop the knob")
             rows = table * (calibration.frequency.to(table) + 1)[:, None]
         _, directions = leading_directions(table.T @ rows, self.rank)
-        part.weight.copy_(table @ directions)
-        part.projection.copy_(directions.T)
+        part.fill("weight", table @ directions)
+        part.fill("projection", directions.T)

@@ -39,6 +39,10 @@ class LowBitLinearPart(LinearPart):
         """(outputs, inputs) float32."""
         return expand(unpack(self.weight, self.out_features, self.in_features))
 
+    def numbers(self) -> int:
+        """The dense count: a code stands for a number."""
+        return self.out_features * self.in_features + (0 if self.bias is None else self.bias.numel())
+
     def extra_repr(self) -> str:
         inputs = "int8" if self.round_inputs else "float"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, activations={inputs}"
