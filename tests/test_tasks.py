@@ -55,7 +55,7 @@ def test_tasks_import_core_and_data_only():
     for path in Path(contract.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("taut."):
-                assert node.module.split(".")[1] in ("core", "tasks"), (path.name, node.module)
+                assert node.module.split(".")[1] in ("core", "data", "tasks"), (path.name, node.module)
             if isinstance(node, ast.ImportFrom) and node.module == "taut":
                 assert [alias.name for alias in node.names] == ["data"], path.name
 

@@ -43,6 +43,9 @@ class Agreement(Task):
     def fits(self, model: PreTrainedModel) -> str | None:
         return reads_text(model)
 
+    def evaluated(self) -> data.Data:
+        return data.paragraphs(self.knobs.data, self.knobs.split, self.knobs.limit)
+
     def scores(
         self,
         model: PreTrainedModel,
@@ -122,7 +125,7 @@ class Agreement(Task):
         reference: PreTrainedModel,
         length: int,
     ) -> tuple[Score, ...]:
-        source = data.paragraphs(self.knobs.data, self.knobs.split, self.knobs.limit)
+        source = self.evaluated()
         ids = token_ids(tokenizer, source.column(0), length)
         pooled, token = [0.0] * len(ids), [0.0] * len(ids)
         done = 0

@@ -48,6 +48,9 @@ class Classify(Task):
     def fits(self, model: PreTrainedModel) -> str | None:
         return reads_text(model)
 
+    def evaluated(self) -> data.Data:
+        return self.splits()[1]
+
     def scores(
         self,
         model: PreTrainedModel,

@@ -45,6 +45,9 @@ class DocsRetrieval(Task):
     def fits(self, model: PreTrainedModel) -> str | None:
         return reads_text(model)
 
+    def evaluated(self) -> data.Data:
+        return self.pairs()
+
     def scores(
         self,
         model: PreTrainedModel,

@@ -55,6 +55,9 @@ class Perplexity(Task):
         wanted = "load it with a causal or masked language-modelling head"
         return f"{type(model).__name__} has no such head ({found}); {wanted}"
 
+    def evaluated(self) -> data.Data:
+        return data.paragraphs(self.knobs.data, self.knobs.split, self.knobs.limit or max(CHARACTERS.values()))
+
     def scores(
         self,
         model: PreTrainedModel,

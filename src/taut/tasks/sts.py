@@ -34,6 +34,9 @@ class Sts(Task):
     def fits(self, model: PreTrainedModel) -> str | None:
         return reads_text(model)
 
+    def evaluated(self) -> data.Data:
+        return data.scored_pairs(self.knobs.data, self.knobs.split, self.knobs.columns).head(self.knobs.limit)
+
     def scores(
         self,
         model: PreTrainedModel,
@@ -42,7 +45,7 @@ class Sts(Task):
         progress: Progress,
         reference: PreTrainedModel | None,
     ) -> tuple[Score, ...]:
-        pairs = data.scored_pairs(self.knobs.data, self.knobs.split, self.knobs.columns).head(self.knobs.limit)
+        pairs = self.evaluated()
         gold = [float(score) for score in pairs.column(2)]
         if len(set(gold)) < 2:
             raise TautError(f"task {self.id}: all {len(gold)} scores of {self.knobs.data} are equal; nothing to rank")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.core.errors import TautError, nearest
 from taut.core.record import Quantity, Score
+from taut.data import Data
 
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
@@ -62,6 +63,10 @@ class Task(ABC):
     @abstractmethod
     def fits(self, model: PreTrainedModel) -> str | None:
         """None when the task can be put to this model, else the reason in words."""
+
+    @abstractmethod
+    def evaluated(self) -> Data:
+        """The texts that are scored on: what calibration and healing must not see. Raises TautError without data."""
 
     def evaluate(
         self,

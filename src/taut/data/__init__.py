@@ -1,0 +1,27 @@
+"""Named data in a fixed order, with a hash: built in, in a folder (the variable TAUT_DATA, or a path), or on the Hub.
+
+A name is one of ``names()``, a file (``.tsv``, ``.csv``, ``.txt``, ``.jsonl``, ``.json``, each also ``.gz`` or
+``.xz``) given as a path or relative to TAUT_DATA, a folder of ``*.SPLIT.*`` files, or
+``hub:OWNER/NAME[/CONFIG]:SPLIT:COLUMN,COLUMN``. Tables come in the order of the hashes of their rows, so the first
+rows are a fair sample whatever order the file had; running text keeps its order.
+"""
+
+from taut.data.files import FOLDER, NAMED, available, names
+from taut.data.rows import Data, hashed, sentences
+from taut.data.tables import labelled, scored_pairs
+from taut.data.texts import calibration_texts, paragraphs, text
+
+__all__ = [
+    "FOLDER",
+    "NAMED",
+    "Data",
+    "available",
+    "calibration_texts",
+    "hashed",
+    "labelled",
+    "names",
+    "paragraphs",
+    "scored_pairs",
+    "sentences",
+    "text",
+]

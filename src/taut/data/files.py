@@ -1,0 +1,176 @@
+"""Where named data lies, and how its files are read: tables, running text, JSON; plain, gz or xz; or on the Hub."""
+
+import csv
+import difflib
+import gzip
+import importlib
+import io
+import json
+import lzma
+import os
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from taut.core.errors import TautError, nearest
+from taut.data.builtin import BUILT_IN
+from taut.data.rows import Data
+
+FOLDER = "TAUT_DATA"
+TEXT_HEADERS = ("text", "sentence")
+LABEL_HEADERS = ("label",)
+PAIR_HEADERS = ("sentence1", "sentence2")
+PAIR_COLUMNS = "sentence1,sentence2,label"
+SCORE_HEADERS = ("score", "label", "similarity_score")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A data set known by name: a file pattern per split, and the columns by header or by position (texts first)."""
+
+    files: dict[str, str]
+    columns: tuple[str | int, ...] = ()
+    hub: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def split(self) -> str:
+        """The split to evaluate on when none is asked for."""
+        return next((name for name in ("dev", "test") if name in self.files), next(iter(self.files)))
+
+
+def _glue(name: str, columns: str) -> dict[str, str]:
+    there = {"train": "train", "dev": "validation"}
+    return {split: f"hub:nyu-mll/glue/{name}:{there[split]}:{columns}" for split in there}
+
+
+NAMED = {
+    "stsb": Named(
+        {"train": "stsb/stsb-en-train.csv", "dev": "stsb/stsb-en-dev.csv"}, (0, 1, 2), _glue("stsb", PAIR_COLUMNS)
+    ),
+    "sts12": Named({"train": "sts/2012/*.train.tsv", "test": "sts/2012/*.test.tsv"}, (1, 2, 0)),
+    "sts13": Named({"test": "sts/2013/*.test.tsv"}, (1, 2, 0)),
+    "sts14": Named({"test": "sts/2014/*.test.tsv"}, (1, 2, 0)),
+    "sst2": Named(
+        {"train": "sst2/train.tsv.gz", "dev": "sst2/dev.tsv.gz"}, ("sentence", "label"), _glue("sst2", "sentence,label")
+    ),
+    "cola": Named(
+        {"train": "cola/in_domain_train.tsv", "dev": "cola/in_domain_dev.tsv"}, (3, 1), _glue("cola", "sentence,label")
+    ),
+    "imdb": Named({"train": "imdb/imdb_train.jsonl.xz", "dev": "imdb/imdb_val.jsonl.xz"}, ("text", "label")),
+    "trec": Named({"all": "sent_conv/TREC.train.all.gz"}, (1, 0)),
+    "movie_reviews": Named({"all": "sent_conv/rt-polarity.all.gz"}, (1, 0)),
+    "subjectivity": Named({"all": "sent_conv/subj.all.gz"}, (1, 0)),
+    "tinystories": Named({"sample": "tinystories/sample.txt"}),
+    "wikitext2": Named({"train": "wikitext2/train_first1MB_raw.txt.gz", "dev": "wikitext2/valid.txt.gz"}),
+    "shakespeare": Named({"all": "text/tinyshakespeare.txt.gz"}),
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that need no path."""
+    return (*BUILT_IN, *NAMED)
+
+
+def available(name: str, split: str | None = None) -> bool:
+    """Whether a name can be loaded here without the network."""
+    try:
+        return (name in BUILT_IN and split in (None, "all")) or bool(files_of(name, split)[0])
+    except TautError:
+        return False
+
+
+def files_of(name: str, split: str | None) -> tuple[list[Path], str, str]:
+    """The files of a name, what to call the source, and the split. No files and a ``hub:`` source: on the Hub."""
+    root = Path(os.environ[FOLDER]) if os.environ.get(FOLDER) else None
+    if name in NAMED:
+        known = NAMED[name]
+        split = split or known.split
+        if split not in known.files:
+            raise TautError(f"data {name}: unknown split {split!r}: {nearest(split, known.files)}")
+        files = sorted(root.glob(known.files[split])) if root else []
+        if files or split in known.hub:
+            return files, name if files else known.hub[split], split
+        where = f"is not below {FOLDER}" if root else f"is needed, but {FOLDER} is not set"
+        raise TautError(f"data {name}: {known.files[split]} {where}; set {FOLDER} to the folder that holds it")
+    if name.startswith("hub:"):
+        return [], name, split or "all"
+    for path in (Path(name), root / name if root else Path(name)):
+        if path.is_dir():
+            files = sorted(path.glob(f"*.{split}.*")) if split else []
+            if not files:
+                splits = {file.name.split(".")[1] for file in path.glob("*.*.*")}
+                raise TautError(f"data {name}: a folder needs a split with files: {nearest(split or '', splits)}")
+            return files, f"folder {path.name}", split
+        if path.is_file():
+            if split not in (None, "all"):
+                raise TautError(f"data {name}: a single file has no split {split!r}; leave split out")
+            return [path], f"file {path.name}", "all"
+    beside = difflib.get_close_matches(Path(name).name, [file.name for file in Path(name).parent.glob("*")], n=3)
+    hint = nearest(Path(name).name, beside) if beside else nearest(name, names())
+    raise TautError(f"data {name}: no such name, file or folder: {hint}")
+
+
+def read(path: Path) -> str:
+    """The text of a file as it is; UTF-8, else Latin-1 (older corpora)."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    try:
+        with opener(path, "rb") as file:
+            content = file.read()
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise TautError(f"data {path.name}: not readable: {error}") from None
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+def rows_of(path: Path) -> tuple[tuple[str, ...] | None, list[tuple[str, ...]]]:
+    """Header, if the first row is one, and rows. Raises TautError naming the row that has another width."""
+    content = read(path)
+    suffix = next((suffix for suffix in reversed(path.suffixes) if suffix not in (".gz", ".xz")), "")
+    lines = [line.removesuffix("\r") for line in content.split("\n") if line.strip()]
+    if suffix in (".jsonl", ".json"):
+        return _objects(path, content if suffix == ".json" else "[" + ",".join(lines) + "]")
+    if suffix == ".csv":
+        rows = [tuple(row) for row in csv.reader(io.StringIO(content, newline="")) if row]
+    elif suffix == ".tsv" or (lines and "\t" in lines[0]):
+        rows = [tuple(line.split("\t")) for line in lines]
+    else:
+        # "label text", as in TREC and its relatives.
+        rows = [tuple(line.split(None, 1)) for line in lines]
+    if not rows:
+        raise TautError(f"data {path.name}: the file is empty")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(rows[0]):
+            raise TautError(f"data {path.name}: row {number} has {len(row)} columns, the first row has {len(rows[0])}")
+    known = {*TEXT_HEADERS, *LABEL_HEADERS, *PAIR_HEADERS, *SCORE_HEADERS}
+    return (rows[0], rows[1:]) if known & {cell.strip().lower() for cell in rows[0]} else (None, rows)
+
+
+def _objects(path: Path, content: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    try:
+        objects = json.loads(content)
+        header = tuple(objects[0])
+        return header, [tuple(str(item[key]) for key in header) for item in objects]
+    except (json.JSONDecodeError, LookupError, TypeError) as error:
+        raise TautError(f"data {path.name}: expected JSON objects with the same keys: {error}") from None
+
+
+def from_hub(name: str, split: str) -> Data:
+    """Rows of ``hub:OWNER/NAME[/CONFIG]:SPLIT:COLUMN,COLUMN``, in the order of the Hub."""
+    pieces = name.split(":")
+    folders = pieces[1].split("/") if len(pieces) == 4 else []
+    if len(folders) not in (2, 3) or not all(folders):
+        raise TautError(f"data {name}: expected hub:OWNER/NAME[/CONFIG]:SPLIT:COLUMN,COLUMN")
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise TautError(f"data {name}: the Hub needs the package datasets: pip install 'taut[eval]'") from None
+    try:
+        table: Any = datasets.load_dataset("/".join(folders[:2]), *folders[2:], split=pieces[2])
+        rows = tuple(tuple(str(row[column]) for column in pieces[3].split(",")) for row in table)
+    except Exception as error:  # The Hub's client raises a dozen unrelated kinds; all mean the same to the user.
+        reason = " ".join(str(error).split())[:200]
+        raise TautError(f"data {name}: the Hub gave nothing ({type(error).__name__}: {reason}); set {FOLDER}") from None
+    return Data(name, split, rows)

@@ -1,0 +1,71 @@
+"""Running text, whole or by paragraphs, and text to calibrate and heal with."""
+
+import platform
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from taut.core.errors import TautError, nearest
+from taut.data.builtin import BUILT_IN
+from taut.data.files import NAMED, files_of, from_hub, read
+from taut.data.rows import Data, blocks, hashed
+from taut.data.tables import labelled, scored_pairs
+
+
+def text(name: str, split: str | None = None, limit: int | None = None) -> Data:
+    """Running text, one row of one cell, cut after ``limit`` characters. Raises TautError where there is none."""
+    if name in BUILT_IN:
+        if split not in (None, "all"):
+            raise TautError(f"data {name}: unknown split {split!r}: {nearest(split, ['all'])}")
+        return Data(f"{name} (Python {platform.python_version()})", "all", ((BUILT_IN[name]()[:limit],),))
+    files, source, split = files_of(name, split)
+    if files:
+        whole = "".join(read(path) for path in files)
+        return Data(source, split, ((whole[:limit],),))
+    data = from_hub(source, split)
+    return replace(data, rows=(("\n".join(row[0] for row in data.rows)[:limit],),))
+
+
+def paragraphs(name: str, split: str | None = None, limit: int | None = None) -> Data:
+    """The parts of a running text between blank lines, one a row, in order, each with its whitespace made single.
+
+    A text without a blank line has a paragraph on each line. ``limit`` counts the characters of the text, as in ``text``.
+    """
+    data = text(name, split, limit)
+    found = blocks(data.rows[0][0])
+    if len(found) < 2:
+        found = [" ".join(line.split()) for line in data.rows[0][0].splitlines() if line.strip()]
+    return replace(data, rows=tuple((block,) for block in found))
+
+
+def calibration_texts(source: str | Path, exclude: Iterable[Data] = ()) -> list[str]:
+    """Texts to calibrate and heal with, none with a sentence of the built-in evaluation text or of ``exclude``.
+
+    ``source``: ``builtin`` (500 paragraphs of Python's docstrings in hashed order, about 70,000 characters), a text
+    file, or names with or without a split, joined by commas: ``wikitext2:train,sst2:train``. Running text gives its
+    paragraphs in their order, a table its texts in hashed order. Raises TautError where there is none.
+    """
+    kept = _texts_of(source)
+    for evaluated in (paragraphs("python_topics"), *exclude):
+        kept = kept.without(evaluated)
+    if not kept.rows:
+        raise TautError(f"calibration text {source}: nothing is left once the evaluation's sentences are taken out")
+    return kept.column(0)
+
+
+def _texts_of(source: str | Path) -> Data:
+    if str(source) == "builtin":
+        return replace(Data("builtin", "all", ()), rows=hashed(paragraphs("python_docstrings").rows)[:500])
+    if Path(source).is_file() or str(source).startswith("hub:"):
+        return paragraphs(str(source))
+    rows: list[tuple[str, ...]] = []
+    for piece in str(source).split(","):
+        name, _, split = piece.strip().partition(":")
+        columns = NAMED[name].columns if name in NAMED else ()
+        if len(columns) == 3:
+            rows += [(cell,) for row in scored_pairs(name, split or None).rows for cell in row[:2]]
+        elif columns:
+            rows += [row[:1] for row in labelled(name, split or None).rows]
+        else:
+            rows += paragraphs(name, split or None).rows
+    return Data(str(source), "all", tuple(dict.fromkeys(rows)))
