@@ -16,9 +16,10 @@ from taut.core.errors import TautError
 from taut.core.record import Quantity, Record
 from taut.ledger import Ledger
 from taut.reporting import words
-from taut.reporting.figures import PLACES, _place_labels, config, draw, save
+from taut.reporting.figures import config, draw, save
 from taut.reporting.highlights import highlights
 from taut.reporting.page import page, write
+from taut.reporting.scatter import PLACES, _place_labels
 from taut.reporting.tables import terminal
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{7*7}}\u2028"
@@ -190,17 +191,51 @@ def test_the_front_of_the_picture_is_the_pareto_front() -> None:
     assert sizes[0] == 24.0
 
 
+def slot_study() -> list[Record]:
+    """Three methods for the token table at two sizes each, one of them healed too, and one recipe of two slots."""
+    records = [record()]
+    losses = {("low_bit", 8): 1e-5, ("low_bit", 2): 0.01, ("product_quantized", 2): 1e-3, ("low_rank", 8): 0.2}
+    for (method, bits), loss in losses.items():
+        for heal in (0, 200) if method == "product_quantized" else (0,):
+            recipe = {"embedding": {"method": method, "bits": bits}}
+            trial = spec(f"{method} {bits}{' healed' if heal else ''}", recipe, heal=heal)
+            slots = {"embedding": bits * 1_000_000, "other": 5}
+            records.append(record(trial, loss=loss / (1 + heal), bytes_per_slot=slots))
+    both = {"embedding": {"method": "low_bit", "bits": 8}, "projection": {"method": "low_bit"}}
+    return [*records, record(spec("both", both), loss=0.01)]
+
+
+def test_a_slot_has_a_picture_of_its_own_front() -> None:
+    figures = [figure for figure in draw(summary(slot_study())) if figure.kind == "embedding-front"]
+    assert len(figures) == 1
+    layers = figures[0].spec()["layer"]
+    points = {point["recipe"]: point for layer in layers for point in layer["data"]["values"] if "behind" in point}
+    assert set(points) == {
+        *("low_bit 8", "low_bit 2", "low_rank 8", "product_quantized 2", "product_quantized 2 healed"),
+    }
+    assert points["product_quantized 2 healed"]["behind"] == "on the front"
+    assert points["product_quantized 2 healed"]["healed"] == "healed"
+    assert points["low_rank 8"]["behind"].endswith("behind the front")
+    steps = next(layer["data"]["values"] for layer in layers if layer["mark"]["type"] == "line")
+    assert [step["x"] for step in steps] == sorted({step["x"] for step in steps})
+
+
+def test_healed_and_unhealed_are_two_rows() -> None:
+    rows = summary(slot_study())
+    assert sorted(row.heal for row in rows if row.recipe_name.startswith("product")) == [0, 200]
+
+
 def test_labels_stay_inside_and_apart() -> None:
     """Points on one spot get labels in different places, or none; a label at the rim points inwards."""
     points = [{"x": x, "score": 0.0, "recipe": "a name of some length", "family": "dense"} for x in (0, 0, 0, 1)]
-    _place_labels(points, [0.0, 1.0], [-1.0, 1.0], set())
+    _place_labels(points, float, lambda score: (score + 1) / 2, set())
     places = [point["place"] for point in points if "place" in point]
     assert PLACES[points[0]["place"]][0] == "left"
     assert PLACES[points[3]["place"]][0] == "right"
     assert len({point.get("place") for point in points[:3]}) == 3
     assert len(places) >= 3
     crowd = [{"x": 0.5, "score": 0.0, "recipe": "name", "family": "dense"} for _ in range(30)]
-    _place_labels(crowd, [0.0, 1.0], [-1.0, 1.0], set())
+    _place_labels(crowd, float, lambda score: (score + 1) / 2, set())
     assert len(crowd) > sum("place" in point for point in crowd) >= 4
 
 

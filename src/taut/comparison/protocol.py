@@ -60,6 +60,7 @@ COSTS = {
     "latency_prefill": Column("prefill", "one forward pass", ("faster", "slower"), "latency_prefill_ratio"),
     "latency_decode": Column("decode", "one new token", ("faster", "slower"), "latency_decode_ratio"),
     "throughput": Column("throughput", "tokens per second of the forward pass", better="higher", alone=True),
+    "tighten_seconds": Column("tightening", "seconds to open, calibrate, fit and heal", alone=True),
     "energy_joules": Column("energy", "joules of one forward pass", alone=True),
 }
 RATIOS = {column.ratio: name for name, column in COSTS.items() if column.ratio}
@@ -127,6 +128,7 @@ class Row:
     scores: dict[str, Cell] = field(default_factory=dict)
     costs: dict[str, Cell] = field(default_factory=dict)
     bytes_per_slot: dict[str, int] = field(default_factory=dict)
+    heal: int = 0
 
     @property
     def name(self) -> str:
@@ -152,23 +154,24 @@ class Row:
             "scores": {key: cell.to_dict() for key, cell in self.scores.items()},
             "costs": {name: cell.to_dict() for name, cell in self.costs.items() if name not in RATIOS},
             "bytes_per_slot": self.bytes_per_slot,
+            "heal": self.heal,
         }
 
 
 def summary(records: Iterable[Record]) -> list[Row]:
-    """One row for each model and recipe, in the order the trials began, each compared with its dense model.
+    """One row for each model, recipe and number of healing steps, each compared with its dense model.
 
-    Of several records of one model, recipe and seed (another length, more tasks) the latest is shown.
+    Rows come in the order the trials began. Of several records of one model, recipe and seed (another length, more tasks) the latest is shown.
     """
-    latest: dict[tuple[str, str, int], Record] = {}
-    older: dict[tuple[str, str], int] = defaultdict(int)
+    latest: dict[tuple[tuple[str, str, int], int], Record] = {}
+    older: dict[tuple[str, str, int], int] = defaultdict(int)
     for record in sorted(records, key=lambda record: (record.started, record.id)):
-        key = (record.model, record.recipe_digest, record.seed)
-        older[key[:2]] += key in latest
-        latest[key] = record
-    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for (model, digest, _), record in latest.items():
-        groups[model, digest].append(record)
+        key = (record.model, record.recipe_digest, record.heal)
+        older[key] += (key, record.seed) in latest
+        latest[key, record.seed] = record
+    groups: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
+    for (key, _), record in latest.items():
+        groups[key].append(record)
     rows = [_row(group, older[key]) for key, group in groups.items()]
     return [row for model in dict.fromkeys(row.model for row in rows) for row in _compared(model, rows)]
 
@@ -211,6 +214,7 @@ def _row(group: list[Record], superseded: int) -> Row:
         scores={key: _cell(found, found[0].score.better) for key, found in scores.items()},
         costs={key: _cell(found, COSTS[key].better if key in COSTS else "lower") for key, found in costs.items()},
         bytes_per_slot=done[-1].bytes_per_slot if done else {},
+        heal=group[-1].heal,
     )
 
 

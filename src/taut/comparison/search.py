@@ -64,6 +64,18 @@ def loss(row: Row, key: str) -> float | None:
     return -min(ends) if cell.better == "higher" else max(ends)
 
 
+def behind_front(rows: Sequence[Row], key: str, slot: str) -> list[float]:
+    """For each row, how much more of score ``key`` the best row has that stores at most as many bytes in ``slot``;
+    0 on the front. Every row needs a value of the score and stored bytes."""
+    sign = 1.0 if rows and rows[0].scores[key].better == "higher" else -1.0
+    values = [sign * row.scores[key].value for row in rows]
+    sizes = [row.bytes_per_slot[slot] for row in rows]
+    return [
+        max(other for other, stored in zip(values, sizes, strict=True) if stored <= size) - value
+        for value, size in zip(values, sizes, strict=True)
+    ]
+
+
 def _cost(row: Row, name: str) -> float | None:
     return row.costs[name].value if name in row.costs else None
 

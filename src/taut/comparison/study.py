@@ -80,6 +80,7 @@ class Choice(_Strict):
 
     recipe: dict[str, Any]
     expect: Literal["done", "failed"] = "done"
+    heal: int = Field(0, ge=0, description="steps of healing after tightening")
 
 
 class Study(_Strict):
@@ -92,6 +93,7 @@ class Study(_Strict):
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     measure: Measure = Measure()
     limits: Limits = Limits()
+    text: str = Field("builtin", min_length=1, description="what calibration and healing read; see taut.data")
     device: str = "cpu"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     source: str = Field("study", exclude=True)
@@ -200,6 +202,8 @@ class Study(_Strict):
                 seed=seed,
                 tasks=self.tasks,
                 measure=self.measure.model_dump(),
+                text=self.text,
+                heal=choice.heal,
                 device=self.device,
                 dtype=self.dtype,
                 memory=self.limits.memory,
@@ -247,27 +251,31 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _choice(value: Any, where: str, base: Path | None) -> Choice:
-    """A recipe as written in a study: a mapping (with ``expect`` beside the slots), a file, a shipped name, nothing."""
-    expect = "done"
+    """A recipe as written in a study: a mapping (``expect`` and ``heal`` beside the slots), a file, a shipped name,
+    nothing."""
+    beside_slots: dict[str, Any] = {}
     if isinstance(value, str):
-        beside = base / value if base else Path(value)
+        neighbour = base / value if base else Path(value)
         try:
-            recipe = Recipe.load(beside if beside.is_file() else value)
+            recipe = Recipe.load(neighbour if neighbour.is_file() else value)
         except TautError as error:
             raise TautError(f"{where}: {error}") from None
     elif value is None or isinstance(value, dict):
         slots = dict(value or {})
-        expect = slots.pop("expect", "done")
+        beside_slots = {key: slots.pop(key) for key in ("expect", "heal") if key in slots}
         if unknown := [slot for slot in slots if slot not in SLOTS]:
-            raise TautError(f"{where}: unknown slot {unknown[0]!r}: {nearest(unknown[0], (*SLOTS, 'expect'))}")
+            raise TautError(f"{where}: unknown slot {unknown[0]!r}: {nearest(unknown[0], (*SLOTS, 'expect', 'heal'))}")
+        expect, heal = beside_slots.get("expect", "done"), beside_slots.get("heal", 0)
         if expect not in ("done", "failed"):
             raise TautError(f"{where}: expect = {expect!r}: {nearest(str(expect), ('done', 'failed'))}")
+        if isinstance(heal, bool) or not isinstance(heal, int) or heal < 0:
+            raise TautError(f"{where}: heal = {heal!r}: expected a number of steps such as 200")
         recipe = Recipe.parse(slots, where)
     else:
         raise TautError(f"{where}: expected a recipe, the name of one or {{}} for dense, not {_kind(value)}")
     for entry in recipe.entries:
         _check_method(entry, where)
-    return Choice(recipe=recipe.to_dict(), expect=expect)
+    return Choice(recipe=recipe.to_dict(), **beside_slots)
 
 
 def _check_method(entry: Entry, where: str) -> None:

@@ -50,6 +50,8 @@ class Record(BaseModel):
     recipe: dict[str, Any]
     recipe_digest: str
     seed: int
+    text: str = Field("builtin", description="what calibration and healing read")
+    heal: int = Field(0, description="steps of healing after tightening")
     status: Literal["done", "failed"]
     reason: str | None = None
     expect: Literal["done", "failed"] = Field("done", description="what the study said would happen")

@@ -25,6 +25,8 @@ class TrialSpec(BaseModel):
     seed: int = 0
     tasks: tuple[dict[str, Any], ...] = Field((), description="each with name and the options of that task")
     measure: dict[str, Any] = Field(default_factory=dict)
+    text: str = Field("builtin", description="what calibration and healing read; see taut.data.calibration_texts")
+    heal: int = Field(0, description="steps of healing after tightening")
     device: str = "cpu"
     dtype: str = "float32"
     memory: int | None = Field(None, description="the most bytes a trial may need")
@@ -33,9 +35,13 @@ class TrialSpec(BaseModel):
 
     @property
     def id(self) -> str:
-        content = self.model_dump(
-            include={"model", "model_digest", "recipe", "seed", "tasks", "measure", "device", "dtype"}
-        )
+        shared = {"model", "model_digest", "recipe", "seed", "tasks", "measure", "device", "dtype"}
+        # Only where they matter: the original is the same whatever text the others calibrate on.
+        content = self.model_dump(include=shared)
+        if self.recipe and self.text != "builtin":
+            content["text"] = self.text
+        if self.recipe and self.heal:
+            content["heal"] = self.heal
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
@@ -54,6 +60,8 @@ class TrialSpec(BaseModel):
             recipe=self.recipe,
             recipe_digest=Recipe.load(self.recipe).digest,
             seed=self.seed,
+            text=self.text,
+            heal=self.heal,
             status=status,
             expect=self.expect,
             **found,

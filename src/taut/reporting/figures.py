@@ -1,5 +1,6 @@
 """The pictures of a report, as Vega-Lite: quality against size and time, bytes per slot, differences to dense."""
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,13 +10,14 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from taut.comparison.protocol import Cell, Row, score_keys
-from taut.comparison.statistics import pareto_front
+from taut.comparison.protocol import Row, score_keys
+from taut.comparison.search import behind_front
 from taut.core.errors import TautError
 from taut.reporting import words
+from taut.reporting.scatter import Axis, logarithmic, palette, scatter, symmetric
 
-WIDTH, HEIGHT, BARS = 560, 340, 400
-"""Pixels: of a scatter plot, and the width of bars, which have names beside them."""
+BARS = 400
+"""Width of bars in pixels; names stand beside them."""
 FAMILY_COLORS = {
     "dense": "#8a8f98",
     "identity": "#b9bdc5",
@@ -40,8 +42,8 @@ VERDICT_COLORS = {
     "same": "#8a8f98",
     "no interval": "#d9a514",
 }
-LETTER = 6.2
-"""Width of a letter of a label in pixels, for keeping labels apart."""
+METHOD_COLORS = ("#2f7ed8", "#e8871e", "#17a589", "#d6336c", "#9b59d0", "#6b8e23", "#00a3c7", "#b5651d", "#f2b134")
+METHOD_COLORS += ("#5c6bc0", "#c2185b", "#455a64")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def draw(rows: Sequence[Row]) -> list[Figure]:
         for key in score_keys(mine):
             scored = [row for row in mine if key in row.scores and row.scores[key].value is not None]
             found += _against_size(scored, model, key)
+            found += _against_slot(scored, model, key)
             found += _against_time(scored, model, key)
             found += _differences(scored, model, key)
         found += _bytes_per_slot(mine, model)
@@ -120,8 +123,38 @@ def _against_size(rows: Sequence[Row], model: str, key: str) -> Iterator[Figure]
         "Whiskers: 95 % interval of the difference to dense. "
         "Steps: the front, where nothing else is both smaller and better."
     )
-    chart = _scatter(points, "stored size (MB)", key, rows[0].scores[key])
+    chart = scatter(points, Axis("stored size (MB)"), Axis(key), rows[0].scores[key], FAMILY_COLORS)
     yield Figure("size", "Quality against stored size", caption, model, key, chart)
+
+
+def _against_slot(rows: Sequence[Row], model: str, key: str) -> Iterator[Figure]:
+    """For each slot that several methods were tried in alone: what the slot's bytes buy, method by method."""
+    dense = next((row for row in rows if row.role == "dense"), None)
+    for slot, label in words.SLOT_LABELS.items():
+        mine = [row for row in rows if words.slots_of(row) == [slot] and row.bytes_per_slot.get(slot)]
+        methods = sorted({words.method(row, slot) for row in mine})
+        if dense is None or len(methods) < 3 or any(row.scores[key].gap is None for row in mine):
+            continue
+        points = []
+        for row, behind in zip(mine, behind_front(mine, key, slot), strict=True):
+            gap, share = row.scores[key].gap, row.bytes_per_slot[slot] / dense.bytes_per_slot[slot]
+            points.append(
+                _point(row, key)
+                | {"family": words.method(row, slot), "x": row.bytes_per_slot[slot] / 1e6, "score": gap.value}
+                | {"low": gap.value if gap.low is None else gap.low}
+                | {"high": gap.value if gap.high is None else gap.high}
+                | {"size": f"{row.bytes_per_slot[slot] / 1e6:.3g} MB, {1 / share:.3g}x smaller"}
+                | {"healed": "healed" if row.heal else "as fitted"}
+                | {"behind": "on the front" if behind == 0 else f"{behind:.4f} behind the front"}
+            )
+        colors = dict(zip(methods, itertools.cycle(METHOD_COLORS)))
+        axes = logarithmic(f"stored size of the {label} (MB)"), symmetric(f"change of {key}")
+        chart = scatter(points, *axes, rows[0].scores[key], colors)
+        caption = (
+            f"Recipes that change the {label} alone (dense: {dense.bytes_per_slot[slot] / 1e6:.3g} MB). Both axes are "
+            "logarithmic. Steps: the front, where nothing else is both smaller and better."
+        )
+        yield Figure(f"{slot}-front", f"What the bytes of the {label} buy", caption, model, key, chart)
 
 
 def _against_time(rows: Sequence[Row], model: str, key: str) -> Iterator[Figure]:
@@ -138,7 +171,8 @@ def _against_time(rows: Sequence[Row], model: str, key: str) -> Iterator[Figure]
                 }
                 points.append(_point(row, key) | {"x": gap.value, "time": words.gap(gap, ("faster", "slower"))} | ends)
         if len(points) > 1:
-            chart = _scatter(points, f"{noun} time relative to dense (left of 1 is faster)", key, rows[0].scores[key])
+            x_axis = Axis(f"{noun} time relative to dense (left of 1 is faster)")
+            chart = scatter(points, x_axis, Axis(key), rows[0].scores[key], FAMILY_COLORS)
             caption = f"Time of a {noun} step over dense, both taking turns in one run. Whiskers: 95 % intervals."
             yield Figure(noun, f"Quality against {noun} time", caption, model, key, chart)
 
@@ -159,7 +193,7 @@ def _differences(rows: Sequence[Row], model: str, key: str) -> Iterator[Figure]:
         for row, gap in gaps
     ]
     order = [row.recipe_name for row, _ in gaps]
-    colors = _color("verdict", VERDICT_COLORS, points)
+    colors = palette("verdict", VERDICT_COLORS, points)
     base = alt.Chart(alt.Data(values=points)).encode(
         y=alt.Y("recipe:N", sort=order, title=None),
         tooltip=[alt.Tooltip("recipe:N"), alt.Tooltip("change:Q", format="+.4f"), "interval:N", "verdict:N"],
@@ -190,7 +224,7 @@ def _bytes_per_slot(rows: Sequence[Row], model: str) -> Iterator[Figure]:
         .encode(
             y=alt.Y("recipe:N", sort=[row.recipe_name for row in sized], title=None),
             x=alt.X("sum(megabytes):Q", title="stored MB"),
-            color=_color("slot", SLOT_COLORS, points),
+            color=palette("slot", SLOT_COLORS, points),
             order=alt.Order("order:Q"),
             tooltip=["recipe:N", "slot:N", alt.Tooltip("sum(megabytes):Q", title="MB", format=".2f")],
         )
@@ -215,107 +249,3 @@ def _point(row: Row, key: str) -> dict[str, Any]:
         "change": words.gap(cell.gap) or "baseline",
         "size": words.value(size) if size else "n/a",
     }
-
-
-def _scatter(points: list[dict[str, Any]], x_title: str, key: str, cell: Cell) -> alt.LayerChart:
-    """Points with whiskers, the Pareto front as steps, shortcut baselines as dotted lines, labels where they fit."""
-    x_domain = _domain(
-        [end for point in points for end in (point.get("x_low", point["x"]), point.get("x_high", point["x"]))]
-    )
-    reach = _domain([point[end] for point in points for end in ("low", "high")])
-    shortcuts = [
-        {"baseline": name, "score": value}
-        for name, value in (cell.sources[0].score.baselines if cell.sources[0].score else {}).items()
-        if reach[0] - 0.4 * (reach[1] - reach[0]) <= value <= reach[1] + 0.4 * (reach[1] - reach[0])
-    ]
-    y_domain = _domain([*reach, *(line["score"] for line in shortcuts)], margin=0.0)
-    front = pareto_front([(point["x"], point["score"]) for point in points], (True, cell.better == "lower"))
-    _place_labels(points, x_domain, y_domain, set(front))
-    x = alt.X("x:Q", title=x_title, scale=alt.Scale(domain=x_domain, nice=False, zero=False))
-    scale = alt.Scale(domain=y_domain, nice=False, zero=False)
-    y = alt.Y("score:Q", title=key, scale=scale)
-    color = _color("family", FAMILY_COLORS, points)
-    base = alt.Chart(alt.Data(values=points))
-    steps = sorted(
-        ({"x": points[index]["x"], "score": points[index]["score"]} for index in front), key=lambda step: step["x"]
-    )
-    tooltip = [alt.Tooltip("recipe:N"), alt.Tooltip("score:Q", title=key, format=".4f"), "change:N", "size:N"]
-    layers = [
-        alt.Chart(alt.Data(values=steps))
-        .mark_line(interpolate="step-after", strokeWidth=1.5, opacity=0.55, color="#8a8f98")
-        .encode(x=x, y=y),
-        base.mark_rule(opacity=0.55).encode(x=x, y=alt.Y("low:Q", title=key, scale=scale), y2="high:Q", color=color),
-        base.mark_point(filled=True, size=95, opacity=1).encode(
-            x=x, y=y, color=color, tooltip=tooltip + (["time:N"] if "x_low" in points[0] else [])
-        ),
-    ]
-    if "x_low" in points[0]:
-        layers.insert(
-            1, base.mark_rule(opacity=0.55).encode(x=alt.X("x_low:Q", title=x_title), x2="x_high:Q", y=y, color=color)
-        )
-        layers.insert(0, alt.Chart(alt.Data(values=[{"x": 1.0}])).mark_rule(strokeDash=[4, 3], opacity=0.6).encode(x=x))
-    if shortcuts:
-        lines = alt.Chart(alt.Data(values=shortcuts))
-        layers.append(lines.mark_rule(strokeDash=[2, 3], opacity=0.8).encode(y=y))
-        layers.append(
-            lines.mark_text(align="left", baseline="bottom", fontSize=10, dx=3, dy=-2).encode(
-                x=alt.value(0), y=y, text="baseline:N"
-            )
-        )
-    for align, dx, dy in PLACES:
-        here = [point for point in points if point.get("place") == PLACES.index((align, dx, dy))]
-        if here:
-            text = alt.Chart(alt.Data(values=here)).mark_text(align=align, dx=dx, dy=dy, fontSize=11)
-            layers.append(text.encode(x=x, y=y, text="recipe:N"))
-    return alt.layer(*layers).properties(width=WIDTH, height=HEIGHT)
-
-
-PLACES = (
-    ("left", 9, 0),
-    ("right", -9, 0),
-    ("center", 0, -13),
-    ("center", 0, 14),
-    ("left", 8, -11),
-    ("left", 8, 12),
-    ("right", -8, -11),
-    ("right", -8, 12),
-)
-"""Where a label may stand beside its point: alignment and pixels right and down, in order of preference."""
-
-
-def _place_labels(points: list[dict[str, Any]], x_domain: list[float], y_domain: list[float], first: set[int]) -> None:
-    """Give each point a ``place`` where its label covers no point and no label; the Pareto front chooses first."""
-
-    def at(point: dict[str, Any]) -> tuple[float, float]:
-        across = (point["x"] - x_domain[0]) / (x_domain[1] - x_domain[0]) * WIDTH
-        return across, HEIGHT - (point["score"] - y_domain[0]) / (y_domain[1] - y_domain[0]) * HEIGHT
-
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in map(at, points)]
-    for index in sorted(range(len(points)), key=lambda index: (index not in first, points[index]["x"])):
-        (x, y), width = at(points[index]), LETTER * len(points[index]["recipe"])
-        for place, (align, dx, dy) in enumerate(PLACES):
-            left = x + dx - {"left": 0.0, "center": width / 2, "right": width}[align]
-            box = (left, y + dy - 6, left + width, y + dy + 6)
-            inside = box[0] >= 0 and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT
-            if inside and not any(_overlap(box, other) for other in taken):
-                points[index]["place"] = place
-                taken.append(box)
-                break
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _domain(values: list[float], margin: float = 0.07) -> list[float]:
-    low, high = min(values), max(values)
-    reach = (high - low) or abs(high) or 1.0
-    return [low - margin * reach, high + margin * reach]
-
-
-def _color(field: str, colors: dict[str, str], points: list[dict[str, Any]]) -> alt.Color:
-    """Colours that mean the same in every chart, with only those present in the legend."""
-    present = {point[field] for point in points}
-    shown = [name for name in colors if name in present]
-    scale = alt.Scale(domain=shown, range=[colors[name] for name in shown])
-    return alt.Color(f"{field}:N", scale=scale, sort=shown, legend=alt.Legend(title=None))

@@ -105,6 +105,12 @@ def family(row: Row) -> str:
     return slots[0] if len(slots) == 1 else "combination"
 
 
+def method(row: Row, slot: str) -> str:
+    """The method, or methods, that a recipe puts in a slot."""
+    lines = row.recipe[slot] if isinstance(row.recipe[slot], list) else [row.recipe[slot]]
+    return " + ".join(dict.fromkeys(str(line["method"]) for line in lines))
+
+
 def recipe_line(recipe: dict[str, Any]) -> str:
     """A recipe on one line: ``embedding: low_bit bits 8 · memory: window_sink``."""
     parts = []
