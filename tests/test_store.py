@@ -1,0 +1,130 @@
+"""``store:`` nests once: factors in few bits, loosened for training and tightened again."""
+
+import pytest
+import torch
+
+from taut.contract.tiny import tiny
+from taut.core.errors import TautError
+from taut.core.recipe import Recipe
+from taut.core.site import TableSite
+from taut.methods.embedding.low_rank import LowRankEmbedding
+from taut.methods.part import Calibration
+from taut.methods.store import Store, stored_bytes
+from taut.surgery.apply import apply
+from taut.surgery.plan import make
+
+SITE = TableSite(slot="embedding", path="table", rows=90, width=24, heads=("head",), padding_row=3)
+
+
+def fitted(dtype: torch.dtype = torch.float64, **knobs):
+    method = LowRankEmbedding.parse({"rank": 12, **knobs})
+    torch.manual_seed(0)
+    weight = torch.randn(SITE.rows, SITE.width, dtype=dtype)
+    part = method.build(SITE, torch.device("cpu"), dtype)
+    method.fit(part, weight, Calibration())
+    return method, part, weight
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
+@pytest.mark.parametrize("shape", [(5, 7, 12), (9, 13), (1, 1)])
+def test_bytes_are_those_of_the_packed_tensor(bits: int, shape: tuple[int, ...]) -> None:
+    for group in (None, 5, 64):
+        store = Store(bits=bits, group=group)
+        value = torch.randn(shape)
+        packed = store.pack(value)
+        assert packed.shape == store.packed_shape(shape)
+        assert packed.nbytes == store.bytes(shape) == stored_bytes(shape, store, 4)
+        again = store.unpack(packed, shape, torch.float32)
+        assert again.shape == shape
+        rows = store.lookup(packed, torch.tensor([0]), shape[-1], torch.float32)
+        assert torch.equal(rows[0], again.reshape(-1, shape[-1])[0])
+    assert stored_bytes(shape, None, 4) == value.nbytes
+
+
+def test_more_bits_are_nearer() -> None:
+    value = torch.randn(50, 32)
+    errors = [
+        (Store(bits=bits).unpack(Store(bits=bits).pack(value), (50, 32), torch.float32) - value).norm()
+        for bits in (8, 6, 4, 3, 2)
+    ]
+    assert errors == sorted(errors)
+    assert errors[0] < 0.01 * value.norm()
+
+
+def test_the_gradient_passes_straight_through() -> None:
+    store = Store(bits=3)
+    value = torch.randn(4, 8, requires_grad=True)
+    stored = store.straight_through(value)
+    torch.testing.assert_close(stored, store.unpack(store.pack(value.detach()), (4, 8), torch.float32))
+    stored.backward(weight := torch.randn(4, 8))
+    assert torch.equal(value.grad, weight)
+
+
+def test_a_part_loosens_and_tightens_to_itself() -> None:
+    method, part, _ = fitted(torch.float32, store={"bits": 8})
+    before = {name: tensor.clone() for name, tensor in part.state_dict().items()}
+    ids = torch.arange(SITE.rows)
+    answer, scores = part(ids), part.logits(torch.eye(SITE.width))
+    assert not list(part.parameters())
+    part.loosen()
+    assert {name for name, _ in part.named_parameters()} == {"weight_loose", "projection_loose"}
+    torch.testing.assert_close(part(ids), answer, atol=2e-2, rtol=0)
+    torch.testing.assert_close(part.logits(torch.eye(SITE.width)), scores, atol=2e-2, rtol=0)
+    loose = part(ids)
+    part.tighten()
+    torch.testing.assert_close(part(ids), loose, atol=1e-5, rtol=0)
+    assert {name: tensor.shape for name, tensor in part.state_dict().items()} == {
+        name: tensor.shape for name, tensor in before.items()
+    }
+    assert sum(tensor.nbytes for tensor in part.state_dict().values()) == method.predict(SITE).bytes
+    part.tighten()
+    torch.testing.assert_close(part(ids), loose, atol=1e-5, rtol=0)
+
+
+def test_training_a_loosened_part_helps_once_it_is_tight() -> None:
+    _, part, weight = fitted(torch.float32, store={"bits": 2})
+    target = 1.5 * weight
+    error = (part.merged() - target).square().mean()
+    part.loosen()
+    optimizer = torch.optim.Adam(part.parameters(), 1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (part(torch.arange(SITE.rows)) - target).square().mean().backward()
+        optimizer.step()
+    assert part.weight_loose.grad[3].abs().max() == 0, "the padding row receives no gradient"
+    part.tighten()
+    assert (part.merged() - target).square().mean() < 0.9 * error
+
+
+def test_keep_counts_the_stored_bytes() -> None:
+    for keep in (0.2, 0.3, 0.4):
+        dense = LowRankEmbedding.parse({}, keep).solve(SITE, keep)
+        stored = LowRankEmbedding.parse({"store": {"bits": 4}}, keep).solve(SITE, keep)
+        assert stored.knobs.rank > dense.knobs.rank
+        assert stored.predict(SITE).bytes <= keep * SITE.dense().bytes
+
+
+def test_a_store_in_a_recipe_survives_the_plan() -> None:
+    model = tiny("bert")
+    recipe = Recipe.parse({"embedding": {"method": "low_rank", "rank": 8, "store": {"method": "low_bit", "bits": 4}}})
+    plan = make(model, recipe)
+    assert plan.steps[0].method.knobs.store == Store(bits=4)
+    assert plan.steps[0].to_dict()["knobs"]["store"]["bits"] == 4
+    apply(model, recipe)
+    table = model.get_input_embeddings()
+    assert {tensor.dtype for tensor in table.state_dict().values()} == {torch.uint8}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"method": "low_bit", "store": {"method": "low_bit"}}, "does not nest a store"),
+        ({"method": "low_rank", "rank": 8, "store": {"method": "low_rank"}}, "store.method = 'low_rank'"),
+        ({"method": "low_rank", "rank": 8, "store": {"method": "low_bit", "bits": 5}}, "store.bits = 5"),
+        ({"method": "low_rank", "rank": 8, "store": {"method": "low_bit", "bit": 4}}, "store.bit"),
+        ({"method": "low_rank", "rank": 8, "store": {"method": "low_bit", "keep": 0.1}}, "keep"),
+    ],
+)
+def test_wrong_stores(line: dict, words: str) -> None:
+    with pytest.raises(TautError, match=words):
+        make(tiny("bert"), Recipe.parse({"embedding": line}))
