@@ -5,8 +5,12 @@ it does little work, prints, and writes no record: a quick run is a check of the
 """
 
 import argparse
+import atexit
 import json
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +27,7 @@ from taut.measurement.clock import Timing, ratio
 from taut.measurement.kernels import kernel_path
 
 RECORDS = Path(__file__).parent / "records"
+CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 
 
 def options(claim: str, **extra: Any) -> argparse.Namespace:
@@ -78,6 +83,26 @@ def record(
         RECORDS.mkdir(exist_ok=True)
         (RECORDS / f"{name}.json").write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
     return 0 if passed is not False or quick else 1
+
+
+def peer(*packages: str) -> Path:
+    """Install other people's packages for this run alone and make them importable; returns the folder they are in.
+
+    The folder is temporary and outside the repository, and gone when the benchmark ends. Nothing they depend on comes
+    along, so torch stays what it is: name what is needed (``peer("tensorly-torch", "tensorly")``). Ends the benchmark
+    with one line when they cannot be had.
+    """
+    folder = tempfile.mkdtemp(prefix="taut-peer-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    done = subprocess.run(
+        [*pip, "-c", str(CONSTRAINTS), "--target", folder, *packages], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip() or f"pip ended with {done.returncode}").splitlines()[-1]
+        raise SystemExit(f"cannot install {', '.join(packages)} to compare with: {reason}")
+    sys.path.append(folder)
+    return Path(folder)
 
 
 def _device() -> str:

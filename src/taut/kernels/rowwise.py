@@ -1,45 +1,70 @@
-"""Token tables in 8 or 4 bits: one uint8 tensor, each group of a row followed by its own scale and bias.
+"""Token tables in few bits: one uint8 tensor, each group of a row followed by its own scale.
 
-The format is that of torch's ``quantized.embedding_bag_{byte,4bit}_rowwise_offsets`` (FBGEMM): the codes, for 4 bits
-two in a byte with the earlier column in the low nibble, then a scale and a bias, float32 for 8 bits and float16 for
-4. A value is code * scale + bias. A row of several groups is so many short rows behind each other:
-the tensor is (V, groups, bytes of a group), which no dense table's shape equals.
+Of a group come first the codes, the earlier columns in a byte's lower bits, then what ``kernels.number_formats`` keeps
+of its scale. Codes of 6 and of 3 bits lie in two planes: the lower four (two) bits of every number, then the upper two
+(one). With integers of 8, 4 and 2 bits that is the format of torch's
+``quantized.embedding_bag_{byte,4bit,2bit}_rowwise_offsets`` (FBGEMM): codes, then a scale and a bias, float32 for 8
+bits and float16 for fewer; a value is code * scale + bias. A row of several groups is so many short rows behind each
+other: the tensor is (V, groups, bytes of a group), which no dense table's shape equals.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from taut.core.errors import TautError
+from taut.kernels.gather import gather_rows
+from taut.kernels.number_formats import NumberFormat, number_format
 
-LOOKUPS = {8: "embedding_bag_byte_rowwise_offsets", 4: "embedding_bag_4bit_rowwise_offsets"}
-SHRINKS = tuple(1 - step / 20 for step in range(1, 11))
-"""What the clip search tries to shrink a range by: .95, .90, ... .50."""
-PACKED_AT_ONCE = 1 << 22
-"""Numbers quantised at a time: bounds what packing a large table needs beside it."""
+LOOKUPS = {
+    8: "embedding_bag_byte_rowwise_offsets",
+    4: "embedding_bag_4bit_rowwise_offsets",
+    2: "embedding_bag_2bit_rowwise_offsets",
+}
+PLANES = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}
+"""How the bits of a code are shared out, lowest first: parts that fill a byte without a rest."""
+PACKED_AT_ONCE = 1 << 18
+"""Numbers quantised at a time: bounds what packing a large table needs beside it, and stays in the cache."""
+EXPANDED_AT_ONCE = {"cpu": 1 << 19}
+"""Numbers expanded at a time by the plain formula. On a CPU they stay in the cache from step to step."""
+EXPANDED_ELSEWHERE = 1 << 28
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """``bits`` 8 or 4; rows of ``width`` D numbers, each ``group`` of which (a divisor of D) share a scale."""
+    """Rows of ``width`` D numbers of ``bits`` each, every ``group`` of which share a scale; the last group may be
+    short. ``number`` names the format of a number (``kernels.number_formats.FORMATS``)."""
 
     bits: int
     width: int
     group: int
+    number: str = "int"
+
+    @property
+    def format(self) -> NumberFormat:
+        return number_format(self.number, self.bits)
 
     @property
     def groups(self) -> int:
-        return self.width // self.group
+        return -(-self.width // self.group)
 
     @property
-    def scale_dtype(self) -> torch.dtype:
-        return torch.float32 if self.bits == 8 else torch.float16
+    def plane_bytes(self) -> list[int]:
+        """Bytes of a group's codes, plane by plane."""
+        return [-(-self.group * bits // 8) for bits in PLANES[self.bits]]
+
+    @property
+    def padded_group(self) -> int:
+        """How many numbers the bytes of a group have room for, where there is one plane."""
+        return self.plane_bytes[0] * 8 // self.bits
 
     @property
     def group_bytes(self) -> int:
-        return self.group * self.bits // 8 + 2 * self.scale_dtype.itemsize
+        return sum(self.plane_bytes) + self.format.tail_bytes
 
     @property
     def row_bytes(self) -> int:
@@ -50,10 +75,10 @@ class RowFormat:
 def pack(table: Tensor, layout: RowFormat, symmetric: bool = False, clip: bool = False) -> Tensor:
     """(V, D) float -> packed (V, groups, ``group_bytes``) uint8. Deterministic.
 
-    Scales and biases are rounded to their storage type before the codes are chosen, so every number inside the range
-    comes back within half a step. ``symmetric`` centres the range on zero, which is then exact. ``clip`` gives up
-    the largest numbers of a group where that lowers its squared error (a grid over the range; cf. Guan et al. 2019,
-    arXiv 1911.02079). Raises TautError for numbers that are not finite or beyond what the scale's type can hold.
+    Scales and biases are rounded to their storage type before the codes are chosen, so every integer inside the range
+    comes back within half a step. ``symmetric`` centres the range of integers on zero, which is then exact. ``clip``
+    tries the format's other scales for each group and keeps the one with the least squared error. Raises TautError
+    for numbers that are not finite or beyond what the scale's type can hold.
     """
     if not table.isfinite().all():
         raise TautError("the token table holds numbers that are not finite; repair it before packing")
@@ -61,121 +86,152 @@ def pack(table: Tensor, layout: RowFormat, symmetric: bool = False, clip: bool =
     return torch.cat([_pack(rows, layout, symmetric, clip) for rows in table.detach().split(step)])
 
 
-def fields(packed: Tensor, layout: RowFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """What is stored of each of the n = V * groups groups: code bytes (n, -) uint8, scale and bias (n, 1) float32."""
-    codes, tail = packed.flatten(0, 1).split([layout.group * layout.bits // 8, 2 * layout.scale_dtype.itemsize], dim=1)
-    # A copy, since a view as floats needs an aligned start.
-    scale, bias = tail.clone(memory_format=torch.contiguous_format).view(layout.scale_dtype).float().split(1, dim=1)
-    return codes, scale, bias
-
-
 def unpack(packed: Tensor, layout: RowFormat) -> Tensor:
     """Packed (V, groups, ``group_bytes``) -> (V, D) float32: the plain formula, which the fused lookup must equal."""
-    codes, scale, bias = fields(packed, layout)
-    if layout.bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
-    return torch.addcmul(bias, codes.float(), scale).reshape(-1, layout.width)
+    pieces = packed.split(_rows_at_once(packed, layout))
+    return _expand(pieces, packed.shape[0], layout, packed.device)
 
 
 def lookup(packed: Tensor, ids: Tensor, layout: RowFormat, dtype: torch.dtype = torch.float32) -> Tensor:
     """Packed (V, groups, ``group_bytes``) and (...) ids -> (..., D) of ``dtype``. Extra memory O(number of ids).
 
-    FBGEMM's fused lookup on a CPU, else a gather and the plain formula on the gathered rows. Raises IndexError for
-    an id outside the table (on CUDA the device asserts, as for torch's own lookup).
+    On a CPU integers of 8, 4 and 2 bits go through FBGEMM's fused lookup; else a gather, and the plain formula on the
+    gathered rows. Raises IndexError for an id outside the table (on CUDA the device asserts).
     """
     if torch.compiler.is_compiling():
-        return _lookup(packed, ids, layout.bits, layout.width, layout.group, dtype)
+        return _lookup(packed, ids, layout.bits, layout.width, layout.group, layout.number, dtype)
     # FBGEMM reads ids as if they lay side by side.
     flat = ids.reshape(-1).long().contiguous()
-    fused = getattr(torch.ops.quantized, LOOKUPS[layout.bits], None) if packed.device.type == "cpu" else None
-    gathered = fused is None
-    rows = unpack(packed.index_select(0, flat), layout) if gathered else _fused_lookup(fused, packed, flat, layout)
+    try:
+        if layout.number == "int" and layout.bits in LOOKUPS and packed.device.type == "cpu":
+            rows = _fused_lookup(packed, flat, layout)
+        else:
+            pieces = (packed.index_select(0, piece) for piece in flat.split(_rows_at_once(packed, layout)))
+            rows = _expand(pieces, flat.numel(), layout, packed.device)
+    except (RuntimeError, IndexError) as error:
+        if "out of bounds" in str(error) or "out of range" in str(error):
+            raise IndexError(f"token id out of range: the table has {packed.shape[0]} rows") from None
+        raise
     return rows.to(dtype).reshape(*ids.shape, layout.width)
 
 
 @torch.library.custom_op("taut::rowwise_lookup", mutates_args=())
-def _lookup(packed: Tensor, ids: Tensor, bits: int, width: int, group: int, dtype: torch.dtype) -> Tensor:
+def _lookup(packed: Tensor, ids: Tensor, bits: int, width: int, group: int, number: str, dtype: torch.dtype) -> Tensor:
     """``lookup``, opaque to compilers."""
-    return lookup(packed, ids, RowFormat(bits, width, group), dtype)
+    return lookup(packed, ids, RowFormat(bits, width, group, number), dtype)
 
 
 @_lookup.register_fake
-def _lookup_shape(packed: Tensor, ids: Tensor, bits: int, width: int, group: int, dtype: torch.dtype) -> Tensor:
+def _lookup_shape(
+    packed: Tensor, ids: Tensor, bits: int, width: int, group: int, number: str, dtype: torch.dtype
+) -> Tensor:
     return packed.new_empty(*ids.shape, width, dtype=dtype)
 
 
-def _fused_lookup(fused: Any, packed: Tensor, ids: Tensor, layout: RowFormat) -> Tensor:
-    """Bags of one group each: (n,) ids -> (n, D) float32."""
-    count = ids.numel() * layout.groups
-    if layout.groups > 1:
-        ids = (ids[:, None] * layout.groups + torch.arange(layout.groups, device=ids.device)).reshape(-1)
-    starts = torch.arange(count, device=ids.device)
-    try:
-        return fused(packed.flatten(0, 1), ids, starts).view(-1, layout.width)
-    except RuntimeError as error:
-        if "out of bounds" in str(error):
-            raise IndexError(f"token id out of range: the table has {packed.shape[0]} rows") from None
-        raise
+def fields(packed: Tensor, layout: RowFormat) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What is stored of each of the n = V * groups groups: code bytes (n, -) uint8, scale and bias (n, 1) float32;
+    the bias is None where the format has none."""
+    codes, tail = packed.flatten(0, 1).split([sum(layout.plane_bytes), layout.format.tail_bytes], dim=1)
+    return codes, *layout.format.scales(tail)
+
+
+def _fused_lookup(packed: Tensor, ids: Tensor, layout: RowFormat) -> Tensor:
+    """Bags of one group each: (n,) ids -> (n, D) float32. Few calls: for some hundred ids they are half the time."""
+    groups = packed.shape[1]
+    if groups > 1:
+        ids = torch.arange(groups, device=ids.device).add(ids[:, None], alpha=groups).view(-1)
+    fused = getattr(torch.ops.quantized, LOOKUPS[layout.bits])
+    rows = fused(packed.flatten(0, 1), ids, torch.arange(ids.shape[0], device=ids.device))
+    if rows.shape[1] * groups == layout.width:
+        return rows.view(-1, layout.width)
+    return rows[:, : layout.group].reshape(-1, groups * layout.group)[:, : layout.width]
+
+
+def _rows_at_once(packed: Tensor, layout: RowFormat) -> int:
+    return max(1, EXPANDED_AT_ONCE.get(packed.device.type, EXPANDED_ELSEWHERE) // layout.width)
+
+
+def _expand(pieces: Iterable[Tensor], count: int, layout: RowFormat, device: torch.device) -> Tensor:
+    """Packed rows, some at a time, ``count`` in all -> (``count``, D) float32."""
+    rows = torch.empty(count, layout.groups * layout.group, device=device)
+    start = 0
+    for piece in pieces:
+        codes, scale, bias = fields(piece, layout)
+        target = rows[start : start + piece.shape[0]].view(-1, layout.group)
+        torch.mul(_levels(codes, layout)[:, : layout.group], scale, out=target)
+        if bias is not None:
+            target.add_(bias)
+        start += piece.shape[0]
+    return rows[:, : layout.width]
+
+
+def _levels(codes: Tensor, layout: RowFormat) -> Tensor:
+    """(n, bytes) -> (n, at least ``group``) float32: what each code stands for, read a byte at a time from a table."""
+    if layout.bits == 8:
+        return codes.float()
+    planes = codes.split(layout.plane_bytes, dim=1)
+    if len(planes) == 1:
+        return _read(codes, _levels_of_bytes(layout.number, layout.bits, codes.device))
+    lower, upper = PLANES[layout.bits]
+    low, high = _codes_of_bytes(lower, 0, codes.device), _codes_of_bytes(upper, lower, codes.device)
+    # Integers alone have two planes: a code is its level.
+    return (_read(planes[0], low)[:, : layout.group] | _read(planes[1], high)[:, : layout.group]).float()
+
+
+def _read(plane: Tensor, table: Tensor) -> Tensor:
+    """(n, bytes) and what each of 256 bytes holds, (256, k) -> (n, bytes * k)."""
+    return gather_rows(plane.int().view(-1), table).view(plane.shape[0], plane.shape[1] * table.shape[1])
+
+
+@cache
+def _codes_of_bytes(bits: int, shift: int, device: torch.device) -> Tensor:
+    """(256, 8 / ``bits``) uint8: the numbers in a byte, times 2 ** ``shift``."""
+    places = torch.arange(0, 8, bits, device=device)
+    codes = torch.arange(256, device=device)[:, None] >> places & (1 << bits) - 1
+    return (codes << shift).to(torch.uint8)
+
+
+@cache
+def _levels_of_bytes(number: str, bits: int, device: torch.device) -> Tensor:
+    """(256, 8 / ``bits``) float32."""
+    return number_format(number, bits).levels(device)[_codes_of_bytes(bits, 0, device).int()]
 
 
 def _pack(table: Tensor, layout: RowFormat, symmetric: bool, clip: bool) -> Tensor:
-    numbers = table.float().reshape(-1, layout.group)
-    low, high = numbers.aminmax(dim=1, keepdim=True)
-    if symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
-    codes, scale, bias = _quantise(numbers, low, high, layout, symmetric)
+    numbers, form = table.float(), layout.format
+    missing = layout.groups * layout.group - layout.width
+    if missing:
+        # Repeated, the last number changes no range.
+        numbers = torch.cat((numbers, numbers[:, -1:].expand(-1, missing)), dim=1)
+    numbers = numbers.reshape(-1, layout.group)
+    codes, tail = form.quantise(numbers, 1.0, symmetric)
     if clip:
-        error = _error(numbers, codes, scale, bias)
-        for shrink in SHRINKS:
-            cut = (high - low) * (1 - shrink) / 2
-            trial = _quantise(numbers, low + cut, high - cut, layout, symmetric)
-            trial_error = _error(numbers, *trial)
+        error = _error(numbers, form.dequantise(codes, tail), layout)
+        for factor in form.factors:
+            trial = form.quantise(numbers, factor, symmetric)
+            trial_error = _error(numbers, form.dequantise(*trial), layout)
             better = trial_error < error
             error = torch.where(better, trial_error, error)
-            codes, scale, bias = (torch.where(better, *pair) for pair in zip(trial, (codes, scale, bias), strict=True))
-    if layout.bits == 4:
-        codes = codes[:, 0::2] | codes[:, 1::2] << 4
-    tail = torch.cat((scale, bias), dim=1).view(torch.uint8)
-    return torch.cat((codes, tail), dim=1).view(-1, layout.groups, layout.group_bytes)
+            codes, tail = torch.where(better, trial[0], codes), torch.where(better, trial[1], tail)
+    return torch.cat((_pack_codes(codes, layout), tail), dim=1).view(-1, layout.groups, layout.group_bytes)
 
 
-def _quantise(
-    numbers: Tensor, low: Tensor, high: Tensor, layout: RowFormat, symmetric: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, G) float32 and ranges (n, 1) -> codes (n, G) uint8, scales and biases (n, 1) as stored."""
-    top, middle = 2**layout.bits - 1, 2 ** (layout.bits - 1)
-    if symmetric:
-        scale = _nonzero((high / (middle - 1)).to(layout.scale_dtype))
-        bias = scale * -middle
-        codes = (numbers / scale.float()).round_().add_(middle).clamp_(1, top)
-    else:
-        bias = _not_above(low, layout.scale_dtype)
-        scale = _nonzero(((high - bias.float()) / top).to(layout.scale_dtype))
-        codes = ((numbers - bias.float()) / scale.float()).round_().clamp_(0, top)
-    if not (scale.isfinite().all() and bias.isfinite().all()):
-        raise TautError(
-            f"the token table holds numbers up to {float(high.max()):.3g}, beyond the {layout.scale_dtype} scales of "
-            f"{layout.bits}-bit rows{'; use bits: 8' if layout.bits == 4 else ''}"
-        )
-    return codes.to(torch.uint8), scale, bias
+def _error(numbers: Tensor, back: Tensor, layout: RowFormat) -> Tensor:
+    """Squared error of each group, (n, 1); what a last group was filled up with does not count."""
+    squares = back.sub_(numbers).square_().view(-1, layout.groups * layout.group)
+    squares[:, layout.width :] = 0
+    return squares.view(-1, layout.group).sum(1, keepdim=True)
 
 
-def _nonzero(scale: Tensor) -> Tensor:
-    """A group of equal numbers has no range: any step will do."""
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
-
-
-def _not_above(low: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 rounded downwards to ``dtype``, so that no number lies below the range. float16 keeps 10 of 23 bits."""
-    if dtype == torch.float32:
-        return low
-    bits = low.contiguous().view(torch.int32)
-    kept = bits & ~0x1FFF
-    kept += torch.where((low < 0) & (kept != bits), 0x2000, 0)
-    return kept.view(torch.float32).to(dtype)
-
-
-def _error(numbers: Tensor, codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Squared error of each group, (n, 1)."""
-    return (torch.addcmul(bias.float(), codes.float(), scale.float()) - numbers).square_().sum(1, keepdim=True)
+def _pack_codes(codes: Tensor, layout: RowFormat) -> Tensor:
+    """(n, G) uint8, one number in each -> (n, bytes)."""
+    planes, shift = [], 0
+    for bits in PLANES[layout.bits]:
+        plane, in_a_byte = codes >> shift & (1 << bits) - 1, 8 // bits
+        shares = F.pad(plane, (0, -layout.group % in_a_byte)).unflatten(1, (-1, in_a_byte)).unbind(-1)
+        packed = shares[0]
+        for place, share in enumerate(shares[1:], start=1):
+            packed = packed | share << place * bits
+        planes.append(packed)
+        shift += bits
+    return torch.cat(planes, dim=1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from taut.kernels.int8_linear import integer_product_is_exact
@@ -32,17 +33,19 @@ def logits(hidden: Tensor, packed: Tensor, layout: RowFormat) -> Tensor:
 
     Exact up to rounding, gradient included; extra memory O(number of scores).
     """
-    return _tied_head(hidden, packed, layout.bits, layout.width, layout.group)
+    return _tied_head(hidden, packed, layout.bits, layout.width, layout.group, layout.number)
 
 
 @torch.library.custom_op("taut::rowwise_tied_head", mutates_args=())
-def _tied_head(hidden: Tensor, packed: Tensor, bits: int, width: int, group: int) -> Tensor:
+def _tied_head(hidden: Tensor, packed: Tensor, bits: int, width: int, group: int, number: str) -> Tensor:
     """``logits``, opaque to compilers. Autograd alone would keep every expanded piece until the backward pass."""
-    layout, flat = RowFormat(bits, width, group), hidden.reshape(-1, width)
+    layout, flat = RowFormat(bits, width, group, number), hidden.reshape(-1, width)
     scores = flat.new_empty(flat.shape[0], packed.shape[0])
     if (
         0 < flat.shape[0] <= FEW_TOKENS
         and layout.groups == 1
+        and number == "int"
+        and 8 % bits == 0
         and packed.device.type == "cpu"
         and integer_product_is_exact()
     ):
@@ -54,33 +57,33 @@ def _tied_head(hidden: Tensor, packed: Tensor, bits: int, width: int, group: int
 
 
 @_tied_head.register_fake
-def _tied_head_shape(hidden: Tensor, packed: Tensor, bits: int, width: int, group: int) -> Tensor:
+def _tied_head_shape(hidden: Tensor, packed: Tensor, bits: int, width: int, group: int, number: str) -> Tensor:
     return hidden.new_empty(*hidden.shape[:-1], packed.shape[0])
 
 
 def _tied_head_remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, *layout = inputs
+    _, packed, *ctx.layout = inputs
     ctx.save_for_backward(packed)
-    ctx.layout = RowFormat(*layout)
 
 
 def _tied_head_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    layout = ctx.layout
-    return _tied_head_gradient(gradient, *ctx.saved_tensors, layout.bits, layout.width, layout.group), *[None] * 4
+    return _tied_head_gradient(gradient, *ctx.saved_tensors, *ctx.layout), *[None] * 5
 
 
 @torch.library.custom_op("taut::rowwise_tied_head_gradient", mutates_args=())
-def _tied_head_gradient(gradient: Tensor, packed: Tensor, bits: int, width: int, group: int) -> Tensor:
+def _tied_head_gradient(gradient: Tensor, packed: Tensor, bits: int, width: int, group: int, number: str) -> Tensor:
     """(..., V) -> (..., D)."""
     flat = gradient.reshape(-1, packed.shape[0])
     total = flat.new_zeros(flat.shape[0], width)
-    for start, rows in _pieces(packed, RowFormat(bits, width, group), gradient.dtype):
+    for start, rows in _pieces(packed, RowFormat(bits, width, group, number), gradient.dtype):
         total.addmm_(flat[:, start : start + rows.shape[0]], rows)
     return total.view(*gradient.shape[:-1], width)
 
 
 @_tied_head_gradient.register_fake
-def _tied_head_gradient_shape(gradient: Tensor, packed: Tensor, bits: int, width: int, group: int) -> Tensor:
+def _tied_head_gradient_shape(
+    gradient: Tensor, packed: Tensor, bits: int, width: int, group: int, number: str
+) -> Tensor:
     return gradient.new_empty(*gradient.shape[:-1], width)
 
 
@@ -110,20 +113,21 @@ def _by_digits(hidden: Tensor, packed: Tensor, layout: RowFormat, scores: Tensor
     for _ in range(DIGITS):
         digits.append(rest.round())
         rest = (rest - digits[-1]) * BASE
-    columns = torch.stack(digits).to(torch.int8)
+    # Columns that a group is padded with count nothing.
+    columns = F.pad(torch.stack(digits).to(torch.int8), (0, layout.padded_group - layout.width))
+    in_a_byte, mask = 8 // layout.bits, 2**layout.bits - 1
     totals = hidden.sum(dim=1)
     step = max(1, CODES_AT_ONCE // layout.width)
     for start in range(0, packed.shape[0], step):
         codes, scale, bias = fields(packed[start : start + step], layout)
-        halves = (
-            [(codes, columns)]
-            if layout.bits == 8
-            else [(codes & 15, columns[..., 0::2]), (codes >> 4, columns[..., 1::2])]
-        )
+        shares = [
+            (codes if in_a_byte == 1 else codes >> place * layout.bits & mask, columns[..., place::in_a_byte])
+            for place in range(in_a_byte)
+        ]
         for token in range(hidden.shape[0]):
             total = torch.zeros_like(scale)
             for digit in range(DIGITS):
-                for part, column in halves:
+                for part, column in shares:
                     total.add_(
                         torch._int_mm(part, column[digit, token, :, None].contiguous()), alpha=float(BASE) ** -digit
                     )

@@ -1,14 +1,16 @@
-"""A token table in 8 or 4 bits a number, packed in memory and on disk."""
+"""A token table in 8, 6, 4, 3 or 2 bits a number, integers or 4-bit floats, packed in memory and on disk."""
 
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.site import Site, TableSite
+from taut.kernels.number_formats import BITS, NVFP4_TOP, number_format
 from taut.kernels.rowwise import RowFormat, lookup, pack, unpack
 from taut.kernels.tied_head import logits
 from taut.methods.part import Calibration, EmbeddingMethod, Knobs, TablePart
@@ -18,35 +20,66 @@ STANDARD_DEVIATION = 0.02
 
 
 class LowBitKnobs(Knobs):
-    bits: Literal[8, 4] = Field(8, description="bits of a number")
-    symmetric: bool = Field(False, description="centre the range of each group on zero, which is then exact")
-    group: int | None = Field(None, ge=2, description="how many columns share a scale, a divisor of D; none: the row")
-    clip: bool = Field(False, description="give up a group's largest numbers where that lowers its squared error")
+    bits: Literal[8, 6, 4, 3, 2] = Field(8, description="bits of a number")
+    number: Literal["int", "nf4", "fp4", "mxfp4", "nvfp4"] = Field(
+        "int", description="how a number is rounded: an integer between two ends, or with bits: 4 one of these floats"
+    )
+    symmetric: bool = Field(
+        False, description="centre the range of each group of integers on zero, which is then exact; floats always do"
+    )
+    group: int | None = Field(
+        None,
+        ge=2,
+        description="how many columns share a scale, the last group may be short; none: the row for int, 64 for nf4 "
+        "and fp4, and by definition 32 for mxfp4 and 16 for nvfp4",
+    )
+    clip: bool = Field(
+        False, description="search each group's scale for the least squared error (for fp4 the search of LLM-FP4)"
+    )
 
 
 class LowBitTable(TablePart):
-    """``weight`` is (V, groups, bytes of a group) uint8: codes and scales (see kernels.rowwise). Nothing is trainable.
+    """``weight`` is (V, groups, bytes of a group) uint8: codes and scales (see kernels.rowwise). NVFP4 has a scale of
+    the whole table as well: ``tensor_scale``, the four bytes of a float32.
 
-    Lookups come in ``dtype``, which follows ``.to()``, ``.half()`` and their like although no floating tensor is here.
+    Nothing is trainable, except between ``loosen`` and ``tighten``, when ``weight_loose`` (V, D) float32 is what the
+    codes are chosen from. Lookups come in ``dtype``, which follows ``.to()``, ``.half()`` and their like although no
+    floating tensor is here.
     """
 
-    def __init__(self, site: TableSite, layout: RowFormat, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, site: TableSite, layout: RowFormat, knobs: LowBitKnobs, device: torch.device, dtype: torch.dtype
+    ) -> None:
         super().__init__(site, dtype)
-        self.layout = layout
+        self.layout, self.symmetric, self.clip = layout, knobs.symmetric, knobs.clip
         shape = (site.rows, layout.groups, layout.group_bytes)
         self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
+        scale = torch.empty(4, dtype=torch.uint8, device=device) if layout.number == "nvfp4" else None
+        self.register_buffer("tensor_scale", scale)
+        self.register_parameter("weight_loose", None)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) ids -> (..., D) of ``dtype``, times ``scale``. Raises IndexError for an id outside the table."""
-        vectors = lookup(self.weight, ids, self.layout, self.dtype)
+        if self.weight_loose is not None:
+            vectors = self._straight_through(F.embedding(ids, self.weight_loose, self.padding_idx)).to(self.dtype)
+        elif self.tensor_scale is not None:
+            vectors = (lookup(self.weight, ids, self.layout) * self._stored_scale).to(self.dtype)
+        else:
+            vectors = lookup(self.weight, ids, self.layout, self.dtype)
         return vectors if self.scale == 1.0 else vectors * self.scale
 
     def reference(self, ids: Tensor) -> Tensor:
         """What ``forward`` computes, by the plain formula on the whole table."""
-        return unpack(self.weight, self.layout).to(self.dtype)[ids] * self.scale
+        return self.merged()[ids] * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V), exact up to rounding, without ever holding the dense table."""
+        """(..., D) -> (..., V), exact up to rounding, without ever holding the dense table (but while loosened)."""
+        if self.weight_loose is not None:
+            return F.linear(hidden, self.merged())
+        if self.tensor_scale is not None:
+            # In float32, since what a half-precision model computes with may not reach so far without the scale.
+            scores = logits(hidden.float(), self.weight, self.layout)
+            return (scores * self._stored_scale).to(hidden.dtype)
         return logits(hidden, self.weight, self.layout)
 
     def numbers(self) -> int:
@@ -55,73 +88,128 @@ class LowBitTable(TablePart):
 
     def merged(self) -> Tensor:
         """(V, D) of ``dtype``, without ``scale``."""
-        return unpack(self.weight, self.layout).to(self.dtype)
+        table = self._expanded() if self.weight_loose is None else self._straight_through(self.weight_loose)
+        return table.to(self.dtype)
+
+    @torch.no_grad()
+    def assign(self, table: Tensor) -> None:
+        """Choose codes and scales for ``table``, (V, D) of any float dtype. Raises TautError for numbers that are not
+        finite or beyond what a scale can hold."""
+        scale = self._tensor_scale(table)
+        self.weight.copy_(pack(table if scale is None else table.float() / scale, *self._rounding()))
+        if scale is not None:
+            self.tensor_scale.copy_(scale.view(torch.uint8))
+
+    def loosen(self, original: Tensor | None = None) -> None:
+        super().loosen(original)
+        start = self._expanded() if original is None else original.detach().to(self.weight.device)
+        self.weight_loose = nn.Parameter(start.to(torch.float32, copy=True))
+
+    def tighten(self) -> None:
+        super().tighten()
+        if self.weight_loose is not None:
+            self.assign(self.weight_loose)
+            self.weight_loose = None
 
     def extra_repr(self) -> str:
         layout = self.layout
-        return f"{self.num_embeddings}, {layout.width}, bits={layout.bits}, group={layout.group}, dtype={self.dtype}"
+        number = "" if layout.number == "int" else f", number={layout.number}"
+        return (
+            f"{self.num_embeddings}, {layout.width}, bits={layout.bits}{number}, group={layout.group}, "
+            f"dtype={self.dtype}"
+        )
+
+    def _expanded(self) -> Tensor:
+        """(V, D) float32."""
+        table = unpack(self.weight, self.layout)
+        return table if self.tensor_scale is None else table * self._stored_scale
+
+    @property
+    def _stored_scale(self) -> Tensor:
+        # A copy, since a view as floats needs an aligned start.
+        return self.tensor_scale.clone().view(torch.float32)
+
+    def _straight_through(self, rows: Tensor) -> Tensor:
+        """(..., D) of ``weight_loose`` as they will be once stored; the gradient passes as if nothing were rounded."""
+        with torch.no_grad():
+            scale = self._tensor_scale(self.weight_loose)
+            flat = rows.reshape(-1, self.layout.width)
+            back = unpack(pack(flat if scale is None else flat / scale, *self._rounding()), self.layout)
+            rounding = (back if scale is None else back * scale).view(rows.shape) - rows
+        return rows + rounding
+
+    def _rounding(self) -> tuple[RowFormat, bool, bool]:
+        return self.layout, self.symmetric, self.clip
+
+    def _tensor_scale(self, table: Tensor) -> Tensor | None:
+        """(1,) float32 that brings NVFP4's blocks in reach of their own scales; None for other formats."""
+        if self.tensor_scale is None:
+            return None
+        largest = table.detach().float().abs().amax().view(1)
+        return torch.where(largest > 0, largest / NVFP4_TOP, 1.0)
 
 
 class LowBitEmbedding(EmbeddingMethod):
-    """Round to nearest, a scale and a bias for each row or group. ``keep`` counts stored bytes."""
+    """Round to nearest, a scale for each row or group. ``keep`` counts stored bytes."""
 
     id = "embedding.low_bit"
-    summary = "8- or 4-bit codes with a scale for each row or group; the fused lookup is faster than the dense one"
+    summary = "2 to 8 bits a number, integer or float, a scale for each row or group; lookups beat dense ones"
     source = (
-        "Guan et al. 2019, Post-Training 4-bit Quantization on Embedding Tables (arXiv 1911.02079). Changed: scales "
-        "may be shared by groups of columns, and the clip search is a grid instead of greedy"
+        "Guan et al. 2019, Post-Training 4-bit Quantization on Embedding Tables (arXiv 1911.02079); nf4: Dettmers et "
+        "al. 2023, QLoRA (arXiv 2305.14314); fp4: Liu et al. 2023, LLM-FP4 (arXiv 2310.16836); mxfp4: OCP "
+        "Microscaling Formats 1.0; nvfp4: NVIDIA's format. Changed: scales may be shared by groups of columns, every "
+        "format's scale search is a grid on the error of the table, and LLM-FP4's factors apply to the scale"
     )
     Knobs = LowBitKnobs
     dial = "bits"
 
     def fits(self, site: Site) -> str | None:
+        knobs = self.knobs
         if not isinstance(site, TableSite):
             return f"{site.name} is not a token table"
-        group = self.knobs.group or site.width
-        if site.width % group:
-            divisors = [
-                size for size in range(2, site.width + 1) if site.width % size == 0 and size * self.bits % 8 == 0
-            ]
-            close = min(divisors, key=lambda size: abs(size - group), default=None)
-            return f"group {group} does not divide the width {site.width}; the nearest that does is {close}"
-        if self.bits == 4 and group % 2:
-            what = f"group {group}" if self.knobs.group else f"width {group}"
-            return f"{what} is odd, and 4-bit numbers come in pairs; use bits: 8 or another group"
+        if knobs.bits not in BITS[knobs.number]:
+            return f"number: {knobs.number} needs bits: {BITS[knobs.number][0]}, not {knobs.bits}"
+        form = number_format(knobs.number, knobs.bits)
+        if knobs.symmetric and knobs.number != "int":
+            return f"number: {knobs.number} is centred on zero by itself; drop symmetric"
+        if knobs.group and form.fixed_group and knobs.group != form.usual_group:
+            return f"number: {knobs.number} has groups of {form.usual_group} by definition, not {knobs.group}"
+        if (knobs.group or 0) > site.width:
+            return f"group {knobs.group} is wider than the table, {site.width}; drop it for a scale a row"
         return None
 
     def solve(self, site: TableSite, keep: float) -> "LowBitEmbedding":
         """The most bits whose bytes, scales included, are at most ``keep`` of the dense table's."""
-        shares = {}
-        for bits in (8, 4):
+        for bits in BITS[self.knobs.number]:
             method = type(self)(self.knobs.model_copy(update={"bits": bits}))
-            if method.fits(site) is None:
-                shares[bits] = method.predict(site).bytes / site.dense().bytes
-                if shares[bits] <= keep:
-                    return method
-        least = f"the least is {min(shares.values()):.4g}" if shares else "no number of bits fits here"
-        raise TautError(f"{self.id}: keep = {keep} is too little at {site.name}: {least}")
+            share = method.predict(site).bytes / site.dense().bytes
+            if share <= keep:
+                return method
+        raise TautError(f"{self.id}: keep = {keep} is too little at {site.name}: the least is {share:.4g}")
 
     def predict(self, site: TableSite) -> Cost:
         dense = site.dense()
-        return Cost(dense.parameters, site.rows * self._layout(site).row_bytes, dense.flops_per_token)
+        tensor_scale = 4 if self.knobs.number == "nvfp4" else 0
+        return Cost(dense.parameters, site.rows * self._layout(site).row_bytes + tensor_scale, dense.flops_per_token)
 
     @torch.no_grad()
     def build(self, site: TableSite, device: torch.device, dtype: torch.dtype) -> LowBitTable:
-        part = LowBitTable(site, self._layout(site), device, dtype)
+        part = LowBitTable(site, self._layout(site), self.knobs, device, dtype)
         if not part.weight.is_meta:
             start = torch.randn(site.rows, site.width, device=device) * STANDARD_DEVIATION
             if site.padding_row is not None:
                 start[site.padding_row] = 0
-            self.fit(part, start, Calibration())
+            part.assign(start)
         return part
 
-    @torch.no_grad()
     def fit(self, part: LowBitTable, weight: Tensor, calibration: Calibration) -> None:
-        part.weight.copy_(pack(weight, part.layout, self.knobs.symmetric, self.knobs.clip))
+        part.assign(weight)
 
     @property
     def bits(self) -> int:
         return self.knobs.bits
 
     def _layout(self, site: TableSite) -> RowFormat:
-        return RowFormat(self.bits, site.width, self.knobs.group or site.width)
+        form = number_format(self.knobs.number, self.bits)
+        group = self.knobs.group or form.usual_group or site.width
+        return RowFormat(self.bits, site.width, min(group, site.width), self.knobs.number)
