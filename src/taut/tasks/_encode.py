@@ -1,6 +1,6 @@
 """Vectors of texts: mean-pooled hidden states, in batches of similar length."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,19 @@ def encode(
     done: int = 0,
     total: int | None = None,
     normalise: bool = True,
+    pooling: str = "mean",
 ) -> Tensor:
     """N texts -> (N, D) float32 on the CPU, in the given order; unit length unless ``normalise`` is False.
 
-    The mean of the last hidden states over the real tokens (Reimers & Gurevych 2019, arXiv:1908.10084). ``progress``
-    counts on from ``done``; the total is N unless given.
+    The last hidden states of the real tokens, pooled as ``POOLINGS`` says; by default their mean (Reimers & Gurevych
+    2019, arXiv:1908.10084). ``progress`` counts on from ``done``; the total is N unless given.
     """
     ids = token_ids(tokenizer, texts, usable_length(model, tokenizer, max_length))
     vectors: Tensor | None = None
     with torch.inference_mode():
         for indices in batches([len(row) for row in ids], batch_size):
             hidden, mask = states(model, tokenizer, [ids[index] for index in indices])
-            pooled = pool(hidden, mask)
+            pooled = POOLINGS[pooling](hidden, mask)
             if vectors is None:
                 vectors = torch.zeros(len(texts), pooled.shape[1])
             vectors[indices] = (nn.functional.normalize(pooled, dim=-1) if normalise else pooled).cpu()
@@ -89,3 +90,27 @@ def pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """(B, T, D), (B, T) -> (B, D): the mean over the real tokens. Padding may hold anything, even infinities."""
     real = mask.unsqueeze(-1).bool()
     return hidden.masked_fill(~real, 0.0).sum(1) / real.sum(1)
+
+
+def pool_first(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(B, T, D), (B, T) -> (B, D): the first token, which an encoder's own classifier reads."""
+    return hidden[:, 0]
+
+
+def pool_last(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(B, T, D), (B, T) -> (B, D): the last real token. Padding is on the right."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+
+
+def pool_greatest(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(B, T, D), (B, T) -> (B, D): the greatest number of each dimension over the real tokens."""
+    return hidden.masked_fill(~mask.unsqueeze(-1).bool(), -torch.inf).amax(1)
+
+
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": pool,
+    "cls": pool_first,
+    "lasttoken": pool_last,
+    "max": pool_greatest,
+}
+"""Ways to one vector a text, under the names that sentence-transformers gives them."""
