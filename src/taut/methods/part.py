@@ -204,6 +204,10 @@ class Method(ABC):
     def predict(self, site: Site) -> Cost:
         """The cost of the part at this site; parameters and bytes are exact."""
 
+    def note(self, site: Site) -> str | None:
+        """What else a plan should say about this site: a choice made for the user, or a wish that was cut down."""
+        return None
+
 
 def _default(method: type[Method], knob: str) -> Any:
     return method.Knobs.model_fields[knob].get_default()

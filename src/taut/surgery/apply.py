@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from taut import _plugin
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
-from taut.methods.part import Calibration, PartMethod
+from taut.methods.part import PartMethod
 from taut.surgery import checkpoint
 from taut.surgery.align import align_tensors
 from taut.surgery.calibrate import calibrate, token_batches
@@ -32,18 +32,19 @@ def apply(
     *,
     keep_originals: bool = True,
     original: str | None = None,
+    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Tighten ``model`` in place and return the plan.
 
     ``batches`` are model inputs (dicts of tensors) for the methods that calibrate; without them those methods fit
-    the weights alone. With ``keep_originals`` the change can be undone to the bit (and the dense weights stay in
-    memory until then). Raises TautError as ``plan.make`` does, and when the model is tightened already.
+    the weights alone. ``seed`` is for fits that start at random. With ``keep_originals`` the change can be undone to
+    the bit (and the dense weights stay in memory until then). Raises TautError as ``plan.make`` does, and when the
+    model is tightened already.
     """
     plan = recipe if isinstance(recipe, Plan) else make(model, recipe)
     needs = {step.site: step.method.needs for step in plan.steps if isinstance(step.method, PartMethod)}
-    known = calibrate(model, {site: need for site, need in needs.items() if need}, batches)
-    calibration = {site.name: known.get(site.name, Calibration()) for site in needs}
+    calibration = calibrate(model, needs, batches, seed)
     total, done = len(needs), 0
 
     def build(step: Any, module: torch.nn.Module) -> Any:
@@ -88,7 +89,7 @@ def tighten(
         tokenizer = open_tokenizer(source)
         if tokenizer is not None:
             batches = token_batches(tokenizer, texts, model)
-    apply(model, plan, batches, keep_originals=False, original=source.name, progress=progress)
+    apply(model, plan, batches, keep_originals=False, original=source.name, seed=seed, progress=progress)
     return model, plan
 
 

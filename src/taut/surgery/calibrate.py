@@ -1,4 +1,4 @@
-"""What running text through the original shows about each site: input Grams and token counts."""
+"""What text shows about each site: input Grams of linear maps; token counts and gradients of tables."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -7,44 +7,67 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from taut.core.errors import TautError
 from taut.core.site import LinearSite, Site, TableSite
 from taut.methods.part import Calibration
+from taut.surgery.gradients import GRADIENT_FIELDS, evaluating, table_gradients
+
+TOKENS = 1 << 16
+"""The most tokens that go through the model; counts are taken of the whole text."""
+READ = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+"""Which model inputs a token table looks up, and what marks the real tokens among them."""
 
 
 def calibrate(
-    model: PreTrainedModel, needs: dict[Site, frozenset[str]], batches: Iterable[dict[str, Tensor]]
+    model: PreTrainedModel, needs: dict[Site, frozenset[str]], batches: Iterable[dict[str, Tensor]], seed: int = 0
 ) -> dict[str, Calibration]:
-    """Statistics by site name, from one pass over ``batches`` (dicts of model inputs; ``attention_mask`` marks the
-    real tokens). Empty when nothing is needed or there is no batch.
+    """Statistics of the sites in ``needs``, by site name, from ``batches`` (dicts of model inputs;
+    ``attention_mask`` marks the real tokens). Without a batch there is nothing but ``seed``, which every one carries.
 
-    Grams are accumulated in float64 and averaged over real tokens, so the result does not depend on batching
-    beyond rounding.
+    Token counts need no pass through the model, Grams one forward, gradients a forward and a backward: of a long text
+    those see evenly spaced batches, ``TOKENS`` tokens in all, and sums over occurrences are scaled up to the whole.
+    Sums are accumulated in float64 and Grams averaged over real tokens, so the result does not depend on batching
+    beyond rounding. The model is left as it was found, gradients included. Raises TautError for ids that the table
+    lacks.
     """
     batches = list(batches)
-    if not needs or not batches:
-        return {}
-    tally = _Tally()
-    handles = []
-    for site, fields in needs.items():
-        module = model.get_submodule(site.path)
-        if isinstance(site, LinearSite) and "gram" in fields:
-            handles.append(module.register_forward_pre_hook(partial(tally.linear, site.name)))
-        elif isinstance(site, TableSite) and "frequency" in fields:
-            for path in (site.path, *site.copies):
-                hook = partial(tally.table, site.name, site.rows)
-                handles.append(model.get_submodule(path).register_forward_pre_hook(hook))
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                tally.mask = batch.get("attention_mask")
-                model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(training)
-    return tally.result()
+    found: dict[str, dict[str, Tensor]] = {site.name: {} for site in needs}
+    if batches:
+        tables = {site: fields for site, fields in needs.items() if isinstance(site, TableSite)}
+        for site, fields in tables.items():
+            if "frequency" in fields:
+                found[site.name]["frequency"] = frequency(site, batches)
+        steep = [site for site, fields in tables.items() if fields & GRADIENT_FIELDS]
+        passed = _spread(batches)
+        if steep:
+            for site, gradients in zip(steep, table_gradients(model, steep, passed, seed).values(), strict=True):
+                found[site.name] |= gradients if passed is batches else _scaled(site, gradients, passed, batches)
+        maps = [site for site, fields in needs.items() if isinstance(site, LinearSite) and "gram" in fields]
+        if maps:
+            for name, gram in _grams(model, maps, passed).items():
+                found[name]["gram"] = gram
+    return {name: Calibration(**fields, seed=seed) for name, fields in found.items()}
+
+
+def _spread(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """All batches, or evenly spaced ones of about ``TOKENS`` tokens."""
+    total = sum(batch["input_ids"].numel() for batch in batches)
+    kept = max(1, len(batches) * TOKENS // max(total, 1))
+    return batches if kept >= len(batches) else [batches[index * len(batches) // kept] for index in range(kept)]
+
+
+def _scaled(
+    site: TableSite, gradients: dict[str, Tensor], part: list[dict[str, Tensor]], whole: list[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Sums over occurrences in a part of the text as sums over all of it. A row that only the rest of the text uses
+    is given the mean of an occurrence."""
+    seen, used = frequency(site, part), frequency(site, whole)
+    scaled = dict(gradients)
+    for name in ("gradient", "sensitivity"):
+        sums = gradients[name] * (used.sum() / seen.sum())
+        missed = (seen == 0) & (used > 0)
+        scaled[name] = torch.where(missed, torch.maximum(sums, used * (sums.sum() / used.sum())), sums)
+    return scaled
 
 
 def token_batches(
@@ -65,6 +88,39 @@ def token_batches(
     return batches
 
 
+def frequency(site: TableSite, batches: Iterable[dict[str, Tensor]]) -> Tensor:
+    """How often ``batches`` look each row up, (V,) float64. Raises TautError for an id outside the table."""
+    counts = torch.zeros(site.rows, dtype=torch.float64)
+    for batch in batches:
+        for name in READ.keys() & batch.keys():
+            mask = batch.get(READ[name])
+            ids = (batch[name].reshape(-1) if mask is None else batch[name][mask.bool()]).cpu()
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < site.rows:
+                outside = int(ids.max()) if int(ids.max()) >= site.rows else int(ids.min())
+                raise TautError(f"calibration text holds token id {outside}; {site.name} has ids 0 to {site.rows - 1}")
+            counts += torch.bincount(ids, minlength=site.rows)
+    return counts
+
+
+def _grams(
+    model: PreTrainedModel, sites: Iterable[LinearSite], batches: Iterable[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """(N, N) float64 by site name: the mean of x x^T over real tokens."""
+    tally = _Tally()
+    handles = [
+        model.get_submodule(site.path).register_forward_pre_hook(partial(tally.linear, site.name)) for site in sites
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in batches:
+                tally.mask = batch.get("attention_mask")
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: gram / tally.counts[name] for name, gram in tally.grams.items()}
+
+
 class _Tally:
     """Running sums, filled by hooks."""
 
@@ -72,7 +128,6 @@ class _Tally:
         self.mask: Tensor | None = None
         self.grams: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.frequencies: dict[str, Tensor] = {}
 
     def linear(self, name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         (x,) = arguments
@@ -82,17 +137,8 @@ class _Tally:
         self.grams[name] = self.grams[name] + gram if name in self.grams else gram
         self.counts[name] = self.counts.get(name, 0) + rows.shape[0]
 
-    def table(self, name: str, rows: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        (ids,) = arguments
-        counts = torch.bincount(self._real(ids).reshape(-1), minlength=rows).double()
-        self.frequencies[name] = self.frequencies[name] + counts if name in self.frequencies else counts
-
     def _real(self, x: Tensor) -> Tensor:
         """Only the real tokens, where the mask speaks about this tensor's positions."""
         if self.mask is not None and x.shape[:2] == self.mask.shape:
             return x[self.mask.bool()]
         return x
-
-    def result(self) -> dict[str, Calibration]:
-        linear = {name: Calibration(gram=gram / self.counts[name]) for name, gram in self.grams.items()}
-        return linear | {name: Calibration(frequency=counts) for name, counts in self.frequencies.items()}

@@ -24,6 +24,8 @@ class TautConfig(QuantizationConfigMixin):
         self.taut_version = origin.get("taut_version", version("taut"))
         self.family = origin.get("family", "")
         self.original = origin.get("original")
+        if origin.get("healed"):
+            self.healed = origin["healed"]
 
 
 @register_quantizer("taut")

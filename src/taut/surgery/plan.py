@@ -33,6 +33,10 @@ class Step:
         knobs = self.method.knobs.model_dump(mode="json", exclude_defaults=True)
         return " ".join([self.method.id, *(f"{key}={value}" for key, value in knobs.items())])
 
+    @property
+    def note(self) -> str | None:
+        return self.method.note(self.site)
+
     def to_dict(self) -> dict[str, Any]:
         knobs = self.method.knobs.model_dump(mode="json", exclude_none=True)
         return {"site": self.site.name, "method": self.method.id, "knobs": knobs}
@@ -59,7 +63,7 @@ class Plan:
         """One object for scripts: every step with its cost before and after."""
         rows = []
         for step in self.steps:
-            row = {**step.to_dict(), "label": step.label, "path": step.site.path}
+            row = {**step.to_dict(), "label": step.label, "path": step.site.path, "note": step.note}
             rows.append({**row, "before": vars(step.site.dense()), "after": vars(step.cost)})
         return {
             "family": self.family,
