@@ -16,17 +16,20 @@ ALLOWED = {
     "methods": {"core", "kernels"},
     "surgery": {"core", "kernels", "anatomy", "methods", "_plugin"},
     "tasks": {"core", "data"},
-    "contract": {"core", "kernels", "anatomy", "methods", "surgery"},
+    "retrieval": {"core", "data", "kernels", "surgery", "tasks"},
+    "training": {"core", "data", "anatomy", "methods", "surgery"},
+    "contract": {"core", "kernels", "anatomy", "methods", "surgery", "training"},
     "comparison": {"core", "ledger"},
     "reporting": {"core", "ledger", "comparison"},
-    "trial": {"core", "anatomy", "data", "ledger", "measurement", "methods", "surgery", "tasks"},
+    "trial": {"core", "anatomy", "data", "ledger", "measurement", "methods", "surgery", "tasks", "training"},
     "runner": {"core", "comparison", "ledger", "trial"},
     "_plugin": {"surgery"},
-    "cli": {"core", "verbs", "display", "launch"},
+    "cli": {"core", "verbs", "display", "launch", "options"},
+    "options": {"core"},
     "display": {"core", "reporting"},
     "launch": {"core"},
 }
-TORCH_FREE = ("core", "ledger", "comparison", "reporting", "cli", "display", "launch")
+TORCH_FREE = ("core", "ledger", "comparison", "reporting", "cli", "options", "display", "launch")
 FILES = sorted(
     path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).as_posix() not in ("__init__.py", "verbs.py")
 )

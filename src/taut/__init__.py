@@ -16,12 +16,16 @@ __all__ = (
     "evaluate",
     "export",
     "footprint",
+    "heal",
+    "index",
     "load",
     "measure",
     "plan",
     "report",
+    "search",
     "show",
     "undo",
+    "vectors",
 )
 
 

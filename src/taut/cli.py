@@ -3,15 +3,16 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from taut.core.errors import TautError
+from taut.options import Device, Dtype, Json, Model, RecipeName, Seed, Threads, finish, given, pairs
 
 app = typer.Typer(
     name="taut",
@@ -30,15 +31,6 @@ class Kind(StrEnum):
     linear = "linear"
     attention = "attention"
     memory = "memory"
-
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="folder, Hub id, 'minilm' or scratch spec")]
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file or shipped recipe")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout; logs on stderr")]
-Seed = Annotated[int, typer.Option(help="seed of everything random")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's own")]
-Threads = Annotated[int | None, typer.Option(min=1, help="processor threads; default: all")]
 
 
 @app.callback(invoke_without_command=True)
@@ -61,7 +53,7 @@ def methods(
     from taut import display, verbs
 
     rows = verbs.methods(kind.value if kind else None)
-    _finish(as_json, {"methods": rows}, lambda: display.methods(rows))
+    finish(as_json, {"methods": rows}, lambda: display.methods(rows))
 
 
 @app.command()
@@ -75,7 +67,7 @@ def plan(
     from taut import display, verbs
 
     found = verbs.plan(model, recipe, length)
-    _finish(as_json, found.to_dict(), lambda: display.plan(found.to_dict()))
+    finish(as_json, found.to_dict(), lambda: display.plan(found.to_dict()))
 
 
 @app.command()
@@ -83,30 +75,48 @@ def apply(
     model: Model,
     recipe: RecipeName,
     out: Annotated[Path, typer.Option(help="folder to write; appears whole or not at all")],
-    text: Annotated[str, typer.Option(help="calibration text: builtin, none, or a text file")] = "builtin",
+    text: Annotated[
+        str,
+        typer.Option(help="to calibrate and heal with: builtin, none, a file, or names: wikitext2:train,sst2:train"),
+    ] = "builtin",
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="evaluation data of which no sentence may be read, such as stsb:dev")
+    ] = None,
+    heal: Annotated[
+        int, typer.Option(min=0, metavar="STEPS", help="then train what was installed to answer as the original did")
+    ] = 0,
+    heal_option: Annotated[
+        list[str] | None, typer.Option(help="further choices of healing, key=value: batch, length, target, train, ...")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Tighten a model and write a complete folder that AutoModel opens."""
+    """Tighten a model and write a complete folder that AutoModel opens. Healing that was cut off goes on when the
+    command is repeated."""
     from taut import display, verbs
 
+    if heal_option and not heal:
+        raise TautError("--heal-option: say --heal STEPS as well")
     verbs.use_threads(threads)
-    with display.progress("fitting parts") as step:
+    with display.stages("fitting parts", *(["healing"] if heal else [])) as steps:
         tightened = verbs.apply(
             model,
             recipe,
             out,
             text=None if text == "none" else text,
+            exclude=exclude or (),
+            heal={"steps": heal, **pairs(heal_option)} if heal or heal_option else 0,
             dtype=dtype,
             device=device,
             seed=seed,
-            progress=step,
+            progress=steps[0],
+            healing=steps[-1],
         )
     line = verbs.footprint(tightened)
-    _finish(as_json, {"out": str(out), "footprint": line, **verbs.show(out)}, lambda: print(f"{out}: {line}"))
+    finish(as_json, {"out": str(out), "footprint": line, **verbs.show(out)}, lambda: print(f"{out}: {line}"))
 
 
 @app.command()
@@ -118,7 +128,7 @@ def show(
     from taut import display, verbs
 
     found = verbs.show(folder)
-    _finish(as_json, found, lambda: display.folder(found))
+    finish(as_json, found, lambda: display.folder(found))
 
 
 @app.command()
@@ -140,7 +150,7 @@ def export(
         for name, reason in kept:
             print(f"not merged: {name}: {reason}")
 
-    _finish(as_json, {"out": str(out), "not_merged": [{"site": name, "reason": why} for name, why in kept]}, text)
+    finish(as_json, {"out": str(out), "not_merged": [{"site": name, "reason": why} for name, why in kept]}, text)
 
 
 @app.command()
@@ -160,7 +170,7 @@ def evaluate(
     from taut import display, verbs
 
     verbs.use_threads(threads)
-    options = _pairs(option)
+    options = pairs(option)
     with display.progress(task) as step:
         scores = verbs.evaluate(
             model,
@@ -174,7 +184,7 @@ def evaluate(
             **options,
         )
     content = {"model": model, "scores": [score.model_dump(mode="json") for score in scores]}
-    _finish(as_json, content, lambda: display.scores(scores))
+    finish(as_json, content, lambda: display.scores(scores))
 
 
 @app.command()
@@ -209,7 +219,7 @@ def measure(
             progress=tell,
         )
     content = {"model": model, "quantities": {name: found[name].model_dump(mode="json") for name in found}}
-    _finish(as_json, content, lambda: display.quantities(found))
+    finish(as_json, content, lambda: display.quantities(found))
 
 
 @app.command()
@@ -242,11 +252,59 @@ def compare(
         only=only or (),
         device=device,
         threads=threads,
-        **_given(tasks=task, dtype=dtype, seeds=seed),
+        **given(tasks=task, dtype=dtype, seeds=seed),
     )
     content = outcome.to_dict() | {"report": None if outcome.interrupted else str(report)}
-    _finish(as_json, content, lambda: display.outcome(outcome, report))
+    finish(as_json, content, lambda: display.outcome(outcome, report))
     raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def index(
+    model: Model,
+    documents: Annotated[str, typer.Argument(metavar="TEXT", help="file or named text: paragraphs, else lines")],
+    out: Annotated[Path, typer.Option(help="folder to write; appears whole or not at all")],
+    code: Annotated[str, typer.Option(help="how vectors are kept: float, int8, binary, pq")] = "int8",
+    width: Annotated[int | None, typer.Option(min=1, help="numbers kept of each vector")] = None,
+    rotate: Annotated[bool, typer.Option("--rotate", help="principal directions first, before --width")] = False,
+    bytes: Annotated[int | None, typer.Option(min=1, help="bytes a vector, for pq")] = None,
+    finer: Annotated[str | None, typer.Option(help="second code, to score the best again")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Index the paragraphs of a text by their sentence vectors, in few bytes."""
+    from taut import display, verbs
+
+    verbs.use_threads(threads)
+    kept = {"code": code, "width": width, "rotate": rotate, "bytes": bytes, "finer": finer}
+    with display.progress("encoding") as step:
+        built = verbs.index(model, documents, out, device=device, dtype=dtype, seed=seed, progress=step, **kept)
+    facts = {"out": str(out), "documents": len(built), "width": built.width, "bytes_per_vector": built.bytes_per_vector}
+    text = f"{out}: {len(built):,} documents, {built.bytes_per_vector:,} bytes each"
+    finish(as_json, facts, lambda: print(text))
+
+
+@app.command()
+def search(
+    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="folder that taut index wrote")],
+    queries: Annotated[list[str], typer.Argument(metavar="QUERY...")],
+    k: Annotated[int, typer.Option("--k", min=1, help="documents for each query")] = 5,
+    model: Annotated[str | None, typer.Option(help="MODEL; default: the one the index was made with")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Find the documents of an index that are nearest to a query."""
+    from taut import display, verbs
+
+    verbs.use_threads(threads)
+    found = verbs.search(folder, queries, k, model=model, device=device, dtype=dtype)
+    rows = [{"query": query, "hits": hits} for query, hits in zip(queries, found, strict=True)]
+    finish(as_json, {"queries": rows}, lambda: display.hits(rows))
 
 
 @app.command()
@@ -260,7 +318,7 @@ def report(
     from taut import verbs
 
     verbs.report(ledger, out, figures=figures)
-    _finish(as_json, {"report": str(out), "figures": str(figures) if figures else None}, lambda: print(out))
+    finish(as_json, {"report": str(out), "figures": str(figures) if figures else None}, lambda: print(out))
 
 
 @app.command()
@@ -275,9 +333,9 @@ def check(
     """Run the contract suite on one method, yours included."""
     from taut import display, verbs
 
-    rows = verbs.check(method, family or (), _pairs(knob) or None)
+    rows = verbs.check(method, family or (), pairs(knob) or None)
     failed = any(row["status"] == "failed" for row in rows)
-    _finish(as_json, {"method": method, "passed": not failed, "rows": rows}, lambda: display.checks(rows))
+    finish(as_json, {"method": method, "passed": not failed, "rows": rows}, lambda: display.checks(rows))
     if failed:
         raise typer.Exit(1)
 
@@ -320,28 +378,3 @@ def _quiet_stdout(as_json: bool) -> Iterator[None]:
         yield
     finally:
         sys.stdout = original
-
-
-def _finish(as_json: bool, content: dict[str, Any], text: Callable[[], None]) -> None:
-    if as_json:
-        print(json.dumps(content, default=str), file=sys.__stdout__, flush=True)
-    else:
-        text()
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """Only what was said."""
-    return {key: value for key, value in options.items() if value is not None}
-
-
-def _pairs(items: list[str] | None) -> dict[str, Any]:
-    pairs: dict[str, Any] = {}
-    for item in items or ():
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise TautError(f"{item!r}: expected key=value")
-        try:
-            pairs[key] = json.loads(value)
-        except ValueError:
-            pairs[key] = value
-    return pairs

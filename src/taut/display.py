@@ -3,12 +3,21 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from taut.core.record import Quantity, Score
@@ -20,10 +29,20 @@ ERR = Console(stderr=True)
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr fed by (done, total); nothing where stderr is not a terminal."""
+    with stages(label) as (step,):
+        yield step
+
+
+@contextmanager
+def stages(*labels: str) -> Iterator[list[Callable[[int, int], None]]]:
+    """A bar for each stage of a longer job, as ``progress``."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
-        task = bar.add_task(escape(label), total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def step(task: TaskID, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield [partial(step, bar.add_task(escape(label), total=None)) for label in labels]
 
 
 @contextmanager
@@ -57,6 +76,9 @@ def plan(content: dict[str, Any]) -> None:
     cells = [_change([content], key) for key in keys]
     table.add_row("together", "", str(len(content["steps"])), *cells, style="bold")
     OUT.print(table)
+    for step in content["steps"]:
+        if step["note"]:
+            OUT.print(f"{step['site']}: {escape(step['note'])}", highlight=False, soft_wrap=True)
     if content["untouched"]:
         OUT.print("not touched:")
         for row in content["untouched"]:
@@ -72,6 +94,9 @@ def folder(content: dict[str, Any]) -> None:
     )
     if content["tightened"]:
         OUT.print(f"recipe: {escape(str(content['recipe']))}", highlight=False)
+        if content["healed"]:
+            healed = ", ".join(f"{key} {_plain(value)}" for key, value in content["healed"].items())
+            OUT.print(f"healed: {escape(healed)}", highlight=False)
         table = _table("site", "method", "knobs")
         for step in content["steps"]:
             table.add_row(*(escape(str(step[key])) for key in ("site", "method", "knobs")))
@@ -97,6 +122,14 @@ def quantities(found: dict[str, Quantity]) -> None:
         between = "-" if quantity.low is None else f"{quantity.low:.4g} to {quantity.high:.4g}"
         table.add_row(*(escape(text) for text in (name, _value(quantity), quantity.unit, between, quantity.how)))
     OUT.print(table)
+
+
+def hits(rows: list[dict[str, Any]]) -> None:
+    """Under each query its documents, best first."""
+    for row in rows:
+        OUT.print(escape(row["query"]), style="bold", highlight=False)
+        for hit in row["hits"]:
+            OUT.print(f"  {hit['score']:.4f}  {escape(hit['text'] or str(hit['id']))}", highlight=False)
 
 
 def checks(rows: list[dict[str, Any]]) -> None:
@@ -149,6 +182,10 @@ def _short(number: float) -> str:
             return f"{number:.3g}{unit}"
         number /= 1000
     return f"{number:.3g} G"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _value(quantity: Quantity) -> str:

@@ -28,9 +28,10 @@ from taut.measurement.kernels import kernel_path
 from taut.measurement.memory import peak_memory
 from taut.measurement.speed import filled_cache, forward_case, speed
 from taut.methods.part import PartMethod
-from taut.surgery.apply import is_tightened, save, steps_of, tighten
+from taut.surgery.apply import is_tightened, save, steps_of
 from taut.surgery.plan import Plan, make
 from taut.surgery.source import Source, open_model, open_skeleton, open_tokenizer, resolve
+from taut.training.heal import tighten_and_heal
 
 Tell = Callable[[str], None]
 GENEROUS_BASE = 1.5e9
@@ -68,7 +69,8 @@ def run(spec: TrialSpec, report: Tell) -> Record:
     dtype = getattr(torch, spec.dtype)
     torch.manual_seed(spec.seed)
     report("opening and tightening")
-    model, plan = _opened(source, spec.recipe, spec.recipe_name, dtype, spec.device, spec.seed)
+    model, plan = _opened(source, spec, dtype)
+    costs = {"tighten_seconds": Quantity(value=time.monotonic() - clock, unit="s", how="open, calibrate, fit, heal")}
     scores: list[Score] = []
     options = spec.measure
     for task in spec.tasks:
@@ -80,7 +82,7 @@ def run(spec: TrialSpec, report: Tell) -> Record:
     report("counting")
     found = _footprint(model)
     with saved(model) as folder:
-        costs = sizes(model, found, folder, (options.get("latency") or {}).get("length", 128))
+        costs |= sizes(model, found, folder, (options.get("latency") or {}).get("length", 128))
         if options.get("memory"):
             report("peak memory, in a fresh process")
             costs["peak_bytes"] = peak(folder, spec.device, options.get("latency") or {})
@@ -252,13 +254,13 @@ def sample_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, 
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
 
 
-def _opened(
-    source: Source, recipe: dict[str, Any], name: str, dtype: torch.dtype, device: str, seed: int
-) -> tuple[PreTrainedModel, Plan | None]:
-    if not recipe:
-        return open_model(source, dtype, device, seed), None
-    texts = calibration_texts("builtin")
-    return tighten(source, Recipe.parse(recipe, name), texts, dtype=dtype, device=device, seed=seed)
+def _opened(source: Source, spec: TrialSpec, dtype: torch.dtype) -> tuple[PreTrainedModel, Plan | None]:
+    if not spec.recipe:
+        return open_model(source, dtype, spec.device, spec.seed), None
+    texts = calibration_texts(spec.text, [_task(task).evaluated() for task in spec.tasks])
+    recipe = Recipe.parse(spec.recipe, spec.recipe_name)
+    where = {"dtype": dtype, "device": spec.device, "seed": spec.seed}
+    return tighten_and_heal(source, recipe, texts, spec.heal, text=spec.text, **where)
 
 
 def _footprint(model: PreTrainedModel) -> Footprint:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from taut.ledger import Ledger
+    from taut.retrieval.encoder import Encoder
+    from taut.retrieval.index import Index
     from taut.runner import Outcome
     from taut.surgery.plan import Plan
 
@@ -53,17 +55,24 @@ def apply(
     out: str | Path | None = None,
     *,
     text: str | Path | None = "builtin",
+    exclude: Sequence[str] = (),
     batches: "Iterable[dict[str, torch.Tensor]]" = (),
+    heal: int | dict[str, Any] = 0,
     dtype: "str | torch.dtype | None" = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
+    healing: Progress | None = None,
 ) -> "PreTrainedModel":
     """Tighten a model and return it; with ``out``, also write a complete folder there.
 
     ``model`` in memory is changed in place and ``taut.undo`` restores it to the bit. A folder, Hub id, ``minilm`` or
     scratch spec is opened first; methods that calibrate then run ``text`` (``builtin``, a text file, or None) through
-    the original. In memory, give them ``batches`` of model inputs instead. Raises TautError for wrong input.
+    the original. In memory, give them ``batches`` of model inputs instead.
+
+    ``heal`` is a number of steps, or choices by name (see ``taut.training.settings``), for training what was installed
+    to answer as the original did, on the same text. With ``out`` a run that was cut off goes on when it is repeated.
+    ``exclude`` names evaluation data (``stsb:dev``) of which no sentence may be read. Raises TautError for wrong input.
     """
     from taut.surgery import apply as surgery
     from taut.surgery.source import resolve
@@ -71,23 +80,55 @@ def apply(
     if out is not None:
         surgery.check_writable(Path(out).absolute())
     if not isinstance(model, str | Path):
-        surgery.apply(model, Recipe.load(recipe), batches, progress=progress)
+        if heal:
+            raise TautError("apply: a model in memory is healed by taut.heal(model, original, ...)")
+        surgery.apply(model, Recipe.load(recipe), batches, seed=seed, progress=progress)
         if out is not None:
             surgery.save(model, out)
         return model
     source = resolve(model)
-    tightened, _ = surgery.tighten(
-        source,
-        Recipe.load(recipe),
-        _texts(text),
-        dtype=_dtype(dtype),
-        device=device,
-        seed=seed,
-        progress=progress,
-    )
+    options = {"dtype": _dtype(dtype), "device": device, "seed": seed, "progress": progress}
+    texts = _texts(text, exclude)
+    if heal:
+        from taut.training.heal import tighten_and_heal
+
+        # Beside the output, under a name that the next run with the same --out finds.
+        options |= {
+            "text": str(text),
+            "healing": healing,
+            "state": out and Path(out).with_name(f".{Path(out).name}.heal"),
+        }
+        tightened, _ = tighten_and_heal(source, Recipe.load(recipe), texts, heal, **options)
+    else:
+        tightened, _ = surgery.tighten(source, Recipe.load(recipe), texts, **options)
     if out is not None:
         surgery.save(tightened, out, source.folder)
     return tightened
+
+
+def heal(
+    model: "PreTrainedModel",
+    original: "PreTrainedModel",
+    texts: Iterable[str] = (),
+    steps: int = 200,
+    *,
+    tokenizer: Any = None,
+    batches: "Sequence[dict[str, torch.Tensor]]" = (),
+    state: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **choices: Any,
+) -> dict[str, Any]:
+    """Train what a recipe installed in ``model``, in place, to answer as ``original`` does; returns what the model's
+    config now says about it (steps, seed, target, loss at both ends).
+
+    ``texts`` need the ``tokenizer``; or give ``batches`` of model inputs. With the folder ``state`` a run that was cut
+    off goes on there. ``choices``: see ``taut.training.settings``. Raises TautError for wrong input.
+    """
+    from taut.training.heal import heal as train
+
+    chosen = {"steps": steps, "seed": seed, **choices}
+    return train(model, original, texts, chosen, tokenizer=tokenizer, batches=batches, state=state, progress=progress)
 
 
 def undo(model: "PreTrainedModel") -> "PreTrainedModel":
@@ -169,6 +210,75 @@ def measure(
     return run(model, against, options, device, _dtype(dtype), seed, progress)
 
 
+def vectors(
+    model: "str | Path | PreTrainedModel",
+    tokenizer: Any = None,
+    *,
+    pooling: str | None = None,
+    max_length: int | None = None,
+    dtype: "str | torch.dtype | None" = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> "Encoder":
+    """Sentence vectors of a model: ``encode(sentences, width)`` gives unit rows, ``index(documents, code)`` something
+    to search in. Pooling is what the model's folder says, else the mean. Raises TautError for wrong input."""
+    from taut.retrieval.encoder import open_encoder
+
+    return open_encoder(
+        model, tokenizer, pooling=pooling, max_length=max_length, dtype=_dtype(dtype), device=device, seed=seed
+    )
+
+
+def index(
+    model: "str | Path | PreTrainedModel",
+    documents: str | Path | Sequence[str],
+    out: str | Path | None = None,
+    *,
+    tokenizer: Any = None,
+    dtype: "str | torch.dtype | None" = None,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+    **options: Any,
+) -> "Index":
+    """An index of documents by their sentence vectors; with ``out``, also written to that folder.
+
+    ``documents`` is a list, or the name of a text: its paragraphs, or its lines where none is blank. ``options``: code
+    (float, int8, binary, pq), width, rotate, bytes, finer. Raises TautError for wrong input.
+    """
+    from taut.retrieval.encoder import documents_of
+    from taut.surgery.apply import check_writable
+
+    if out is not None:
+        check_writable(Path(out).absolute())
+    texts = documents_of(documents) if isinstance(documents, str | Path) else documents
+    encoder = vectors(model, tokenizer, dtype=dtype, device=device, seed=seed)
+    built = encoder.index(texts, keep_texts=True, seed=seed, progress=progress, **options)
+    if out is not None:
+        built.save(out)
+    return built
+
+
+def search(
+    index: "str | Path | Index",
+    queries: Sequence[str],
+    k: int = 10,
+    *,
+    model: "str | Path | PreTrainedModel | None" = None,
+    tokenizer: Any = None,
+    dtype: "str | torch.dtype | None" = None,
+    device: str = "cpu",
+    candidates: int | None = None,
+) -> list[list[dict[str, Any]]]:
+    """The k nearest documents of each query, as ``score``, ``id`` and ``text``. ``model`` None is the one the index was
+    made with. Raises TautError for wrong input."""
+    from taut.retrieval.index import Index
+
+    opened = index if isinstance(index, Index) else Index.load(index)
+    encoder = vectors(model or opened.model, tokenizer, dtype=dtype, device=device)
+    return opened.describe(opened.search(encoder.encode(queries), k, candidates=candidates))
+
+
 def compare(
     study: str | Path,
     recipes: Sequence[str] = (),
@@ -223,10 +333,11 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _texts(text: str | Path | None) -> Iterable[str]:
-    from taut.data import calibration_texts
+def _texts(text: str | Path | None, exclude: Sequence[str] = ()) -> Iterable[str]:
+    from taut.data import Data, calibration_texts
 
-    return () if text is None else calibration_texts(text)
+    taken = [Data(name, "all", tuple((row,) for row in calibration_texts(name))) for name in exclude]
+    return () if text is None else calibration_texts(text, taken)
 
 
 def _dtype(dtype: Any) -> Any:

@@ -161,7 +161,8 @@ class Row:
 def summary(records: Iterable[Record]) -> list[Row]:
     """One row for each model, recipe and number of healing steps, each compared with its dense model.
 
-    Rows come in the order the trials began. Of several records of one model, recipe and seed (another length, more tasks) the latest is shown.
+    Rows come in the order the trials began. Of several records of one model, recipe and seed (another length, more
+    tasks) the latest is shown.
     """
     latest: dict[tuple[tuple[str, str, int], int], Record] = {}
     older: dict[tuple[str, str, int], int] = defaultdict(int)

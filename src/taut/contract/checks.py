@@ -23,6 +23,9 @@ from taut.methods.part import LinearPart, Part, PartMethod, TablePart
 from taut.surgery.apply import apply, undo
 from taut.surgery.export import densify
 from taut.surgery.plan import make
+from taut.training.distil import Comparison
+from taut.training.loosen import loosened
+from taut.training.trainer import optimizer
 
 COMPANIONS = {
     "embedding": {"method": "low_bit", "bits": 8},
@@ -290,6 +293,33 @@ def copies_deeply(case: Case) -> None:
     assert bits_equal(case.answer(twin), before)
 
 
+def heals(case: Case) -> None:
+    """Made loose, the parts compute what they will store; a gradient reaches every number that may learn; some steps
+    towards the original's answers do no harm; and afterwards the tensors have the same names, shapes and types."""
+    model, original = case.tightened(), case.model()
+    before, answer = model.state_dict(), case.answer(model)
+    batches = case.batches(original)
+    comparison = Comparison(model, original, batches, "hidden")
+    first = comparison.mean(range(len(batches)))
+    try:
+        with loosened(model, original) as trained:
+            assert (case.answer(model) - answer).norm() <= 1e-3 * answer.norm(), "loose and tight answers differ"
+            adam = optimizer(trained, 0.01)
+            for _ in range(6):
+                adam.zero_grad()
+                sum(comparison.loss(index) for index in range(len(batches))).backward()
+                assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
+                adam.step()
+    except TautError as error:
+        if "nothing here can learn" in str(error):
+            raise Skip(str(error)) from None
+        raise
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all((after[name].shape, after[name].dtype) == (before[name].shape, before[name].dtype) for name in after)
+    assert comparison.mean(range(len(batches))) <= 1.02 * first + 1e-9, "six steps towards the original did harm"
+
+
 def composes(case: Case) -> None:
     """Together with a real method in every other slot that this family has."""
     model = case.model()
@@ -341,6 +371,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
         merged_is_equivalent,
         builds_from_scratch,
         copies_deeply,
+        heals,
         composes,
     )
 }

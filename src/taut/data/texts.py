@@ -29,7 +29,8 @@ def text(name: str, split: str | None = None, limit: int | None = None) -> Data:
 def paragraphs(name: str, split: str | None = None, limit: int | None = None) -> Data:
     """The parts of a running text between blank lines, one a row, in order, each with its whitespace made single.
 
-    A text without a blank line has a paragraph on each line. ``limit`` counts the characters of the text, as in ``text``.
+    A text without a blank line has a paragraph on each line. ``limit`` counts the characters of the text, as in
+    ``text``.
     """
     data = text(name, split, limit)
     found = blocks(data.rows[0][0])

@@ -1,0 +1,1 @@
+"""Training with an original at hand: healing what a recipe installed."""

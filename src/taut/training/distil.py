@@ -1,0 +1,80 @@
+"""A tightened model beside its original: one number to lower, and the tensors that may lower it."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from taut.training.losses import answers, imitation
+
+CACHE_BYTES = 512 * 2**20
+"""What the teacher's answers to batches that come again may take."""
+PRIME = 1_000_003
+"""Keeps the orders of epochs apart."""
+
+
+class Comparison:
+    """How far ``student`` is from ``teacher`` on ``batches`` of model inputs, by ``target`` (hidden or logits)."""
+
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[dict[str, Tensor]], target: str
+    ) -> None:
+        self.student, self.teacher, self.batches, self.target = student, teacher, batches, target
+        self._cache: dict[int, dict[str, Tensor]] = {}
+        self._cached_bytes = 0
+
+    def loss(self, index: int) -> Tensor:
+        """Of one batch, float32 scalar."""
+        batch = {name: tensor.to(self.student.device) for name, tensor in self.batches[index].items()}
+        return imitation(self._answers(self.student, batch), self._taught(index, batch))
+
+    @torch.no_grad()
+    def mean(self, indices: Iterable[int]) -> float:
+        """Over some batches."""
+        losses = [self.loss(index).item() for index in indices]
+        return sum(losses) / len(losses)
+
+    def _answers(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+        ids = batch.get("decoder_input_ids", batch.get("input_ids"))
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        return answers(model(**batch, output_hidden_states=True), real, self.target)
+
+    @torch.no_grad()
+    def _taught(self, index: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The teacher's answers to a batch: computed once where they fit, as batches come again in every epoch."""
+        if index in self._cache:
+            return {name: tensor.to(self.student.device) for name, tensor in self._cache[index].items()}
+        found = self._answers(self.teacher, batch)
+        size = sum(tensor.nbytes for tensor in found.values())
+        if self._cached_bytes + size <= CACHE_BYTES:
+            self._cache[index] = {name: tensor.cpu() for name, tensor in found.items()}
+            self._cached_bytes += size
+        return found
+
+
+class Distillation(nn.Module):
+    """What transformers.Trainer trains. Its parameters are ``trained`` and nothing else, so checkpoints are small; they
+    are the student's own tensors, so it learns in place.
+
+    A model by itself would not do: Trainer refuses those without a head, switches dropout on and rewrites the config.
+    """
+
+    accepts_loss_kwargs = False
+    """For Trainer: ``forward`` gives the mean over the batch."""
+
+    def __init__(
+        self, comparison: Comparison, trained: Iterable[nn.Parameter], order: Sequence[int], seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(trained)
+        self.comparison, self.order, self.seed = comparison, order, seed
+
+    def forward(self, step: int) -> dict[str, Tensor]:
+        """The loss of step number ``step``, float32 scalar under ``loss``. What a step does follows from its number:
+        every epoch has all batches of ``order`` once, in an order of its own."""
+        epoch, place = divmod(step, len(self.order))
+        generator = torch.Generator().manual_seed(self.seed * PRIME + epoch)
+        shuffled = torch.randperm(len(self.order), generator=generator)
+        return {"loss": self.comparison.loss(self.order[int(shuffled[place])])}

@@ -1,0 +1,176 @@
+"""Healing: what a recipe installed learns, on unlabelled text, to answer as the original did.
+
+Knowledge distillation (Hinton et al. 2015, arXiv 1503.02531) of last hidden states and logits at temperature 1.
+Changed: nothing but the new parts learns unless asked, and the rate of a tensor is relative to its size and to how far
+its part is from the original.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taut.core.errors import TautError
+from taut.core.recipe import Recipe
+from taut.surgery.apply import surgery_of, tighten
+from taut.surgery.plan import Plan
+from taut.surgery.source import Source, open_model, open_skeleton, open_tokenizer
+from taut.training.distil import Comparison, Distillation
+from taut.training.loosen import Snapshot, learners, loosened
+from taut.training.settings import Healing
+from taut.training.text import text_batches
+from taut.training.trainer import optimizer, train
+
+Progress = Callable[[int, int], None]
+HELD = 8
+"""Batches that judge the result."""
+RUN = "run.json"
+"""What a folder of checkpoints belongs to."""
+
+
+def heal(
+    model: PreTrainedModel,
+    original: PreTrainedModel,
+    texts: Iterable[str] = (),
+    choices: "int | dict[str, Any] | Healing" = 200,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batches: Sequence[dict[str, Tensor]] = (),
+    text: str = "given",
+    state: str | Path | None = None,
+    seconds: float = 30.0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train what was installed in ``model``, in place, to answer as ``original``; returns what its config records.
+
+    ``texts`` need the ``tokenizer``; or give ``batches`` of model inputs. ``text`` is what the record calls them.
+    ``choices``: a number of steps, or a Healing. The loss is measured before and after, on batches that nothing was
+    learned from where there is text for that; what was fitted is put back when healing did not lower it (``kept``).
+
+    With the folder ``state`` a run that was cut off goes on there to the bits it would have had, a checkpoint every
+    ``seconds`` (0: after every step); the folder is removed at the end.
+
+    The model computes in float32 meanwhile and has its dtypes back afterwards; both models end in evaluation mode. When
+    anything fails the model is as before. Raises TautError when it is not tightened, when nothing in it can learn, for
+    too little text, and when ``state`` belongs to another run.
+    """
+    chosen = Healing.parse(choices)
+    surgery_of(model)
+    if chosen.steps == 0:
+        return {}
+    if not batches:
+        if tokenizer is None:
+            raise TautError("heal: give texts and their tokenizer=, or batches= of model inputs")
+        batches = text_batches(tokenizer, texts, model, size=chosen.batch, length=chosen.length, seed=chosen.seed)
+    target = _target(model, chosen.target, batches[0])
+    # A file is called by its name alone: a checkpoint holds no path of the machine it was made on.
+    text = Path(text).name if Path(text).is_file() else text
+    facts = {"steps": chosen.steps, "seed": chosen.seed, "text": text, "target": target, "train": chosen.train}
+    known = model.hf_quantizer.quantization_config
+    run = (
+        facts | chosen.model_dump() | {"recipe": known.recipe, "original": known.original, "batches": _digest(batches)}
+    )
+    original.eval()
+    comparison = Comparison(model, original, batches, target)
+    learned, held = _split(len(batches))
+    with _state(state, run) as folder:
+        facts["loss_first"] = comparison.mean(held)
+        fitted = Snapshot(learners(model, chosen.train))
+        with loosened(model, original, chosen.train) as trained:
+            task = Distillation(comparison, trained, learned, chosen.seed)
+            train(task, optimizer(trained, chosen.learning_rate), chosen, folder, seconds, progress)
+        facts["loss_last"] = comparison.mean(held)
+    facts["kept"] = facts["loss_last"] <= facts["loss_first"]
+    if not facts["kept"]:
+        fitted.put_back()
+    known.healed = facts
+    return facts
+
+
+def tighten_and_heal(
+    source: Source,
+    recipe: Recipe,
+    texts: Iterable[str],
+    choices: "int | dict[str, Any] | Healing",
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    text: str = "given",
+    state: str | Path | None = None,
+    progress: Progress | None = None,
+    healing: Progress | None = None,
+) -> tuple[PreTrainedModel, Plan]:
+    """``surgery.apply.tighten``, then ``heal`` on the same texts, beside a second copy of the original.
+
+    ``seed`` counts for both unless ``choices`` has its own. The text is checked before any weight is read. Raises
+    TautError as the two do, and for a source without a tokenizer.
+    """
+    chosen = Healing.parse(choices, seed)
+    texts = list(texts)
+    batches: list[dict[str, Tensor]] = []
+    if chosen.steps:
+        tokenizer = open_tokenizer(source)
+        if tokenizer is None:
+            raise TautError(f"{source.name}: no tokenizer there, and healing needs one")
+        skeleton = open_skeleton(source)
+        batches = text_batches(tokenizer, texts, skeleton, size=chosen.batch, length=chosen.length, seed=chosen.seed)
+    model, plan = tighten(source, recipe, texts, dtype=dtype, device=device, seed=seed, progress=progress)
+    if chosen.steps:
+        original = open_model(source, dtype, device, seed)
+        heal(model, original, choices=chosen, batches=batches, text=text, state=state, progress=healing)
+    return model, plan
+
+
+def _split(count: int) -> tuple[range, range]:
+    """Which batches are learned from, and which judge the result: others where there is enough text."""
+    held = min(HELD, count // 8)
+    return range(held, count), range(held or min(HELD, count))
+
+
+def _target(model: PreTrainedModel, target: str, batch: dict[str, Tensor]) -> str:
+    """``hidden`` or ``logits``. Raises TautError for logits of a model without a head."""
+    with torch.no_grad():
+        head = "logits" in model(**{name: tensor[:1].to(model.device) for name, tensor in batch.items()})
+    if target == "logits" and not head:
+        raise TautError(f"heal: target = logits, but {type(model).__name__} has no head; use hidden or auto")
+    return ("logits" if head else "hidden") if target == "auto" else target
+
+
+def _digest(batches: Sequence[dict[str, Tensor]]) -> str:
+    """A hash of all inputs: a checkpoint is only good for the same text in the same order."""
+    total = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            total.update(name.encode() + batch[name].cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+@contextmanager
+def _state(folder: str | Path | None, run: dict[str, Any]) -> Iterator[Path]:
+    """Where checkpoints lie: ``folder``, kept when the block fails, or a temporary one."""
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="taut-") as temporary:
+            yield Path(temporary)
+        return
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    known = path / RUN
+    if known.is_file() and json.loads(known.read_text()) != run:
+        other = json.loads(known.read_text())
+        change = next(key for key in {**other, **run} if other.get(key) != run.get(key))
+        raise TautError(
+            f"{path}: holds another healing run ({change} {other.get(change)!r}, now {run.get(change)!r}); remove it "
+            "to start anew"
+        )
+    known.write_text(json.dumps(run, sort_keys=True))
+    yield path
+    shutil.rmtree(path)
