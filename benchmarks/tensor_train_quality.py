@@ -57,7 +57,7 @@ def energy(ranks: tuple[int, ...]) -> Iterator[dict[str, Any]]:
             rows, calibration, use = table[order], Calibration(frequency=seen.frequency[order]), used[order]
         part = method.build(site, torch.device("cpu"), torch.float32)
         method.fit(part, rows, calibration)
-        gap, size = (part.merged() - rows).square().sum(1).double(), rows.square().sum(1).double()
+        gap, size = (part.merged().detach() - rows).square().sum(1).double(), rows.square().sum(1).double()
         smaller = site.dense().bytes / method.predict(site).bytes
         return {
             "times smaller": smaller,
@@ -150,7 +150,7 @@ def by_line(model: BertForMaskedLM, test: Tensor) -> list[float]:
 
 
 def tightened(model: BertForMaskedLM, corpus: Corpus, smaller: float, scratch: bool = False) -> BertForMaskedLM:
-    """A copy with a train for a table, fitted, or started at random with the deviation that the dense one starts with."""
+    """A copy with a train for a table, fitted, or started at random with the deviation that a dense one starts with."""
     model = copy.deepcopy(model)
     recipe = {"embedding": {"method": "tensor_train", "keep": 1 / smaller, "weighted": 0.5}}
     taut.apply(model, recipe, batches=[{"input_ids": corpus.train}])
@@ -193,7 +193,7 @@ def perplexity(steps: int, healing: int, lines: int) -> Iterator[dict[str, Any]]
 
 
 def main() -> int:
-    given = options(CLAIM, steps=1500, healing=400)
+    given = options(CLAIM, steps=2500, healing=500)
     torch.set_num_threads(1)
     steps, healing, lines = (20, 5, 40) if given.quick else (given.steps, given.healing, 500)
     rows = [*energy((16,) if given.quick else (16, 32, 64)), *perplexity(steps, healing, lines)]

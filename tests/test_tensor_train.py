@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from taut.core.errors import TautError
 from taut.core.site import TableSite
@@ -331,6 +332,40 @@ def test_a_vector_does_not_depend_on_the_rest_of_its_batch():
         assert torch.equal(part(ids[0, :length]), whole[0, :length])
     assert torch.equal(part(ids.int()), whole)
     assert part(ids[:0]).shape == (0, 100, WIDTH)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor made meanwhile has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor) and not function.is_view:
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("store", [None, {"bits": 4}])
+def test_neither_lookup_nor_head_nor_gradient_ever_holds_the_table(store):
+    place = site(20_000, 64, "float32", heads=("head",))
+    part = method(rank=4, hot=20, arrange="principal", store=store).build(place, CPU, torch.float32)
+    ids = torch.randint(20_000, (100,), generator=torch.Generator().manual_seed(0))
+    with Largest() as lookup:
+        found = part(ids)
+    assert lookup.numbers <= 2 * len(ids) * 64 + part.weight.numel()
+    hidden = matrix(2, 64, dtype=torch.float32).requires_grad_()
+    for ways in (1, 500):
+        with Largest() as head:
+            part.logits(hidden[:1].expand(ways, 64)).sum().backward()
+        assert head.numbers <= ways * 20_020 + 20_000 * 64 / 8
+    if store is None:
+        with Largest() as gradient:
+            found.sum().backward()
+        assert gradient.numbers <= 4 * len(ids) * 64
 
 
 def test_padding_sends_no_gradient():

@@ -26,8 +26,8 @@ DAMPING = 0.3
 """Share of the plain squared error in the metric: gradients tell about small errors, and these are not small."""
 EXPANDED_AT_ONCE = 1 << 19
 """Numbers of the table held expanded for the tied head."""
-FEW_TOKENS, SHORT = 64, 8
-"""Subvectors below SHORT: with more than FEW_TOKENS tokens a head is faster by expanded rows."""
+FEW_TOKENS, FEW_CODES = 32, 8
+"""A head with more than FEW_TOKENS tokens is faster by expanded rows, unless a code stands for FEW_CODES columns."""
 
 
 class ProductQuantizedKnobs(Knobs):
@@ -82,7 +82,7 @@ class ProductTable(TablePart):
         training = torch.is_grad_enabled() and (
             hidden.requires_grad or any(one.requires_grad for one in self.parameters())
         )
-        few = flat.shape[0] <= FEW_TOKENS or self.layout.subvector >= SHORT
+        few = flat.shape[0] <= FEW_TOKENS or self.layout.subvector >= FEW_CODES * self.layout.stages
         plain = flat.device.type != "cpu" or flat.dtype not in (torch.float32, torch.float64)
         if training or plain or not few or torch.compiler.is_compiling() or "weight_loose" in self._parameters:
             answer = self._expanded(flat, training)

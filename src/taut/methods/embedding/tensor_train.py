@@ -211,7 +211,7 @@ class TensorTrainEmbedding(EmbeddingMethod):
         try:
             cost = self.predict(site)
         except TautError as error:
-            return str(error)
+            return str(error).removeprefix(f"{self.id}: ")
         dense = site.dense()
         if cost.parameters > dense.parameters or cost.bytes > dense.bytes:
             return f"{cost.bytes:,} bytes are no reduction of {dense.bytes:,}: lower the rank or the number of hot rows"
