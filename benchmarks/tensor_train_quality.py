@@ -73,6 +73,10 @@ def energy(ranks: tuple[int, ...]) -> Iterator[dict[str, Any]]:
                 what = {"what": "minilm's table", "table": f"rank {rank}, {order} order", "weighted": power}
                 yield what | lost(method, shuffle if order == "random" else None)
         keep = TensorTrainEmbedding.parse({"rank": rank}).predict(site).bytes / site.dense().bytes
+        for power in (0.0, 0.5, 1.0):
+            knobs = {"columns": "whole", "weighted": power}
+            what = {"what": "minilm's table", "table": f"columns whole, as small as rank {rank}", "weighted": power}
+            yield what | lost(TensorTrainEmbedding.parse(knobs, keep).solve(site, keep))
         # The least low rank that takes no fewer bytes than the train in the given order.
         width = math.ceil(keep * site.rows * site.width / (site.rows + site.width))
         for weighted in (False, True):

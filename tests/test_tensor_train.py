@@ -267,6 +267,17 @@ def test_stored_order_and_hot_rows_lead_back_to_every_row(arrange, hot):
     assert len(set(slots.tolist())) == ROWS
 
 
+def test_whole_columns_are_a_low_rank_table_whose_narrow_factor_is_a_train():
+    place, weight = site(), matrix(ROWS, WIDTH)
+    part = fitted(method(rank=(100, 5), columns="whole", sweeps=0), place, weight)
+    assert part.shape == TrainShape((*row_factors(ROWS, 2), 1), (1, 1, WIDTH), (part.shape.rows[0], 5))
+    # With the rows' rank uncut, the best approximation of rank 5 and nothing else is lost.
+    best = torch.linalg.svdvals(weight)[5:].square().sum()
+    torch.testing.assert_close((part.merged() - weight).square().sum(), best)
+    told = method(rank=3, columns="whole", column_factors=(2, 3, 4)).fits(place)
+    assert "columns: whole leaves no factors to give" in told
+
+
 def test_order_of_a_permuted_vocabulary_gives_the_same_rows():
     weight = matrix(ROWS, WIDTH)
     shuffle = torch.randperm(ROWS, generator=torch.Generator().manual_seed(3))
@@ -321,8 +332,9 @@ def test_start_from_scratch_has_the_promised_deviation(rank):
     torch.testing.assert_close(part(torch.arange(20)), expand(part._cores())[:20], rtol=0, atol=1e-6)
 
 
-def test_a_vector_does_not_depend_on_the_rest_of_its_batch():
-    part = fitted(method(rank=5, hot=4, arrange="frequency"), site(dtype="float32"), matrix(ROWS, WIDTH).float())
+@pytest.mark.parametrize("knobs", [{"hot": 4, "arrange": "frequency"}, {"columns": "whole"}])
+def test_a_vector_does_not_depend_on_the_rest_of_its_batch(knobs):
+    part = fitted(method(rank=5, **knobs), site(dtype="float32"), matrix(ROWS, WIDTH).float())
     ids = torch.randint(ROWS, (4, 100), generator=torch.Generator().manual_seed(2))
     changed = ids.clone()
     changed[:, 60:] = (changed[:, 60:] + 11) % ROWS

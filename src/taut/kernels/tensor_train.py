@@ -141,7 +141,7 @@ class _Vectors(torch.autograd.Function):
             left = _columns_first(products[-1], core.shape[1])
             out = left.new_empty(len(own), left.shape[1], core.shape[2])
             for part in _pieces(len(own), left[:1].numel() + core[0].numel() + out[:1].numel()):
-                torch.bmm(_rows(left, above, part), core.index_select(0, own[part]), out=out[part])
+                torch.bmm(_rows(left, above, part), _slices(core, own[part]), out=out[part])
             products.append(out)
         ctx.digits, ctx.parents = digits, parents
         ctx.save_for_backward(*cores, *products[:-1])
@@ -160,8 +160,8 @@ class _Vectors(torch.autograd.Function):
             total, before = _sums(core), _sums(left)
             for part in _pieces(len(own), left[:1].numel() + core[0].numel() + gradient[:1].numel()):
                 piece = gradient[part]
-                total.index_add_(0, own[part], torch.bmm(_rows(left, above, part).mT, piece).to(total.dtype))
-                inward = torch.bmm(piece, core.index_select(0, own[part]).mT).to(before.dtype)
+                _add_slices(total, own[part], _rows(left, above, part), piece)
+                inward = torch.bmm(piece, _slices(core, own[part]).mT).to(before.dtype)
                 if above is None:
                     before[part] = inward
                 else:
@@ -230,6 +230,19 @@ def _columns_first(products: Tensor, rank: int) -> Tensor:
 
 def _rows(left: Tensor, above: Tensor | None, part: slice) -> Tensor:
     return left[part] if above is None else left.index_select(0, above[part])
+
+
+def _slices(core: Tensor, digits: Tensor) -> Tensor:
+    """The slice of each digit: (n, r, q r'). A core of one slice is not copied."""
+    return core.expand(len(digits), -1, -1) if len(core) == 1 else core.index_select(0, digits)
+
+
+def _add_slices(total: Tensor, digits: Tensor, left: Tensor, gradient: Tensor) -> None:
+    """Add the products of (n, Q, r) and (n, Q, q r') to the slices they belong to."""
+    if len(total) == 1:
+        total[0] += (left.flatten(0, 1).mT @ gradient.flatten(0, 1)).to(total.dtype)
+    else:
+        total.index_add_(0, digits, torch.bmm(left.mT, gradient).to(total.dtype))
 
 
 def _sums(like: Tensor) -> Tensor:

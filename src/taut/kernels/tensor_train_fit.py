@@ -65,20 +65,21 @@ def principal_order(table: Tensor, rows: Sequence[int], first: Tensor) -> Tensor
     All are sorted along their first principal direction and cut into p_1 blocks, each is sorted along its own and cut
     into p_2, and so on. ``first`` (C,) rows come before all others, in their order, and take no part.
     """
-    count, width = table.shape
-    capacity = math.prod(rows)
-    order = torch.cat((first, torch.ones(count, dtype=torch.bool).index_fill_(0, first, False).nonzero().squeeze(1)))
-    padded = torch.cat((table[order], table.new_zeros(capacity - count, width)))
-    ends = torch.zeros(capacity, dtype=table.dtype)
+    (count, width), capacity, device = table.shape, math.prod(rows), table.device
+    others = torch.ones(count, dtype=torch.bool, device=device).index_fill_(0, first, False).nonzero().squeeze(1)
+    order = torch.cat((first, others, torch.full((capacity - count,), count, device=device)))
+    padded = torch.cat((table[order[:count]], table.new_zeros(capacity - count, width)))
+    ends = table.new_zeros(capacity)
     ends[: len(first)], ends[count:] = -math.inf, math.inf
-    order = torch.cat((order, torch.full((capacity - count,), count)))
     blocks = 1
     for factor in rows:
         along = _along_first_direction(padded.view(blocks, -1, width), ends.view(blocks, -1) == 0).flatten() + ends
         inner = along.view(blocks, -1).argsort(dim=1, stable=True)
-        new = (inner + torch.arange(blocks)[:, None] * inner.shape[1]).flatten()
+        new = (inner + torch.arange(blocks, device=device)[:, None] * inner.shape[1]).flatten()
         order, padded, ends = order[new], padded[new], ends[new]
         blocks *= factor
+        if blocks == capacity:
+            break
     return order[:count]
 
 

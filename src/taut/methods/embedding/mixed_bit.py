@@ -24,8 +24,8 @@ STANDARD_DEVIATION = 0.02
 """Of the table that a part built from scratch starts as."""
 SPLIT, SPLIT_BITS = 0.3, (4, 8)
 """``bits: split``: this share of the rows at 8 bits, the others at 4."""
-UNSEEN, UNSEEN_QUANTILE = 0.5, 0.1
-"""Every row counts as seen so much more often than it was, at the importance that this share of the rows stay below."""
+UNSEEN = 0.5
+"""Every row counts as seen so much more often than it was, at the importance that one occurrence has on average."""
 TOKENS_PER_ROW = 0.25
 """With less calibration text than that, almost every row would be rounded unseen."""
 SCALE_BYTES = 4
@@ -320,7 +320,7 @@ class MixedBitEmbedding(EmbeddingMethod):
         part.set_rows(table, levels.to(part.classes.device))
 
     def _importance(self, rows: int, calibration: Calibration) -> Tensor:
-        """(V,) float64, none zero: a row that was not seen counts as seen half a time, at a low importance."""
+        """(V,) float64, none zero: a row that was not seen counts as seen half a time, at the average importance."""
         kind = self.knobs.importance
         if kind == "none":
             return torch.ones(rows, dtype=torch.float64)
@@ -335,7 +335,7 @@ class MixedBitEmbedding(EmbeddingMethod):
                 f"{self.id}: {total} tokens of calibration text are too few for {rows} rows; give at least "
                 f"{round(TOKENS_PER_ROW * rows)}, or importance: none"
             )
-        once = (known[seen] / calibration.frequency[seen]).quantile(UNSEEN_QUANTILE)
+        once = (known[seen] / calibration.frequency[seen]).mean()
         return (known + UNSEEN * once).double().cpu()
 
     def _layouts(self, site: TableSite) -> tuple[RowFormat, ...]:

@@ -49,6 +49,9 @@ class TensorTrainKnobs(Knobs):
     column_factors: tuple[int, ...] | None = Field(
         None, description="q_1 ... q_K, a product of exactly D; none: the most equal ones"
     )
+    columns: Literal["split", "whole"] = Field(
+        "split", description="whole: the last core has all columns and no row digit, the others make a narrow table"
+    )
     arrange: Literal["given", "frequency", "principal"] = Field(
         "given", description="what order the rows are numbered in; any but the given one is stored"
     )
@@ -350,6 +353,10 @@ class TensorTrainEmbedding(EmbeddingMethod):
         order = len(knobs.row_factors or knobs.column_factors or range(knobs.order))
         if order < 2:
             raise TautError(f"{self.id}: one factor makes no train: give at least two")
+        if knobs.columns == "whole":
+            if knobs.row_factors or knobs.column_factors:
+                raise TautError(f"{self.id}: columns: whole leaves no factors to give; drop them or give all by hand")
+            return (*row_factors(site.rows, order - 1), 1), (*(1,) * (order - 1), site.width)
         rows = knobs.row_factors or row_factors(site.rows, order)
         columns = knobs.column_factors or column_factors(site.width, order)
         enough, exact = math.prod(rows) >= site.rows, math.prod(columns) == site.width
