@@ -22,7 +22,7 @@ STANDARD_DEVIATION = 0.02
 FREQUENCY_POWER, UNSEEN = 0.75, 0.5
 """A row's weight is (frequency + UNSEEN) ** FREQUENCY_POWER: an occurrence of a rare token says more than one of a
 common token (the gradient by its vector is larger), and words that the text lacks exist."""
-DAMPING = 0.3
+DAMPING = 0.1
 """Share of the plain squared error in the metric: gradients tell about small errors, and these are not small."""
 EXPANDED_AT_ONCE = 1 << 19
 """Numbers of the table held expanded for the tied head."""
