@@ -1,5 +1,8 @@
 """How little a token table can be written in: minilm on the development set of STS-B, as fitted and healed. Needs
-TAUT_DATA. Every byte of the table counts: codes, codebooks, lengths, maps."""
+TAUT_DATA. Every byte of the table counts: codes, codebooks, lengths, maps.
+
+Constants of the fit were chosen on pairs of STS-B, so STS 2013 stands beside, which nothing was chosen on.
+"""
 
 from statistics import fmean
 from typing import Any
@@ -21,14 +24,20 @@ CLAIM = (
 )
 TEXT = "wikitext2:train,sst2:train,movie_reviews,subjectivity,trec"
 """What the fits and the healing read; sentences of STS-B are taken out."""
-STEPS = 200
+STEPS = 100
+JUDGES = {"stsb": "dev", "sts13": None}
+"""Pairs, and which of them: the first for the claim, the second for what it is worth elsewhere."""
 STORE = {"method": "low_bit", "bits": 8}
 RATES: dict[float, tuple[dict[str, Any], float | None, float]] = {
-    2.2: ({"method": "product_quantized", "keep": 2.2 / 32, "store": STORE}, 0.0015, 0.0005),
+    2.2: ({"method": "product_quantized", "keep": 2.2 / 32, "stages": 2, "store": STORE}, 0.0015, 0.0005),
     1.2: ({"method": "product_quantized", "keep": 1.2 / 32, "store": STORE}, 0.006, 0.002),
     0.6: ({"method": "product_quantized", "keep": 0.6 / 32, "store": STORE}, None, 0.01),
 }
 """Bits a number at most: the recipe, and what may be lost as fitted and once healed."""
+
+
+Shares = dict[str, tuple[float, ...]]
+"""By set of pairs, each pair's share of Spearman's correlation."""
 
 
 def main() -> int:
@@ -37,16 +46,23 @@ def main() -> int:
     limit = {"limit": 100} if given.quick else {}
     source = resolve("minilm")
     tokenizer = open_tokenizer(source)
-    texts = calibration_texts("builtin" if given.quick else TEXT, [scored_pairs("stsb", "dev")])
+    judges = [scored_pairs(name, split) for name, split in JUDGES.items()]
+    texts = calibration_texts("builtin" if given.quick else TEXT, judges)
 
-    def spearman(model: Any) -> tuple[float, ...]:
-        return taut.evaluate(model, "sts", tokenizer=tokenizer, **limit)[0].quantity.samples
+    def spearman(model: Any) -> Shares:
+        found = {}
+        for name, split in JUDGES.items():
+            (score,) = taut.evaluate(model, "sts", tokenizer=tokenizer, data=name, split=split, **limit)
+            found[name] = score.quantity.samples
+        return found
 
     original = taut.load("minilm")
     dense = spearman(original)
-    rows = [{"table": "dense", "bits": 32.0, "spearman": fmean(dense)}]
-    for rate, (line, fitted_within, healed_within) in RATES.items():
-        found: dict[str, list[tuple[float, ...]]] = {"as fitted": [], "healed": []}
+    rows: list[dict[str, Any]] = [
+        {"table": "dense", "pairs": name, "bits": 32.0, "spearman": fmean(dense[name])} for name in JUDGES
+    ]
+    for rate, (line, *within) in RATES.items():
+        found: dict[str, list[Shares]] = {"as fitted": [], "healed": []}
         for seed in range(seeds):
             model, _ = tighten(source, Recipe.parse({"embedding": line}), texts, seed=seed)
             step = steps_of(model)[0]
@@ -54,22 +70,30 @@ def main() -> int:
             found["as fitted"].append(spearman(model))
             heal(model, original, texts, {"steps": steps, "seed": seed}, tokenizer=tokenizer, text=TEXT)
             found["healed"].append(spearman(model))
-        for state, within in (("as fitted", fitted_within), ("healed", healed_within)):
-            # A pair's share of the correlation, averaged over the seeds.
-            pairs = [fmean(shares) for shares in zip(*found[state], strict=True)]
-            gap = paired_bootstrap(pairs, dense)
-            how = f"paired bootstrap over {len(pairs)} pairs, mean of {seeds} seeds"
-            change = Quantity(value=gap.value, unit="", how=how, low=gap.low, high=gap.high)
-            row = {"table": f"{step.label}, {state}", "bits": bits, "spearman": fmean(pairs), "change": change}
-            row["seeds"] = " ".join(f"{fmean(shares) - fmean(dense):+.4f}" for shares in found[state])
-            if within is not None:
-                row |= {"target": within, "holds": -gap.value <= within and bits <= rate}
-            rows.append(row)
+            print(rate, seed, {state: [fmean(one["stsb"]) for one in of] for state, of in found.items()}, flush=True)
+        for (state, of), target in zip(found.items(), within, strict=True):
+            for name in JUDGES:
+                row = {"table": f"{step.label}, {state}", "pairs": name, "bits": bits}
+                row |= compared([one[name] for one in of], dense[name])
+                if target is not None and name == "stsb":
+                    row |= {"target": target, "holds": -row["change"].value <= target and bits <= rate}
+                rows.append(row)
     notes = (
         f"'holds': the mean loss itself; the interval says how sure it is. {len(texts)} texts of {TEXT}, {steps} steps"
     )
     passed = all(row.get("holds", True) for row in rows)
     return record("table_targets", CLAIM, rows, passed, notes, given.quick)
+
+
+def compared(seeds: list[tuple[float, ...]], dense: tuple[float, ...]) -> dict[str, Any]:
+    """Spearman's correlation, its change with a paired interval, and the change of every seed."""
+    # A pair's share of the correlation, averaged over the seeds.
+    pairs = [fmean(shares) for shares in zip(*seeds, strict=True)]
+    gap = paired_bootstrap(pairs, dense)
+    how = f"paired bootstrap over {len(pairs)} pairs, mean of {len(seeds)} seeds"
+    change = Quantity(value=gap.value, unit="", how=how, low=gap.low, high=gap.high)
+    each = " ".join(f"{fmean(shares) - fmean(dense):+.4f}" for shares in seeds)
+    return {"spearman": fmean(pairs), "change": change, "seeds": each}
 
 
 if __name__ == "__main__":
