@@ -24,6 +24,9 @@ class Store(Knobs):
     group: int | None = Field(None, ge=2, description="how many numbers of a row share a scale; none: all")
     clip: bool = Field(True, description="give up a group's largest numbers where that lowers its squared error")
 
+    def __str__(self) -> str:
+        return f"{self.bits} bits" + (f", groups of {self.group}" if self.group else "")
+
     def layout(self, width: int) -> RowFormat:
         """The format of rows of ``width`` numbers."""
         return RowFormat(self.bits, width, min(self.group or width, width))

@@ -30,8 +30,11 @@ class Step:
     @property
     def label(self) -> str:
         """The method and what is not its default, for people."""
-        knobs = self.method.knobs.model_dump(mode="json", exclude_defaults=True)
-        return " ".join([self.method.id, *(f"{key}={value}" for key, value in knobs.items())])
+        knobs = self.method.knobs
+        changed = knobs.model_dump(mode="json", exclude_defaults=True)
+        # What has choices of its own (a store) says in words which.
+        shown = {key: str(getattr(knobs, key)) if isinstance(value, dict) else value for key, value in changed.items()}
+        return " ".join([self.method.id, *(f"{key}={value}" for key, value in shown.items())])
 
     @property
     def note(self) -> str | None:
