@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_tokenizer import SIZE, tiny_tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from taut.core.errors import TautError
 from taut.core.site import LinearSite, TableSite
 from taut.kernels.rowwise import RowFormat, pack, unpack
 from taut.methods.part import Calibration
-from taut.surgery.calibrate import TOKENS, _scaled, _spread, calibrate
+from taut.surgery.calibrate import TOKENS, _scaled, _spread, calibrate, token_batches
 
 EVERYTHING = frozenset({"frequency", "gradient", "sensitivity", "metric"})
 
@@ -257,3 +258,13 @@ def test_the_model_is_left_as_it_was_found():
     assert all(parameter.grad is None for parameter in model.parameters() if parameter is not table)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_text_shorter_than_a_sequence_is_one_short_sequence_and_none_is_none():
+    tokenizer, model = tiny_tokenizer(begin=False), tiny("llama", vocab_size=SIZE)
+    assert token_batches(tokenizer, [""], model) == []
+    ids = tokenizer("a little text")["input_ids"]
+    (batch,) = token_batches(tokenizer, ["a little text"], model)
+    assert batch["input_ids"].tolist() == [ids]
+    (batch,) = token_batches(tokenizer, ["a little text"] * 3, model, length=2 * len(ids))
+    assert batch["input_ids"].tolist() == [ids * 2]

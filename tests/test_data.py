@@ -72,6 +72,12 @@ def test_calibration_texts_are_apart_from_evaluation(folder: Path):
     content = "\n\n".join(["First of all.", max(topics, key=len), "Last of all."])
     (folder / "own.txt").write_text(content, encoding="utf-8")
     assert data.calibration_texts(folder / "own.txt") == ["First of all.", "Last of all."]
+    (folder / "topics.txt").write_text(max(topics, key=len), encoding="utf-8")
+    with pytest.raises(TautError, match="nothing is left once the evaluation's sentences are taken out"):
+        data.calibration_texts(folder / "topics.txt")
+    (folder / "empty.txt").write_text("\n", encoding="utf-8")
+    with pytest.raises(TautError, match="there is no text in it"):
+        data.calibration_texts(folder / "empty.txt")
 
 
 def test_without_drops_rows_that_share_a_sentence():

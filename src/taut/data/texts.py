@@ -47,6 +47,8 @@ def calibration_texts(source: str | Path, exclude: Iterable[Data] = ()) -> list[
     paragraphs in their order, a table its texts in hashed order. Raises TautError where there is none.
     """
     kept = _texts_of(source)
+    if not kept.rows:
+        raise TautError(f"calibration text {source}: there is no text in it")
     for evaluated in (paragraphs("python_topics"), *exclude):
         kept = kept.without(evaluated)
     if not kept.rows:

@@ -73,13 +73,17 @@ def _scaled(
 def token_batches(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], model: PreTrainedModel, size: int = 8, length: int = 128
 ) -> list[dict[str, Tensor]]:
-    """Model inputs from texts: full sequences of ``length`` tokens (no padding), ``size`` at a time.
+    """Model inputs from texts: full sequences of ``length`` tokens (no padding), ``size`` at a time. Fewer tokens than
+    that are one sequence; no token, no batch.
 
     Encoder-decoders get the same tokens on both sides.
     """
     ids: list[int] = []
     for text in texts:
         ids += tokenizer(text, add_special_tokens=True, truncation=True, max_length=length)["input_ids"]
+    if not ids:
+        return []
+    length = min(length, len(ids))
     rows = len(ids) // length
     table = torch.tensor(ids[: rows * length], dtype=torch.long, device=model.device).view(rows, length)
     batches = [{"input_ids": chunk} for chunk in table.split(size)]
