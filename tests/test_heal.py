@@ -28,6 +28,7 @@ from taut.training.trainer import newest, optimizer
 
 LOW_RANK = {"embedding": {"method": "low_rank", "rank": 8}}
 STORED = {"embedding": {"method": "low_rank", "rank": 16, "store": {"method": "low_bit", "bits": 4}}}
+NESTED = {"embedding": {"method": "matryoshka", "width": 16, "nested": True}}
 WITH_LINEAR = {**LOW_RANK, "feedforward": {"method": "low_rank", "rank": 12}}
 
 
@@ -114,11 +115,27 @@ def test_same_seed_same_bits_and_another_seed_others() -> None:
     assert not same(found[0], found[2])
 
 
+def test_what_learns_by_drawing_draws_while_it_is_healed() -> None:
+    model, original, batches = pair(recipe=NESTED)
+    (part,) = (module for module in model.modules() if isinstance(module, Part))
+    drawn: list[int] = []
+
+    def note(module: nn.Module, *call: object) -> None:
+        if module.training:
+            drawn.append(module.drawn)
+
+    part.register_forward_hook(note)
+    taut.heal(model, original, batches=batches, steps=12)
+    assert len(drawn) == 12
+    assert set(drawn) == set(part.widths)
+    assert not part.training
+
+
 class Cut(BaseException):
     """As abrupt as a keyboard interrupt."""
 
 
-@pytest.mark.parametrize("recipe", [LOW_RANK, STORED], ids=["low_rank", "stored"])
+@pytest.mark.parametrize("recipe", [LOW_RANK, STORED, NESTED], ids=["low_rank", "stored", "nested"])
 def test_a_run_cut_off_goes_on_to_the_same_bits(tmp_path: Path, recipe: dict) -> None:
     model, original, batches = pair(recipe=recipe)
     start = bits(model)

@@ -56,6 +56,8 @@ class Part(nn.Module, ABC):
         super().__init__()
         self.dtype = dtype
         """What the part answers in. Follows ``.to()``, ``.half()`` and their like, though codes do not."""
+        self.draws = 0
+        """The number of the next random draw of parts that draw in training mode: the same number, the same draw."""
         self._held: dict[str, tuple[tuple[int, ...], Store | None]] = {}
 
     def hold(self, name: str, shape: tuple[int, ...], store: Store | None, device: torch.device) -> None:

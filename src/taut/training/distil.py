@@ -1,17 +1,21 @@
 """A tightened model beside its original: one number to lower, and the tensors that may lower it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from taut.methods.part import Part
 from taut.training.losses import answers, imitation
 
 CACHE_BYTES = 512 * 2**20
 """What the teacher's answers to batches that come again may take."""
 PRIME = 1_000_003
 """Keeps the orders of epochs apart."""
+LOOKUPS = 1 << 16
+"""More than a step has: keeps the draws of steps apart."""
 
 
 class Comparison:
@@ -70,11 +74,25 @@ class Distillation(nn.Module):
         super().__init__()
         self.trained = nn.ParameterList(trained)
         self.comparison, self.order, self.seed = comparison, order, seed
+        self._parts = [module for module in comparison.student.modules() if isinstance(module, Part)]
 
     def forward(self, step: int) -> dict[str, Tensor]:
         """The loss of step number ``step``, float32 scalar under ``loss``. What a step does follows from its number:
-        every epoch has all batches of ``order`` once, in an order of its own."""
+        every epoch has all batches of ``order`` once, in an order of its own. The parts are in training mode, as some
+        learn by drawing; the rest of the student is not, since dropout would have the parts make up for it."""
         epoch, place = divmod(step, len(self.order))
         generator = torch.Generator().manual_seed(self.seed * PRIME + epoch)
         shuffled = torch.randperm(len(self.order), generator=generator)
-        return {"loss": self.comparison.loss(self.order[int(shuffled[place])])}
+        with self._drawing(step):
+            return {"loss": self.comparison.loss(self.order[int(shuffled[place])])}
+
+    @contextmanager
+    def _drawing(self, step: int) -> Iterator[None]:
+        for part in self._parts:
+            part.draws = self.seed + step * LOOKUPS
+            part.train()
+        try:
+            yield
+        finally:
+            for part in self._parts:
+                part.eval()

@@ -100,7 +100,6 @@ class DynamicTable(TablePart):
         self.register_buffer("classes", torch.zeros(packed, dtype=torch.uint8, device=device))
         self.register_parameter("columns_loose", None)
         self.register_parameter("router_loose", None)
-        self.draws = 0
         self._places: Places | None = None
         self._routed: tuple[Tensor, tuple[int, int], Tensor] | None = None
 

@@ -58,7 +58,7 @@ class MatryoshkaTable(TablePart):
     ) -> None:
         super().__init__(site, dtype)
         self.widths, self.used, self.nested = widths, widths[-1], nested
-        self.draws, self.drawn = 0, widths[-1]
+        self.drawn = widths[-1]
         for name, (start, stop) in self.bands().items():
             self.hold(name, (site.rows, stop - start), store, device)
         self.hold("projection", (widths[-1], site.width), store, device)
