@@ -25,7 +25,7 @@ class MatryoshkaKnobs(Knobs):
     prefixes: tuple[float, ...] = Field(
         (0.25, 0.5, 1.0), description="shares of R that are tables of their own; rising, the last is 1"
     )
-    nested: bool = Field(False, description="in training mode every lookup draws one of the prefixes")
+    nested: bool = Field(False, description="in training, healing included, every lookup draws one of the prefixes")
     weighted: bool = Field(
         False, description="weigh each row's error by one more than how often calibration text uses it"
     )
