@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from taut import verbs
+from taut.comparison.protocol import Row, score_keys, summary
+from taut.comparison.search import behind_front
 from taut.core.cost import Cost
 from taut.core.registry import METHODS
 from taut.core.site import AttentionSite, LinearSite, MemorySite, Site, TableSite
+from taut.ledger import Ledger
 from taut.methods.part import Method
+from taut.reporting.words import score, signed
 
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "docs" / "methods"
 CONTRACT = ROOT / "docs" / "contract.json"
+TABLES, RECORDS = ROOT / "docs" / "token_tables.md", ROOT / "studies" / "records" / "embeddings"
 BEGIN, END = "<!-- generated: do not edit below -->", "<!-- end of generated -->"
 EXAMPLES: dict[str, tuple[str, Site, list[dict[str, Any]]]] = {
     "embedding": (
@@ -119,6 +124,22 @@ def catalogue() -> str:
     return "\n".join(lines)
 
 
+def token_tables() -> str:
+    """What one slot's bytes buy: every row of the committed study, the most bits first."""
+    rows = [row for row in summary(Ledger(RECORDS).records()) if row.records and row.role != "identity"]
+    keys = score_keys(rows)[:2]
+    behind = {key: behind_front(rows, key, "embedding") for key in keys}
+    dense = next(row for row in rows if row.role == "dense").bytes_per_slot["embedding"]
+    heads = [part for key in keys for part in (key, "against dense", "behind the front")]
+    lines = [f"| recipe | bits | table kB | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
+    order = sorted(range(len(rows)), key=lambda index: (-rows[index].bytes_per_slot["embedding"], rows[index].name))
+    for index in order:
+        row, size = rows[index], rows[index].bytes_per_slot["embedding"]
+        cells = [cell for key in keys for cell in _score_cells(row, key, behind[key][index])]
+        lines.append(f"| {row.recipe_name} | {32 * size / dense:.2f} | {size / 1e3:,.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def run_contract() -> None:
     """The contract on the four representatives; a failure stops here."""
     found: dict[str, dict[str, list[str]]] = {}
@@ -142,6 +163,7 @@ def main() -> None:
         run_contract()
     targets = {ROOT / "README.md": catalogue()} | {CARDS / f"{key}.md": card(key) for key in METHODS.built_in()}
     extra = set(CARDS.glob("*.md")) - set(targets)
+    targets[TABLES] = token_tables()
     stale = []
     for path, generated in targets.items():
         before = path.read_text() if path.exists() else ""
@@ -157,6 +179,12 @@ def main() -> None:
         sys.exit(f"a card without a method: {', '.join(path.name for path in sorted(extra))}")
     if stale and "--check" in sys.argv:
         sys.exit(f"out of date, run make docs: {', '.join(str(path.relative_to(ROOT)) for path in stale)}")
+
+
+def _score_cells(row: Row, key: str, behind: float) -> tuple[str, str, str]:
+    cell = row.scores[key]
+    gap = "" if cell.gap is None else f"{signed(cell.gap.value)} [{signed(cell.gap.low)}, {signed(cell.gap.high)}]"
+    return score(cell.value), gap, "on it" if behind == 0 else score(behind)
 
 
 def _row(label: str, cost: Cost) -> str:

@@ -3,8 +3,9 @@
 import itertools
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import ValidationError
@@ -240,6 +241,30 @@ class EmbeddingMethod(PartMethod):
 
     @abstractmethod
     def build(self, site: TableSite, device: torch.device, dtype: torch.dtype) -> TablePart: ...
+
+    def greatest(self, site: TableSite, keep: float, choices: range) -> Self:
+        """For ``solve``: this method with the greatest of ``choices`` (ascending) for its dial that stores at most
+        ``keep`` of the dense table's bytes, no more numbers than it, and fits. Raises TautError naming the least."""
+
+        def at(choice: int) -> Self:
+            return type(self)(self.knobs.model_copy(update={self.dial: choice}))
+
+        def too_much(choice: int) -> bool:
+            cost = at(choice).predict(site)
+            return cost.bytes > keep * dense.bytes or cost.parameters > dense.parameters
+
+        dense = site.dense()
+        found = bisect_left(choices, True, key=too_much)
+        while found and at(choices[found - 1]).fits(site) is not None:
+            found -= 1
+        if not found:
+            smallest = at(1)
+            share = smallest.predict(site).bytes / dense.bytes
+            reason = smallest.fits(site) or f"the least is {share:.2g}"
+            raise TautError(
+                f"{self.id}: keep = {keep} leaves no {self.dial} at {site.name} ({site.rows} x {site.width}): {reason}"
+            )
+        return at(choices[found - 1])
 
 
 class LinearMethod(PartMethod):

@@ -1,7 +1,6 @@
 """A token table in bands by frequency: the rarer the tokens, the narrower their rows, each band with a map to D."""
 
 import math
-from bisect import bisect_right
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -156,20 +155,7 @@ class AdaptiveEmbedding(EmbeddingMethod):
 
     def solve(self, site: TableSite, keep: float) -> "AdaptiveEmbedding":
         """The greatest R whose bands, maps and map of rows take at most ``keep`` of the dense table's bytes."""
-        budget, ranks = keep * site.dense().bytes, range(1, site.width + 1)
-        found = bisect_right(ranks, budget, key=lambda rank: self._at(rank).predict(site).bytes)
-        while found and self._at(found).fits(site) is not None:
-            found -= 1
-        if not found:
-            least = self._at(1).predict(site).bytes / site.dense().bytes
-            raise TautError(
-                f"{self.id}: keep = {keep} leaves no rank at {site.name} ({site.rows} x {site.width}): "
-                f"{self._at(1).fits(site) or f'the least is {least:.2g}'}"
-            )
-        return self._at(found)
-
-    def _at(self, rank: int) -> "AdaptiveEmbedding":
-        return type(self)(self.knobs.model_copy(update={"rank": rank}))
+        return self.greatest(site, keep, range(1, site.width + 1))
 
     def predict(self, site: TableSite) -> Cost:
         """A lookup multiplies by all maps, whatever the token's band."""

@@ -1,7 +1,6 @@
 """A token table of shared buckets: every row a weighted sum of the few that its token's hash functions point to."""
 
 import math
-from bisect import bisect_right
 
 import torch
 from pydantic import Field
@@ -132,16 +131,7 @@ class HashedEmbedding(EmbeddingMethod):
     def solve(self, site: TableSite, keep: float) -> "HashedEmbedding":
         """The most buckets that, with the importance weights and as they are stored, take at most ``keep`` of the
         dense table's bytes."""
-        budget = keep * site.dense().bytes
-        choices = range(1, self._limit(site) + 1)
-        buckets = bisect_right(choices, budget, key=lambda buckets: self._bytes(site, buckets))
-        if not buckets:
-            least = self._bytes(site, 1) / site.dense().bytes
-            raise TautError(
-                f"{self.id}: keep = {keep} leaves no bucket at {site.name} ({site.rows} x {site.width}): "
-                f"the least is {least:.2g}"
-            )
-        return type(self)(self.knobs.model_copy(update={"buckets": buckets}))
+        return self.greatest(site, keep, range(1, self._limit(site) + 1))
 
     def predict(self, site: TableSite) -> Cost:
         numbers = self.buckets * site.width + math.prod(self._importance_shape(site))

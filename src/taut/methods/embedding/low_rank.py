@@ -1,7 +1,6 @@
 """A token table as the product of a narrow table and a shared map: E ~ A B, with A (V, R) and B (R, D)."""
 
 import math
-from bisect import bisect_right
 
 import torch
 from pydantic import Field
@@ -84,15 +83,7 @@ class LowRankEmbedding(EmbeddingMethod):
 
     def solve(self, site: TableSite, keep: float) -> "LowRankEmbedding":
         """The greatest R whose two factors, as they are stored, take at most ``keep`` of the dense table's bytes."""
-        budget, limit = keep * site.dense().bytes, min(site.rows, site.width)
-        rank = bisect_right(range(limit), budget, key=lambda rank: self._bytes(site, rank)) - 1
-        if rank < 1:
-            least = self._bytes(site, 1) / site.dense().bytes
-            raise TautError(
-                f"{self.id}: keep = {keep} leaves no rank at {site.name} ({site.rows} x {site.width}): "
-                f"the least is {least:.2g}"
-            )
-        return type(self)(self.knobs.model_copy(update={"rank": rank}))
+        return self.greatest(site, keep, range(1, min(site.rows, site.width)))
 
     def predict(self, site: TableSite) -> Cost:
         numbers = self.rank * (site.rows + site.width)
@@ -100,8 +91,6 @@ class LowRankEmbedding(EmbeddingMethod):
         return Cost(numbers, self._bytes(site, self.rank), flops)
 
     def _bytes(self, site: TableSite, rank: int) -> int:
-        if not rank:
-            return 0
         factors = ((site.rows, rank), (rank, site.width))
         return sum(stored_bytes(shape, self.knobs.store, site.width_in_bytes) for shape in factors)
 

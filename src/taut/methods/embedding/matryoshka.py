@@ -1,7 +1,6 @@
 """A token table whose leading columns are smaller tables: rotated so that the first columns carry the most."""
 
 import math
-from bisect import bisect_right
 from itertools import pairwise
 
 import torch
@@ -154,22 +153,8 @@ class MatryoshkaEmbedding(EmbeddingMethod):
 
     def solve(self, site: TableSite, keep: float) -> "MatryoshkaEmbedding":
         """The greatest R whose columns and rotation, as they are stored, take at most ``keep`` of the dense bytes."""
-        budget, limit = keep * site.dense().bytes, min(site.rows, site.width)
         # Rounding may move one column between bands, so that the bytes of neighbours are not strictly in order.
-        widths = range(1, limit)
-        found = bisect_right(widths, budget, key=lambda width: self._at(width).predict(site).bytes)
-        while found and self._at(widths[found - 1]).fits(site) is not None:
-            found -= 1
-        if not found:
-            least = self._at(1).predict(site).bytes / site.dense().bytes
-            raise TautError(
-                f"{self.id}: keep = {keep} leaves no width at {site.name} ({site.rows} x {site.width}): "
-                f"the least is {least:.2g}"
-            )
-        return self._at(widths[found - 1])
-
-    def _at(self, width: int) -> "MatryoshkaEmbedding":
-        return type(self)(self.knobs.model_copy(update={"width": width}))
+        return self.greatest(site, keep, range(1, min(site.rows, site.width)))
 
     def predict(self, site: TableSite) -> Cost:
         """At full width; a shorter prefix in use costs its share."""

@@ -224,19 +224,7 @@ class TensorTrainEmbedding(EmbeddingMethod):
         """The greatest uniform rank whose cores, hot rows and order take at most ``keep`` of the table's bytes."""
         rows, columns = self._factors(site)
         most = max(clipped(rows, columns, [site.rows * site.width] * (len(rows) - 1)))
-
-        def too_much(rank: int) -> bool:
-            cost, dense = self._with(rank).predict(site), site.dense()
-            return cost.bytes > keep * dense.bytes or cost.parameters > dense.parameters
-
-        rank = bisect_left(range(1, most + 1), True, key=too_much)
-        if not rank:
-            least = self._with(1).predict(site).bytes / site.dense().bytes
-            raise TautError(
-                f"{self.id}: keep = {keep} leaves no rank at {site.name} ({site.rows} x {site.width}): "
-                f"the least is {least:.2g}"
-            )
-        return self._with(rank)
+        return self.greatest(site, keep, range(1, most + 1))
 
     def predict(self, site: TableSite) -> Cost:
         shape, knobs = self.shape(site), self.knobs
@@ -372,9 +360,6 @@ class TensorTrainEmbedding(EmbeddingMethod):
         if len(ranks) != order - 1 or min(ranks) < 1:
             raise TautError(f"{self.id}: rank {list(ranks)}: {order} cores take {order - 1} ranks of at least 1")
         return ranks
-
-    def _with(self, rank: int) -> "TensorTrainEmbedding":
-        return type(self)(self.knobs.model_copy(update={"rank": rank}))
 
 
 def _check(name: str, given: tuple[int, ...], nearest: tuple[int, ...], right: bool, wanted: str) -> None:
