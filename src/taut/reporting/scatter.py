@@ -27,6 +27,8 @@ PLACES = (
 """Where a label may stand beside its point: alignment and pixels right and down, in order of preference."""
 SMALL_CHANGE = 0.002
 """Below it a symmetric logarithmic axis is nearly linear."""
+LEGEND_COLUMNS = 5
+"""More would make the picture wider than the chart."""
 SHAPES = {"as fitted": "circle", "healed": "triangle-up"}
 
 
@@ -138,7 +140,7 @@ def palette(field: str, colors: dict[str, str], points: list[dict[str, Any]]) ->
     present = {point[field] for point in points}
     shown = [name for name in colors if name in present]
     scale = alt.Scale(domain=shown, range=[colors[name] for name in shown])
-    return alt.Color(f"{field}:N", scale=scale, sort=shown, legend=alt.Legend(title=None))
+    return alt.Color(f"{field}:N", scale=scale, sort=shown, legend=alt.Legend(title=None, columns=LEGEND_COLUMNS))
 
 
 def _reach(point: dict[str, Any]) -> tuple[float, float]:
