@@ -201,13 +201,17 @@ def main() -> int:
     torch.set_num_threads(1)
     steps, healing, lines = (20, 5, 40) if given.quick else (given.steps, given.healing, 500)
     rows = [*energy((16,) if given.quick else (16, 32, 64)), *perplexity(steps, healing, lines)]
-    trains = [row for row in rows if "kept" in row and row["table"].startswith("train")]
+    # From scratch says nothing of what a compressed model keeps: the dense one has not converged after these steps.
+    trains = [
+        row for row in rows if "kept" in row and row["table"].startswith("train") and "scratch" not in row["table"]
+    ]
     reached = [row["table"] for row in trains if row["kept"].high >= KEPT]
     verdict = f"reached within its interval by: {'; '.join(reached)}" if reached else "refuted: reached by none"
     notes = (
         f"{KEPT:.1%} {verdict}. 'error': relative squared error; 'by use': rows weighed by a text that no fit saw; "
         "'weighted': power of a token's count. Perplexities are those of a small model on one text: they judge the "
-        "ratio claimed, not BERT itself"
+        "ratio claimed, not BERT itself. After so few steps the dense model is far from converged, and a train started "
+        "from scratch is ahead of it: those rows compare speeds of learning, not what is kept"
     )
     return record("tensor_train_quality", CLAIM, rows, None, notes, given.quick)
 
