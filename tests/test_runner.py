@@ -206,7 +206,14 @@ def test_a_real_process_is_interrupted_or_killed(tmp_path: Path, blow: signal.Si
     ledger, mark = tmp_path / "ledger", tmp_path / "mark"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", SCRIPT, str(ledger), str(mark)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
+
+    def hear_interrupts() -> None:
+        """Whoever runs the tests in the background of a script has them ignored."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=hear_interrupts
+    ) as child:
         deadline = time.monotonic() + 60
         while not mark.exists() and time.monotonic() < deadline and child.poll() is None:
             time.sleep(0.02)
