@@ -4,7 +4,7 @@ TAUT_DATA. Every byte of the table counts: codes, codebooks, lengths, maps.
 Constants of the fit were chosen on pairs of STS-B, so STS 2013 stands beside, which nothing was chosen on.
 
 ``--done FOLDER`` keeps each seed's scores there: a run that was cut goes on, and runs with ``--only BITS`` side by side
-leave a last one nothing but the table to do.
+leave a last one nothing but the table to do. Empty it when the code has changed.
 """
 
 import hashlib

@@ -10,6 +10,7 @@ from folders import tiny_folder
 from tiny_tokenizer import SIZE, tiny_tokenizer
 from torch import Tensor
 from torch.nn import functional as F
+from vector_rows import ODD, mean_squared_gap, units
 
 import taut
 from taut import cli
@@ -19,20 +20,6 @@ from taut.retrieval import index as rooms
 from taut.retrieval.codes import CODES
 from taut.retrieval.encoder import documents_of, open_encoder
 from taut.retrieval.index import Index, prefix, principal_directions
-
-ODD = 42
-"""A width that is no multiple of 8 or 4."""
-
-
-def units(count: int, width: int, seed: int = 0) -> Tensor:
-    """Rows that lie unevenly, as sentence vectors do."""
-    generator = torch.Generator().manual_seed(seed)
-    spread = torch.linspace(2, 0.2, width)[torch.randperm(width, generator=generator)]
-    return F.normalize(torch.randn(count, width, generator=generator) * spread + 0.3, dim=1)
-
-
-def mean_squared_gap(one: Tensor, other: Tensor) -> float:
-    return float((one - other).square().mean())
 
 
 @pytest.mark.parametrize("code", CODES)

@@ -258,7 +258,7 @@ class EmbeddingMethod(PartMethod):
         while found and at(choices[found - 1]).fits(site) is not None:
             found -= 1
         if not found:
-            smallest = at(1)
+            smallest = at(choices.start)
             share = smallest.predict(site).bytes / dense.bytes
             reason = smallest.fits(site) or f"the least is {share:.2g}"
             raise TautError(
