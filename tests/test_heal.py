@@ -21,14 +21,16 @@ from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.methods.part import Part
 from taut.surgery.apply import apply
-from taut.training.losses import divergence, imitation, relative_error
+from taut.training.loosen import loosened
+from taut.training.losses import divergence, imitation, relative_error, similarity_error, text_loss
 from taut.training.settings import Healing
-from taut.training.text import text_batches, token_rows
+from taut.training.text import next_tokens, text_batches, token_rows
 from taut.training.trainer import newest, optimizer
 
 LOW_RANK = {"embedding": {"method": "low_rank", "rank": 8}}
 STORED = {"embedding": {"method": "low_rank", "rank": 16, "store": {"method": "low_bit", "bits": 4}}}
 NESTED = {"embedding": {"method": "matryoshka", "width": 16, "nested": True}}
+FEEDFORWARD = {"feedforward": {"method": "low_rank", "rank": 12, "layers": ":"}}
 WITH_LINEAR = {**LOW_RANK, "feedforward": {"method": "low_rank", "rank": 12}}
 
 
@@ -52,12 +54,12 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize(
     ("family", "head", "target"),
     [
-        ("bert", "base", "hidden"),
-        ("bert", "default", "logits"),
-        ("llama", "default", "logits"),
-        ("t5", "default", "logits"),
+        ("bert", "base", "hidden+vectors"),
+        ("bert", "default", "hidden+logits"),
+        ("llama", "default", "hidden+logits"),
+        ("t5", "default", "hidden+logits"),
         ("bart", "base", "hidden"),
-        ("bert", "BertForSequenceClassification", "logits"),
+        ("bert", "BertForSequenceClassification", "hidden+logits"),
     ],
 )
 def test_only_parts_learn(family: str, head: str, target: str) -> None:
@@ -92,14 +94,52 @@ def test_linear_parts_learn_too() -> None:
     assert any("wte" in name for name in changed)
 
 
-def test_norms_and_all_learn_when_asked() -> None:
-    for train, expected in (("norms", "LayerNorm"), ("all", "attention.self.query")):
-        model, original, batches = pair()
+def test_more_than_parts_learns_when_asked() -> None:
+    expected = {"norms": "LayerNorm", "body": "query", "all": "query", "adapters": "query"}
+    for train, learns in expected.items():
+        model, original, batches = pair(recipe=FEEDFORWARD)
         before = bits(model)
-        taut.heal(model, original, batches=batches, steps=12, train=train, learning_rate=0.01)
+        facts = taut.heal(model, original, batches=batches, steps=12, train=train, rank=2)
+        assert facts["loss_last"] < facts["loss_first"]
+        assert list(bits(model)) == list(before), "adapters leave no tensors behind"
         changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-        assert any(expected in name for name in changed)
-        assert (train == "all") == any("query" in name for name in changed)
+        assert any(learns in name for name in changed)
+        assert any("intermediate" in name for name in changed)
+        assert (train == "all") == any("word_embeddings" in name for name in changed)
+        assert (learns == "query") == any("query" in name for name in changed)
+
+
+def test_adapters_change_a_map_by_their_rank_and_go_when_healing_fails() -> None:
+    model, original, batches = pair("llama", FEEDFORWARD)
+    query = model.model.layers[0].self_attn.q_proj
+    before = query.weight.detach().clone()
+    taut.heal(model, original, batches=batches, steps=6, train="adapters", rank=2)
+    assert model.model.layers[0].self_attn.q_proj is query
+    change = (query.weight - before).double()
+    assert int(torch.linalg.matrix_rank(change, rtol=1e-4)) == 2
+    state = bits(model)
+    with torch.no_grad():
+        original.get_input_embeddings().weight.fill_(math.nan)
+    with pytest.raises(TautError, match="the loss is nan"):
+        taut.heal(model, original, batches=batches, steps=6, train="adapters", rank=2)
+    assert same(state, bits(model))
+    whole = {"projection": {"method": "low_rank", "rank": 4}, "feedforward": {"method": "low_rank", "rank": 4}}
+    model, original, batches = pair("llama", whole)
+    with pytest.raises(TautError, match="left no map dense"):
+        taut.heal(model, original, batches=batches, steps=2, train="adapters")
+
+
+@pytest.mark.parametrize("target", ["layers", "vectors", "labels", "hidden+layers+vectors+logits+labels"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_every_target_is_lowered(family: str, target: str) -> None:
+    model, original, batches = pair(family, FEEDFORWARD)
+    if family == "bert":
+        asked = torch.rand(batches[0]["input_ids"].shape, generator=torch.Generator().manual_seed(1)) < 0.3
+        batches = [{**batch, "labels": batch["input_ids"].masked_fill(~asked, -100)} for batch in batches]
+    facts = taut.heal(model, original, batches=batches, steps=30, target=target, train="all")
+    assert facts["target"] == target
+    assert facts["loss_last"] < facts["loss_first"]
+    assert facts["kept"]
 
 
 def test_same_seed_same_bits_and_another_seed_others() -> None:
@@ -247,10 +287,41 @@ def test_losses_are_shares_and_nats() -> None:
     assert float(both) == pytest.approx(float(relative_error(student, teacher) + divergence(student, teacher)))
 
 
-def test_rates_follow_the_size_of_a_tensor() -> None:
-    small, large = (nn.Parameter(torch.full((4,), value)) for value in (0.01, 10.0))
-    groups = optimizer({small: 1.0, large: 0.5}, 0.1).param_groups
-    assert [group["lr"] for group in groups] == pytest.approx([0.001, 0.5])
+def test_similarities_are_compared_between_texts_alone() -> None:
+    teacher = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], dtype=torch.float64)
+    cosines = torch.tensor([0.6, 0.0, 0.6, 0.8, 0.0, 0.8], dtype=torch.float64)
+    turned = teacher @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    assert float(similarity_error(turned, teacher)) == pytest.approx(0)
+    same_vector = teacher[:1].expand(3, 2)
+    expected = float((1 - cosines).square().mean() / cosines.var(unbiased=False))
+    assert float(similarity_error(same_vector, teacher)) == pytest.approx(expected)
+    assert float(similarity_error(teacher[:1], teacher[:1])) == 0
+
+
+def test_the_text_itself_asks_for_the_token_that_follows() -> None:
+    ids = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
+    labels = next_tokens(ids, ids != 0)
+    assert labels.tolist() == [[6, 7, -100, -100], [9, -100, -100, -100]]
+    logits = torch.zeros(2, 4, 10, dtype=torch.float64)
+    logits[0, 0, 6] = 100
+    assert float(text_loss(logits, labels)) == pytest.approx(2 / 3 * math.log(10))
+
+
+def test_steps_follow_the_size_of_a_tensor() -> None:
+    model, original, _ = pair(recipe=FEEDFORWARD)
+    with torch.no_grad():
+        for layer in model.encoder.layer if "encoder" in dict(model.named_children()) else model.bert.encoder.layer:
+            layer.output.dense.weight.mul_(10)
+            layer.output.dense.projection.zero_()
+    with loosened(model, original) as steps:
+        sizes = {name: steps[tensor] for name, tensor in model.named_parameters() if tensor in steps}
+    large = [size for name, size in sizes.items() if "output.dense.weight" in name]
+    zeros = [size for name, size in sizes.items() if "output.dense.projection" in name]
+    assert zeros == pytest.approx([1e-3] * len(zeros)), "no step of nothing, and the whole way to go"
+    assert min(large) > 10 * max(zeros)
+    assert [group["lr"] for group in optimizer(steps, 0.1).param_groups] == pytest.approx(
+        [0.1 * s for s in steps.values()]
+    )
 
 
 def test_texts_become_batches() -> None:
@@ -297,6 +368,8 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     cases = {
         "heal: no choice 'stepz'": {"batches": batches, "stepz": 1},
         "heal: train = 'most'": {"batches": batches, "train": "most"},
+        "target 'hiden': did you mean 'hidden'": {"batches": batches, "target": "hidden+hiden"},
+        "no labels come with": {"batches": batches, "target": "labels"},
         "heal: steps = -1": {"batches": batches, "steps": -1},
         "give texts and their tokenizer=": {"texts": ["a text"]},
         "too little text: 1 texts": {"texts": ["a text of words"], "tokenizer": tiny_tokenizer(encoder=True)},

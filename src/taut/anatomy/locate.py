@@ -23,12 +23,17 @@ FUSED = {"qkv": 3, "gate_up": 2}
 @dataclass(frozen=True)
 class Anatomy:
     """What locate found. ``sites`` in model order; ``untouched`` pairs a path (``*`` for any layer) with the reason;
-    ``layers`` counts the layers of each stack (``""``, or ``encoder`` and ``decoder``)."""
+    ``blocks`` has the paths of the layers of each stack (``""``, or ``encoder`` and ``decoder``)."""
 
     family: str
     sites: tuple[Site, ...]
     untouched: tuple[tuple[str, str], ...]
-    layers: Mapping[str, int]
+    blocks: Mapping[str, tuple[str, ...]]
+
+    @property
+    def layers(self) -> Mapping[str, int]:
+        """How many layers each stack has."""
+        return {stack: len(paths) for stack, paths in self.blocks.items()}
 
     def site(self, name: str) -> Site:
         """The site of this stable name. Raises TautError naming the nearest one."""
@@ -72,10 +77,11 @@ class _Search:
         sites: list[Site] = [self._table()]
         remarks: list[tuple[str, str]] = []
         memory: list[Site] = []
-        layers: dict[str, int] = {}
+        blocks: dict[str, tuple[str, ...]] = {}
         for stack in present:
-            layers[stack.name] = len(self._module(stack.layers))
-            inside = [list(self._layer(stack, layer)) for layer in range(layers[stack.name])]
+            count = len(self._module(stack.layers))
+            blocks[stack.name] = tuple(self._path(f"{stack.layers}.{layer}") for layer in range(count))
+            inside = [list(self._layer(stack, layer)) for layer in range(count)]
             sites += [site for found in inside for site in found]
             if stack.closed:
                 remarks.append((self._path(f"{stack.layers}.*.{stack.attention}"), stack.closed))
@@ -85,7 +91,7 @@ class _Search:
                 path = self._path(f"{stack.layers}.*.{stack.cross_attention}")
                 remarks.append((path, "cross-attention: only self-attention can be exchanged (its maps can)"))
         sites += memory
-        return Anatomy(self.name, tuple(sites), (*remarks, *self._leftovers(sites)), layers)
+        return Anatomy(self.name, tuple(sites), (*remarks, *self._leftovers(sites)), blocks)
 
     # Names -----------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 import json
 import struct
+import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,15 +85,24 @@ def check_folder(folder: Path) -> Path:
 def open_model(source: Source, dtype: torch.dtype | None = None, device: str = "cpu", seed: int = 0) -> PreTrainedModel:
     """The model in evaluation mode, every key accounted for. ``dtype`` None keeps the checkpoint's own.
 
-    Raises TautError for missing, unexpected or mismatched keys.
+    The device ``disk`` leaves the weights of a folder where they are; each module reads its own when it is called, and
+    computes on the CPU. Raises TautError for missing, unexpected or mismatched keys.
     """
     config = source.config
     if source.folder is None:
+        device = "cpu" if device == "disk" else device
         torch.manual_seed(seed)
         return model_class(config)._from_config(config, dtype=dtype or torch.float32).to(device).eval()
+    # Only for weights that cannot stay as they are, such as those of another dtype.
+    converted = tempfile.TemporaryDirectory(prefix="taut-") if device == "disk" else None
     try:
         model, report = model_class(config).from_pretrained(
-            source.folder, config=config, dtype=dtype or "auto", output_loading_info=True, device_map=device_map(device)
+            source.folder,
+            config=config,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            device_map=device_map(device),
+            offload_folder=converted and converted.name,
         )
     except (RuntimeError, OSError, ValueError) as error:
         raise TautError(f"{source.folder}: {_one_line(error)}") from None
@@ -99,12 +110,16 @@ def open_model(source: Source, dtype: torch.dtype | None = None, device: str = "
         keys = sorted(str(key) for key in report.get(kind) or ())
         if keys:
             raise TautError(f"{source.folder}: {len(keys)} {kind.replace('_', ' ')}, first {keys[0]!r}")
+    if converted is not None:
+        weakref.finalize(model, converted.cleanup)
     return model.eval()
 
 
-def device_map(device: str) -> str | None:
+def device_map(device: str) -> str | dict[str, str] | None:
     """What from_pretrained wants for a device: nothing for the CPU, so that accelerate adds no hooks."""
-    return None if device == "cpu" else device
+    if device == "cpu":
+        return None
+    return {"": "disk"} if device == "disk" else device
 
 
 def open_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:

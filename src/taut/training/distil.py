@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from taut.methods.part import Part
-from taut.training.losses import answers, imitation
+from taut.training.losses import answers, imitation, text_loss
+from taut.training.text import next_tokens
 
 CACHE_BYTES = 512 * 2**20
 """What the teacher's answers to batches that come again may take."""
@@ -19,19 +20,34 @@ LOOKUPS = 1 << 16
 
 
 class Comparison:
-    """How far ``student`` is from ``teacher`` on ``batches`` of model inputs, by ``target`` (hidden or logits)."""
+    """How far ``student`` is from ``teacher`` on ``batches`` of model inputs, by ``targets`` (see training.losses).
+
+    A batch may hold ``labels`` (B, T), -100 where nothing is asked; without them the target ``labels`` is the next
+    token.
+    """
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[dict[str, Tensor]], target: str
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        batches: Sequence[dict[str, Tensor]],
+        targets: Sequence[str],
     ) -> None:
-        self.student, self.teacher, self.batches, self.target = student, teacher, batches, target
+        self.student, self.teacher, self.batches, self.targets = student, teacher, batches, targets
         self._cache: dict[int, dict[str, Tensor]] = {}
         self._cached_bytes = 0
 
     def loss(self, index: int) -> Tensor:
         """Of one batch, float32 scalar."""
         batch = {name: tensor.to(self.student.device) for name, tensor in self.batches[index].items()}
-        return imitation(self._answers(self.student, batch), self._taught(index, batch))
+        labels = batch.pop("labels", None)
+        real, ids = real_tokens(batch)
+        output = self.student(**batch, output_hidden_states=True)
+        taught = self._taught(index, batch)
+        loss = imitation(answers(output, real, self.targets), taught) if taught else 0.0
+        if "labels" not in self.targets:
+            return loss
+        return loss + text_loss(output["logits"], next_tokens(ids, real) if labels is None else labels)
 
     @torch.no_grad()
     def mean(self, indices: Iterable[int]) -> float:
@@ -39,23 +55,26 @@ class Comparison:
         losses = [self.loss(index).item() for index in indices]
         return sum(losses) / len(losses)
 
-    def _answers(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
-        ids = batch.get("decoder_input_ids", batch.get("input_ids"))
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        return answers(model(**batch, output_hidden_states=True), real, self.target)
-
     @torch.no_grad()
     def _taught(self, index: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The teacher's answers to a batch: computed once where they fit, as batches come again in every epoch."""
         if index in self._cache:
             return {name: tensor.to(self.student.device) for name, tensor in self._cache[index].items()}
-        found = self._answers(self.teacher, batch)
+        if set(self.targets) == {"labels"}:
+            return {}
+        found = answers(self.teacher(**batch, output_hidden_states=True), real_tokens(batch)[0], self.targets)
         size = sum(tensor.nbytes for tensor in found.values())
         if self._cached_bytes + size <= CACHE_BYTES:
             self._cache[index] = {name: tensor.cpu() for name, tensor in found.items()}
             self._cached_bytes += size
         return found
+
+
+def real_tokens(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Which tokens are real (B, T), and their ids: the decoder's where there is one."""
+    mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+    ids = batch.get("decoder_input_ids", batch.get("input_ids"))
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool(), ids
 
 
 class Distillation(nn.Module):

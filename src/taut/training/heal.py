@@ -18,15 +18,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from taut.anatomy.locate import locate
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
+from taut.core.site import AttentionSite
 from taut.surgery.apply import surgery_of, tighten
 from taut.surgery.plan import Plan
 from taut.surgery.source import Source, open_model, open_skeleton, open_tokenizer
 from taut.training.distil import Comparison, Distillation
+from taut.training.layerwise import blocks_of, heal_by_layer
 from taut.training.loosen import Snapshot, learners, loosened
+from taut.training.losses import parse_targets
 from taut.training.settings import Healing
-from taut.training.text import text_batches
+from taut.training.text import predicts_masked, text_batches
 from taut.training.trainer import optimizer, train
 
 Progress = Callable[[int, int], None]
@@ -70,23 +74,29 @@ def heal(
         if tokenizer is None:
             raise TautError("heal: give texts and their tokenizer=, or batches= of model inputs")
         batches = text_batches(tokenizer, texts, model, size=chosen.batch, length=chosen.length, seed=chosen.seed)
-    target = _target(model, chosen.target, batches[0])
+    targets = _targets(model, original, chosen.target, batches[0])
     # A file is called by its name alone: a checkpoint holds no path of the machine it was made on.
     text = Path(text).name if Path(text).is_file() else text
-    facts = {"steps": chosen.steps, "seed": chosen.seed, "text": text, "target": target, "train": chosen.train}
+    facts: dict[str, Any] = {"steps": chosen.steps, "seed": chosen.seed, "text": text}
+    facts |= {"target": "+".join(targets), "train": chosen.train, "by": chosen.by}
     known = model.hf_quantizer.quantization_config
-    run = (
-        facts | chosen.model_dump() | {"recipe": known.recipe, "original": known.original, "batches": _digest(batches)}
-    )
+    belongs = {"recipe": known.recipe, "original": known.original, "batches": _digest(batches)}
+    run = facts | chosen.model_dump() | belongs
+    if chosen.by == "layer":
+        blocks_of(original)
     original.eval()
-    comparison = Comparison(model, original, batches, target)
+    comparison = Comparison(model, original, batches, targets)
     learned, held = _split(len(batches))
     with _state(state, run) as folder:
         facts["loss_first"] = comparison.mean(held)
-        fitted = Snapshot(learners(model, chosen.train))
-        with loosened(model, original, chosen.train) as trained:
-            task = Distillation(comparison, trained, learned, chosen.seed)
-            train(task, optimizer(trained, chosen.learning_rate), chosen, folder, seconds, progress)
+        fitted = Snapshot(learners(model, original, chosen.train))
+        with loosened(model, original, chosen.train, chosen.rank, chosen.seed) as trained:
+            if chosen.by == "layer":
+                own = [batches[number] for number in learned]
+                heal_by_layer(model, original, own, trained, chosen, folder, seconds, progress)
+            else:
+                task = Distillation(comparison, trained, learned, chosen.seed)
+                train(task, optimizer(trained, chosen.learning_rate), chosen, folder, seconds, progress)
         facts["loss_last"] = comparison.mean(held)
     facts["kept"] = facts["loss_last"] <= facts["loss_first"]
     if not facts["kept"]:
@@ -125,7 +135,8 @@ def tighten_and_heal(
         batches = text_batches(tokenizer, texts, skeleton, size=chosen.batch, length=chosen.length, seed=chosen.seed)
     model, plan = tighten(source, recipe, texts, dtype=dtype, device=device, seed=seed, progress=progress)
     if chosen.steps:
-        original = open_model(source, dtype, device, seed)
+        # Healing by layer is for models of which two do not fit: the second one stays on disk.
+        original = open_model(source, dtype, "disk" if chosen.by == "layer" else device, seed)
         heal(model, original, choices=chosen, batches=batches, text=text, state=state, progress=healing)
     return model, plan
 
@@ -136,13 +147,28 @@ def _split(count: int) -> tuple[range, range]:
     return range(held, count), range(held or min(HELD, count))
 
 
-def _target(model: PreTrainedModel, target: str, batch: dict[str, Tensor]) -> str:
-    """``hidden`` or ``logits``. Raises TautError for logits of a model without a head."""
+def _targets(
+    model: PreTrainedModel, original: PreTrainedModel, target: str, batch: dict[str, Tensor]
+) -> tuple[str, ...]:
+    """What is imitated, with ``auto`` settled. Raises TautError for logits or labels of a model that has none."""
+    inputs = {name: tensor[:1].to(model.device) for name, tensor in batch.items() if name != "labels"}
     with torch.no_grad():
-        head = "logits" in model(**{name: tensor[:1].to(model.device) for name, tensor in batch.items()})
-    if target == "logits" and not head:
-        raise TautError(f"heal: target = logits, but {type(model).__name__} has no head; use hidden or auto")
-    return ("logits" if head else "hidden") if target == "auto" else target
+        logits = model(**inputs).get("logits")
+    if target == "auto":
+        if logits is not None:
+            return ("hidden", "logits")
+        return ("hidden",) if _causal(original) else ("hidden", "vectors")
+    chosen = parse_targets(target)
+    if logits is None and {"logits", "labels"} & set(chosen):
+        raise TautError(f"heal: target = {target}, but {type(model).__name__} has no head; use hidden or vectors")
+    if "labels" in chosen and "labels" not in batch and (logits.dim() != 3 or predicts_masked(model)):
+        raise TautError(f"heal: target = {target}, but no labels come with the text of {type(model).__name__}")
+    return chosen
+
+
+def _causal(model: PreTrainedModel) -> bool:
+    """Whether any of its tokens is kept from seeing later ones: then a mean over tokens is no vector of the text."""
+    return any(site.causal for site in locate(model).sites if isinstance(site, AttentionSite))
 
 
 def _digest(batches: Sequence[dict[str, Tensor]]) -> str:

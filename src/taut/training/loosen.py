@@ -1,23 +1,28 @@
 """A tightened model made ready to learn, and put back."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from taut.anatomy.locate import locate
 from taut.core.errors import TautError
 from taut.core.site import LinearSite
 from taut.methods.part import Part, PartMethod
 from taut.surgery.align import align_tensors
 from taut.surgery.apply import surgery_of
+from taut.training.adapters import adapted
 
 LOOSE = "_loose"
 """How a part names what it will round."""
 ROUNDED = 0.1
 """How much shorter the steps of such numbers are: rounding hides movements from the loss, and what it hides becomes
 noise. Found by trying on tables in 2 bits and on factors of low rank."""
+LEAST = 1e-3
+"""The root mean square that a tensor of zeros is taken to have."""
 
 
 class Snapshot:
@@ -33,60 +38,66 @@ class Snapshot:
             module.load_state_dict(state)
 
 
-def originals(model: PreTrainedModel, original: PreTrainedModel) -> list[tuple[Part, Tensor]]:
-    """Every part with tensors, and the original's dense weight there: (V, D) of a table, (outputs, inputs) of a map."""
-    found = []
+def originals(model: PreTrainedModel, original: PreTrainedModel) -> Iterator[tuple[Part, Tensor]]:
+    """Every part with tensors, and the original's dense weight there: (V, D) of a table, (outputs, inputs) of a map.
+    One after the other, as an original that stays on disk is larger than memory."""
     for step in surgery_of(model).steps:
         if isinstance(step.method, PartMethod):
             module = original.get_submodule(step.site.path)
-            weight = module.merged() if isinstance(module, Part) else module.weight.detach()
-            transposed = isinstance(step.site, LinearSite) and step.site.transposed
-            found.append((model.get_submodule(step.site.path), weight.t() if transposed else weight))
-    return found
+            with align_module_device(module):
+                weight = module.merged() if isinstance(module, Part) else module.weight.detach()
+                transposed = isinstance(step.site, LinearSite) and step.site.transposed
+                yield model.get_submodule(step.site.path), weight.t() if transposed else weight
 
 
-def learners(model: PreTrainedModel, which: str) -> list[nn.Module]:
-    """The modules that may learn: ``parts``, those and the ``norms``, or ``all``."""
-    if which == "all":
+def learners(model: PreTrainedModel, original: PreTrainedModel, which: str) -> list[nn.Module]:
+    """The modules that may change: parts, those and the norms or the maps left dense, or the model."""
+    if which in ("body", "all"):
         return [model]
+    kept = set(_left_dense(model, original)) if which == "adapters" else set()
     return [
         module
-        for module in model.modules()
-        if isinstance(module, Part) or (which == "norms" and type(module).__name__.endswith("Norm"))
+        for path, module in model.named_modules()
+        if isinstance(module, Part) or path in kept or (which == "norms" and type(module).__name__.endswith("Norm"))
     ]
 
 
 @contextmanager
 def loosened(
-    model: PreTrainedModel, original: PreTrainedModel, which: str = "parts"
+    model: PreTrainedModel, original: PreTrainedModel, which: str = "parts", rank: int = 8, seed: int = 0
 ) -> Iterator[dict[nn.Parameter, float]]:
-    """The parameters that may learn, float32, each with how far it has to go; everything else is frozen.
+    """The parameters that may learn, float32, each with the size of its steps; everything else is frozen.
 
-    That is the relative error ||E' - E|| / ||E||, at most 1, of what its part stands for against the original's weight;
-    outside of parts the mean of theirs. Numbers that are rounded on the way count for a part of it (``ROUNDED``).
+    That is its root mean square times how far it has to go: the relative error ||E' - E|| / ||E||, at most 1, of what
+    its part stands for against the original's weight; outside of parts the mean of theirs. Numbers that are rounded on
+    the way count for a part of it (``ROUNDED``). ``rank`` and ``seed`` are those of adapters.
+
     Afterwards the parts are tight, and dtypes and ``requires_grad`` as before; after a failure the values too. Raises
     TautError when nothing can learn.
     """
-    parts = originals(model, original)
-    modules = learners(model, which)
-    before, marks = Snapshot(modules), _Marks(model, [part for part, _ in parts])
+    parts = [module for module in model.modules() if isinstance(module, Part)]
+    modules = learners(model, original, which)
+    before, marks = Snapshot(modules), _Marks(model, parts)
     start: list[tuple[nn.Parameter, Tensor]] = []
     try:
         model.float().eval().requires_grad_(False)
         errors = {}
-        for part, weight in parts:
+        for part, weight in originals(model, original):
             error = _relative_error(part, weight)
             part.loosen(weight)
             for name, tensor in part.named_parameters():
                 errors[tensor] = error * (ROUNDED if name.endswith(LOOSE) else 1.0)
-        for module in modules:
-            module.requires_grad_(True)
-        start = [(tensor, tensor.detach().clone()) for tensor in model.parameters() if tensor.requires_grad]
-        if not start:
-            names = ", ".join(dict.fromkeys(type(part).__name__ for part, _ in parts)) or "no part with tensors"
-            raise TautError(f"heal: nothing here can learn ({names}); use train: norms or all")
         mean = sum(errors.values()) / max(1, len(errors))
-        yield {tensor: errors.get(tensor, mean) for tensor, _ in start}
+        dense = _left_dense(model, original) if which == "adapters" else []
+        with adapted(model, dense, rank, seed) if which == "adapters" else nullcontext({}) as sizes:
+            # PEFT has just frozen everything but its own.
+            _allow(model, modules, which)
+            learning = [tensor for tensor in model.parameters() if tensor.requires_grad]
+            start = [(tensor, tensor.detach().clone()) for tensor in learning]
+            if not start:
+                names = ", ".join(dict.fromkeys(type(part).__name__ for part in parts)) or "no part with tensors"
+                raise TautError(f"heal: nothing here can learn ({names}); use train: norms or all")
+            yield {tensor: sizes.get(tensor, _size(tensor)) * errors.get(tensor, mean) for tensor in learning}
     except BaseException:
         # What cannot be stored (a loss that ran away) must not reach ``tighten``.
         with torch.no_grad():
@@ -96,6 +107,28 @@ def loosened(
         before.put_back()
         raise
     marks.put_back()
+
+
+def _allow(model: PreTrainedModel, modules: Sequence[nn.Module], which: str) -> None:
+    """Let those that may learn have gradients."""
+    for module in modules:
+        if which != "adapters" or isinstance(module, Part):
+            module.requires_grad_(True)
+    table = model.get_input_embeddings()
+    if which == "body" and not isinstance(table, Part):
+        # A head tied to the table is the same tensor.
+        table.requires_grad_(False)
+
+
+def _left_dense(model: PreTrainedModel, original: PreTrainedModel) -> list[str]:
+    """The paths of the maps in the blocks that no part took. Where they are is read off the original."""
+    taken = {step.site.path for step in surgery_of(model).steps}
+    return [site.path for site in locate(original).sites if isinstance(site, LinearSite) and site.path not in taken]
+
+
+def _size(tensor: Tensor) -> float:
+    """Root mean square; a tensor of zeros, such as a fresh bias, counts as small and not as nothing."""
+    return max(float(tensor.detach().float().square().mean().sqrt()), LEAST)
 
 
 class _Marks:

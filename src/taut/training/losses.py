@@ -1,11 +1,27 @@
 """How far a student's answers are from its teacher's. All losses are means in nats or in shares of a variance, so they
 do not depend on widths, lengths or batch sizes."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from taut.core.errors import TautError, nearest
+
+TARGETS = ("hidden", "layers", "vectors", "logits", "labels")
+"""What a student can learn from: the last hidden states, those after every layer, the mean vector of each text and how
+similar the texts of a batch are, the logits, and the text itself."""
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """``hidden+vectors`` -> ("hidden", "vectors"), in the order of ``TARGETS``. Raises TautError with the nearest."""
+    words = text.split("+")
+    for word in words:
+        if word not in TARGETS:
+            raise TautError(f"heal: target {word!r}: {nearest(word, TARGETS)}; join several by +")
+    return tuple(name for name in TARGETS if name in words)
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -17,28 +33,67 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().mean() / spread.clamp_min(torch.finfo(spread.dtype).tiny)
 
 
+def similarity_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """(B, D), (B, D) unit rows -> scalar: the relative error of the cosines between different rows (Tung & Mori 2019,
+    arXiv 1907.09682; changed: over the variance of the teacher's cosines). 0 for less than two rows."""
+    if len(student) < 2:
+        return student.new_zeros(())
+    apart = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
+    return relative_error((student @ student.T)[apart][:, None], (teacher @ teacher.T)[apart][:, None])
+
+
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """(N, C), (N, C) logits -> scalar: the mean Kullback-Leibler divergence of the student's from the teacher's
     distribution over C classes, nats."""
     return F.kl_div(F.log_softmax(student, -1), F.log_softmax(teacher, -1), reduction="batchmean", log_target=True)
 
 
-def answers(output: Any, real: Tensor, target: str) -> dict[str, Tensor]:
-    """What of a model's output is imitated: ``hidden``, the last states of the real tokens, (N, D) float32, and for
-    the target ``logits`` also ``logits``, (N, V) of the same tokens or (B, C) of a classifier.
+def answers(output: Any, real: Tensor, targets: Collection[str]) -> dict[str, Tensor]:
+    """What of a model's output is imitated, float32, under the names of ``targets`` (``labels`` aside).
 
-    ``real`` (B, T) bool marks the real tokens of what the output is about: the decoder's where there is one.
+    ``hidden``: the last states of the N real tokens, (N, D). ``layers``: those of the layers before it, (L - 1, N, D).
+    ``vectors``: (B, D), the mean state of each text, of length one. ``logits``: (N, V) of the same tokens, or (B, C) of
+    a classifier. ``real`` (B, T) bool marks the real tokens of what the output is about: the decoder's where there is
+    one.
     """
     states = output.get("decoder_hidden_states") or output.get("hidden_states")
     last = output["last_hidden_state"] if "last_hidden_state" in output else states[-1]
-    found = {"hidden": last[real].float()}
-    if target == "logits":
+    found = {}
+    if "hidden" in targets:
+        found["hidden"] = last[real].float()
+    if "layers" in targets:
+        found["layers"] = torch.stack([state[real] for state in states[1:-1]]).float()
+    if "vectors" in targets:
+        weights = real[..., None].float()
+        found["vectors"] = F.normalize((last.float() * weights).sum(1) / weights.sum(1).clamp_min(1), dim=-1)
+    if "logits" in targets:
         logits = output["logits"]
         found["logits"] = (logits[real] if logits.shape[:2] == real.shape else logits).float()
     return found
 
 
 def imitation(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
-    """The loss of one batch: the relative error of the hidden states plus, where there are logits, their divergence."""
-    loss = relative_error(student["hidden"], teacher["hidden"])
-    return loss + divergence(student["logits"], teacher["logits"]) if "logits" in student else loss
+    """The loss of one batch: a term for each of the teacher's answers, all of weight one.
+
+    ``hidden`` and ``layers`` (their mean) count with their relative error, ``vectors`` with theirs and that of their
+    similarities, ``logits`` with their divergence.
+    """
+    terms = []
+    for name, taught in teacher.items():
+        given = student[name]
+        match name:
+            case "hidden":
+                terms.append(relative_error(given, taught))
+            case "layers":
+                pairs = zip(given, taught, strict=True)
+                terms.append(torch.stack([relative_error(own, other) for own, other in pairs]).mean())
+            case "vectors":
+                terms += [relative_error(given, taught), similarity_error(given, taught)]
+            case "logits":
+                terms.append(divergence(given, taught))
+    return torch.stack(terms).sum()
+
+
+def text_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, T, V) logits, (B, T) integer labels with -100 where nothing is asked -> mean cross-entropy, nats."""
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)

@@ -14,6 +14,8 @@ POOL = 16
 """Batches sorted by length together: near neighbours need little padding, and the order stays random."""
 MASKED = 0.15
 """The share of tokens hidden from a masked language model, as in its own training."""
+NOTHING = -100
+"""The label of a position where nothing is asked, as everywhere in transformers."""
 
 
 def token_rows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int) -> list[list[int]]:
@@ -42,7 +44,8 @@ def text_batches(
     """Model inputs on the CPU: ``size`` texts of similar length, padded on the right, with an ``attention_mask``.
 
     Every text is in one batch; the order follows from ``seed``. Encoder-decoders get the same tokens on both sides;
-    masked language models find some of them hidden. Raises TautError for less text than one batch.
+    masked language models find some of them hidden, and ``labels`` says which. Raises TautError for less text than one
+    batch.
     """
     rows = token_rows(tokenizer, texts, min(length, tokenizer.model_max_length, _positions(model) or length))
     if len(rows) < size:
@@ -64,8 +67,16 @@ def text_batches(
         for batch in batches:
             hidden = torch.rand(batch["input_ids"].shape, generator=generator) < MASKED
             hidden &= batch["attention_mask"].bool()
+            batch["labels"] = batch["input_ids"].masked_fill(~hidden, NOTHING)
             batch["input_ids"] = batch["input_ids"].masked_fill(hidden, tokenizer.mask_token_id)
     return batches
+
+
+def next_tokens(ids: Tensor, real: Tensor) -> Tensor:
+    """(B, T) ids and which are real -> (B, T) labels of a causal model: at each place the token that follows."""
+    labels = ids.masked_fill(~real, NOTHING).roll(-1, dims=1)
+    labels[:, -1] = NOTHING
+    return labels
 
 
 def predicts_masked(model: PreTrainedModel) -> bool:

@@ -26,8 +26,6 @@ FINISHED = "trainer_state.json"
 """The file that Trainer writes last: a checkpoint without it was cut off."""
 SHARE = 20
 """Checkpoints take at most one part in this many of the time."""
-LEAST = 1e-3
-"""The root mean square that a tensor of zeros is taken to have."""
 
 
 def train(
@@ -83,15 +81,12 @@ def train(
 
 
 def optimizer(trained: Mapping[nn.Parameter, float], rate: float) -> torch.optim.Optimizer:
-    """Adam whose rate for a tensor is ``rate`` times the tensor's root mean square times its part's relative error.
+    """Adam whose rate for a tensor is ``rate`` times the size that ``trained`` gives it.
 
     Adam's steps do not shrink with the gradient: codebooks, norms and tables differ in scale by orders of magnitude,
     and steps that suit a table in 2 bits would spoil one in 8.
     """
-    groups = []
-    for tensor, error in trained.items():
-        size = float(tensor.detach().float().square().mean().sqrt())
-        groups.append({"params": [tensor], "lr": rate * max(size, LEAST) * error})
+    groups = [{"params": [tensor], "lr": rate * size} for tensor, size in trained.items()]
     # Gradients of single numbers shrink with width and batch, so the usual 1e-8 would stop large models.
     return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-15)
 
