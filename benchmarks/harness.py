@@ -6,12 +6,14 @@ it does little work, prints, and writes no record: a quick run is a check of the
 
 import argparse
 import atexit
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,18 @@ def peer(*packages: str) -> Path:
         raise SystemExit(f"cannot install {', '.join(packages)} to compare with: {reason}")
     sys.path.append(folder)
     return Path(folder)
+
+
+@contextmanager
+def seen(folder: str, key: str) -> Iterator[dict[str, Any]]:
+    """What an earlier run left in ``folder`` under ``key``, or an empty dict to fill, which is kept unless the block
+    fails. No folder, no memory."""
+    path = Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    known = json.loads(path.read_text()) if folder and path.is_file() else {}
+    yield known
+    if folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known))
 
 
 def _device() -> str:

@@ -7,15 +7,10 @@ Constants of the fit were chosen on pairs of STS-B, so STS 2013 stands beside, w
 leave a last one nothing but the table to do. Empty it when the code has changed.
 """
 
-import hashlib
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from harness import options, record
+from harness import options, record, seen
 
 import taut
 from taut.comparison.statistics import paired_bootstrap
@@ -101,17 +96,6 @@ def main() -> int:
     )
     passed = all(row.get("holds", True) for row in rows)
     return record("table_targets", CLAIM, rows, passed, notes, given.quick or given.only != 0.0)
-
-
-@contextmanager
-def seen(folder: str, key: str) -> Iterator[dict[str, Shares]]:
-    """What an earlier run left in ``folder`` under ``key``, or an empty dict to fill. No folder, no memory."""
-    path = Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    known = json.loads(path.read_text()) if folder and path.is_file() else {}
-    yield known
-    if folder:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known))
 
 
 def compared(seeds: list[tuple[float, ...]], dense: tuple[float, ...]) -> dict[str, Any]:
