@@ -63,6 +63,7 @@ NAMED = {
     "subjectivity": Named({"all": "sent_conv/subj.all.gz"}, (1, 0)),
     "tinystories": Named({"sample": "tinystories/sample.txt"}),
     "wikitext2": Named({"train": "wikitext2/train_first1MB_raw.txt.gz", "dev": "wikitext2/valid.txt.gz"}),
+    "text": Named({"all": "text/*.txt.gz"}),
     "shakespeare": Named({"all": "text/tinyshakespeare.txt.gz"}),
 }
 
