@@ -45,6 +45,11 @@ def read_corpus(spec: TrainSpec) -> Corpus:
     return Corpus(texts, judges)
 
 
+def pieces_of(texts: Iterable[str]) -> list[str]:
+    """The paragraphs of all texts, or the lines of one where no line is blank."""
+    return [piece for text in texts for piece in _Document.read(text).pieces]
+
+
 @dataclass(frozen=True)
 class _Document:
     """A text as ``pieces``: paragraphs, or lines where no line is blank. ``glue`` is what stands between them."""
@@ -54,9 +59,9 @@ class _Document:
 
     @classmethod
     def read(cls, text: str) -> "_Document":
-        paragraphs = tuple(piece for piece in BLANK.split(text) if piece.strip())
-        if len(paragraphs) > 1:
-            return cls(paragraphs, "\n\n")
+        blocks = tuple(piece for piece in BLANK.split(text) if piece.strip())
+        if len(blocks) > 1:
+            return cls(blocks, "\n\n")
         return cls(tuple(line for line in text.split("\n") if line.strip()), "\n")
 
     @property

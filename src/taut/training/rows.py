@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from taut.training.corpus import pieces_of
 from taut.training.spec import TrainSpec
 from taut.training.task import IGNORED
 
@@ -37,11 +38,12 @@ class Rows:
 
 def token_rows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, spec: TrainSpec, masked: bool) -> Rows:
     """Documents as rows of ``length`` ids. Packed, they follow each other with an end-of-text token between, and the
-    last incomplete row is dropped; otherwise each is a row, cut or padded. Rows of masked models are framed as the
-    tokenizer frames a text."""
+    last incomplete row is dropped; otherwise each of their paragraphs is a row, cut or padded. Rows of masked models
+    are framed as the tokenizer frames a text."""
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     frame = masked and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
-    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    texts = list(documents) if spec.pack else pieces_of(documents)
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     inner = spec.length - (2 if frame else 0)
     if spec.pack:
         stream = [token for ids in encoded for token in ([*ids, end] if end is not None else ids)]

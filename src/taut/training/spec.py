@@ -94,7 +94,7 @@ class TrainSpec(Strict):
         None, description="folder or Hub id; bytes; or bpe:4096, trained on the text; none: the checkpoint's own"
     )
     length: int = Field(256, ge=4, description="tokens of a row")
-    pack: bool = Field(True, description="documents end to end, cut into full rows; or a padded row for each")
+    pack: bool = Field(True, description="documents end to end, cut into full rows; or a padded row for each paragraph")
     batch: int = Field(8, ge=1, description="rows of a step, all processes together")
     accumulate: int = Field(1, ge=1, description="pieces that a process computes its share of a step in")
     objective: Objective = Field("auto", description="causal: the next token; masked: hidden ones; auto: by the model")
