@@ -206,7 +206,7 @@ def main() -> int:
     if given.seeds < 2 or given.grow not in ("inner", "steps"):
         raise SystemExit("--seeds is at least 2 (3 for a record), --grow is inner or steps")
     if given.quick:
-        small = {"width": 32, "layers": 2, "steps": 6, "batch": 4, "seeds": 2, "levels": 0}
+        small = {"width": 32, "layers": 2, "steps": 12, "batch": 4, "seeds": 2, "levels": 0}
         given = Namespace(**{**vars(given), **small, "text": "builtin", "rates": "2e-3", "vocabulary": 300})
         given.folder += "-quick"
     bench = Bench(given, Path(given.folder).absolute())
