@@ -1,4 +1,4 @@
-"""taut train: specs, text, budgets, going on where a run was cut off, and what the folder says."""
+"""taut train: going on where a run was cut off, what the folder says, and wrong input."""
 
 import json
 import math
@@ -17,29 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import taut
-from taut import data
 from taut.cli import app
-from taut.contract.tiny import inputs, tiny
 from taut.core.errors import TautError
-from taut.measurement.count import flops_per_token
-from taut.training.budget import Costs, costs_of, plan_course
 from taut.training.corpus import read_corpus
-from taut.training.flops import Decoder, block_dense_map, block_shuffle_map, dense_map, low_rank_map, matched_share
 from taut.training.loop import Stop
-from taut.training.rows import Masking, Rows, Stream, spread, token_rows
+from taut.training.rows import spread, token_rows
 from taut.training.run import train
-from taut.training.schedule import course, rate
 from taut.training.spec import TrainSpec
-from taut.training.task import IGNORED, LanguageModelling
-from taut.training.tokenizer import LEAST, byte_level, make_tokenizer
+from taut.training.task import LanguageModelling
 from taut.training.trainer import newest
-
-SIZES = {
-    "s": Decoder(768, 3072, 12, 12),
-    "m": Decoder(1024, 4096, 24, 16),
-    "l": Decoder(1536, 6144, 24, 12),
-    "xl": Decoder(2048, 8192, 24, 16),
-}
 
 
 class Cut(BaseException):
@@ -60,194 +46,6 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
-
-
-# The published table: size and feed-forward weights in millions, training FLOPs for 25.5 billion tokens.
-@pytest.mark.parametrize(
-    ("numbers", "size", "feedforward", "flops"),
-    [
-        (dense_map, 1274, 805, "2.10e+20"),
-        (low_rank_map(1024), 985, 516, "1.66e+20"),
-        (block_dense_map(4, 1536), 955, 486, "1.61e+20"),
-        (block_shuffle_map(2), 985, 516, "1.66e+20"),
-        (low_rank_map(512), 744, 275, "1.29e+20"),
-        (block_dense_map(4, 768), 728, 260, "1.27e+20"),
-        (block_shuffle_map(4), 744, 275, "1.29e+20"),
-    ],
-)
-def test_the_published_sizes_and_flops(numbers, size: int, feedforward: int, flops: str) -> None:
-    decoder = SIZES["xl"]
-    assert round(decoder.parameters(numbers) / 1e6) == size
-    assert round(decoder.feedforward(numbers) / 1e6) == feedforward
-    assert f"{decoder.training_flops(25.5e9, numbers):.2e}" == flops
-
-
-@pytest.mark.parametrize(
-    ("name", "numbers", "share"),
-    [
-        ("s", low_rank_map(192), 0.30),
-        ("m", low_rank_map(256), 0.38),
-        ("l", low_rank_map(384), 0.41),
-        ("xl", low_rank_map(512), 0.43),
-        ("m", block_dense_map(4, 384), 0.40),
-        ("xl", block_dense_map(4, 768), 0.45),
-    ],
-)
-def test_the_published_guided_shares(name: str, numbers, share: float) -> None:
-    decoder = SIZES[name]
-    found = decoder.guided_share(numbers)
-    assert round(found, 2) == share
-    guided = decoder.training_flops(1 + found, numbers) + found * decoder.guide_flops(1) / 2
-    assert guided == pytest.approx(decoder.training_flops(1), rel=1e-12)
-
-
-def test_the_published_wide_models() -> None:
-    """Grouped queries: sizes of both, and 0.395 of the larger one's guided share."""
-    medium = Decoder(1024, 4864, 24, 8, attention=512, key_heads=4)
-    large = Decoder(1536, 7424, 24, 12, attention=768, key_heads=4)
-    assert round(medium.parameters(low_rank_map(512)) / 1e6) == 219
-    assert round(large.parameters(low_rank_map(768)) / 1e6) == 464
-    assert round(Decoder(1024, 4864, 24, 16, key_heads=4).parameters() / 1e6) == 335
-    assert round(Decoder(1536, 7424, 24, 12, key_heads=2).parameters() / 1e6) == 729
-    numbers = low_rank_map(768)
-    dense, ours = SIZES["l"].training_flops(1), large.training_flops(1, numbers)
-    assert matched_share(dense, ours, large.guide_flops(1)) == pytest.approx(0.395, abs=1e-3)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "llama_untied", "qwen3"])
-def test_flops_of_any_model_are_what_torch_counts(family: str) -> None:
-    model = tiny(family)
-    counted = 3 * flops_per_token(model, inputs(model, 2, 12)).value
-    assert costs_of(model, 12).model == counted == costs_of(model, 12).dense
-    taut.apply(model, {"feedforward": {"method": "low_rank", "keep": 0.5}})
-    thin = costs_of(model, 12)
-    assert thin.model == 3 * flops_per_token(model, inputs(model, 2, 12)).value < counted == thin.dense
-
-
-def test_budgets_buy_whole_steps() -> None:
-    costs = Costs(model=100.0, dense=150.0, guides=60.0)
-
-    def total(budget: dict, guide: dict | None = None, **more) -> tuple[int, int]:
-        spec = TrainSpec.load(
-            SMALL | {"length": 10, "batch": 2, "budget": budget, "guide": guide, "recipe": LOW_RANK} | more
-        )
-        found = plan_course(spec, costs)
-        return found.total, found.guided
-
-    assert total({"steps": 7}) == (7, 0)
-    assert total({"tokens": 79}) == (3, 0)
-    assert total({"flops": 7999}) == (3, 0)
-    assert total({"steps": 100}, {}) == (100, 50)
-    assert total({"steps": 100}, {"share": 0.29}) == (100, 29)
-    # (150 - 100) / (100 + 60 / 2), and twice as dear where every guide is computed.
-    assert total({"steps": 130}, {"mode": "matched_flops"}) == (180, 50)
-    assert total({"steps": 160}, {"mode": "matched_flops", "stochastic": False}) == (210, 50)
-    # All FLOPs count: 20 x (100 + 0.5 x 30) a step.
-    assert total({"flops": 23_000}, {}) == (10, 5)
-    with pytest.raises(TautError, match="less than one step, which takes 20 tokens"):
-        total({"tokens": 19})
-    with pytest.raises(TautError, match="guides no step"):
-        total({"steps": 3}, {"share": 0.1})
-    with pytest.raises(TautError, match="outlast the training"):
-        plan_course(
-            TrainSpec.load(SMALL | {"guide": {"mode": "matched_flops"}, "recipe": LOW_RANK}), Costs(10.0, 100.0, 90.0)
-        )
-
-
-def test_rates_rise_and_fall() -> None:
-    rates = [rate(step / 10, 0.1, 0.2, "cosine", 0.1) for step in range(11)]
-    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
-    assert rates[6] == pytest.approx(0.55)
-    assert rates[10] == pytest.approx(0.1)
-    assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert rate(0.6, 0.1, 0.2, "linear", 0.0) == pytest.approx(0.5)
-    assert rate(1.7, 0.1, 0.0, "linear", 0.0) == 0.0
-    assert rate(0.9, 0.1, 0.0, "constant", 0.0) == 1.0
-
-
-def test_repeated_batches_come_at_the_end() -> None:
-    whole = course(10, 0.4, "matched_flops")
-    assert [whole.batch_of(step) for step in range(whole.total)] == [*range(10), *range(4)]
-
-
-def test_every_epoch_has_all_rows_once() -> None:
-    rows = Rows(torch.arange(60, dtype=torch.int32).reshape(6, 10))
-    stream = Stream(rows, 12, 2, seed=3)
-    epochs = [[int(stream[position]["input_ids"][0]) // 10 for position in range(start, start + 6)] for start in (0, 6)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(6))
-    assert epochs[0] != epochs[1]
-    item = stream[0]
-    assert torch.equal(item["labels"][:-1], item["input_ids"][1:])
-    assert item["labels"][-1] == IGNORED
-    repeated = Stream(rows, 12, 2, 3, batch_of=lambda step: step % 2)
-    assert torch.equal(repeated[0]["input_ids"], repeated[4]["input_ids"])
-
-
-def test_held_out_text_is_not_learned_from(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(TEXT)
-    first = TEXT.split("\n\n")[0]
-    (tmp_path / "b.txt").write_text("\n".join([*(f"Line {n} is long enough." for n in range(40)), first]))
-    spec = TrainSpec.load(SMALL | {"text": [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]})
-    corpus = read_corpus(spec)
-    held = [line for text in corpus.held for line in text.split("\n") if line]
-    learned = [line for text in corpus.learned for line in text.split("\n") if line]
-    assert len(held) == 10 + 2
-    assert held[-1] == first
-    # The same sentence at the start of the first file is taken out there.
-    assert first not in learned
-    assert len(learned) == 190 - 1 + 39
-    assert set(held).isdisjoint(learned)
-    other = read_corpus(TrainSpec.load(SMALL | {"text": str(tmp_path / "a.txt"), "evaluate": {"text": spec.text[1]}}))
-    assert first not in other.learned[0].split("\n\n")
-    assert len(other.learned[0].split("\n\n")) == 199
-
-
-def test_rows_packed_and_padded() -> None:
-    tokenizer = byte_level(LEAST, ())
-    spec = TrainSpec.load(SMALL)
-    packed = token_rows(["abc" * 9, "de"], tokenizer, spec, False)
-    stream = "abc" * 9 + "</s>" + "de" + "</s>"
-    assert packed.ids.shape == (1, 16)
-    assert stream.startswith(tokenizer.decode(packed.ids[0]))
-    padded = token_rows(["abc\n" + "defgh" * 9], tokenizer, TrainSpec.load(SMALL | {"pack": False}), False)
-    assert padded.real.sum(1).tolist() == [4, 16]
-    assert padded.tokens == 20
-    item = Stream(padded, 2, 2, 0)[0]
-    assert set(item) == {"input_ids", "labels", "attention_mask"}
-    assert int((item["labels"] != IGNORED).sum()) == int(item["attention_mask"].sum()) - 1
-    assert Stream(padded, 4, 2, 0).tokens(2) == 40
-    assert len(spread(packed, 1)) == 1
-
-
-def test_masked_rows_hide_the_same_number_of_tokens() -> None:
-    tokenizer = byte_level(LEAST, (), framed=True)
-    rows = token_rows(["a text that is long enough " * 20], tokenizer, TrainSpec.load(SMALL), True)
-    stream = Stream(rows, 40, 4, 0, Masking(0.25, tokenizer.mask_token_id, len(tokenizer)))
-    shown = []
-    for position in range(40):
-        item = stream[position]
-        asked = item["labels"] != IGNORED
-        assert int(asked.sum()) == 3
-        assert item["input_ids"][0] == tokenizer.cls_token_id
-        assert item["input_ids"][-1] == tokenizer.sep_token_id
-        shown += item["input_ids"][asked].tolist()
-    assert shown.count(tokenizer.mask_token_id) / len(shown) == pytest.approx(0.8, abs=0.12)
-    assert torch.equal(stream[7]["input_ids"], stream[7]["input_ids"])
-
-
-def test_tokenizers_are_made_once(tmp_path: Path) -> None:
-    from taut.surgery.source import resolve
-
-    source = resolve(LLAMA)
-    texts = [TEXT]
-    made = make_tokenizer("bpe:300", source, texts, False, tmp_path / "t")
-    assert len(made) == 300
-    assert made.decode(made("Zoë, 3 lines")["input_ids"]) == "Zoë, 3 lines"
-    assert len(make_tokenizer("bpe:300", source, (), False, tmp_path / "t")) == 300
-    assert len(make_tokenizer(str(tmp_path / "t"), source, (), False, tmp_path / "none")) == 300
-    for choice, message in ((None, "no tokenizer there"), ("bpe:20", "at least 260"), ("bpe:x", "at least 260")):
-        with pytest.raises(TautError, match=message):
-            make_tokenizer(choice, source, texts, False, tmp_path / "none")
 
 
 def test_a_run_leaves_a_whole_folder(tmp_path: Path) -> None:
@@ -321,6 +119,13 @@ def test_seconds_end_a_run(tmp_path: Path) -> None:
     assert spent["steps"] == len(done.record["losses"]) > 1
     assert len(done.record["evaluations"]) == 2
     assert done.record["planned_steps"] is None
+    # What was spent before a cut counts.
+    with pytest.raises(Cut):
+        train(small(tmp_path, budget={"seconds": 0.3}, save={"seconds": 0}), tmp_path / "cut", progress=cut_at(5))
+    before = json.loads((newest(tmp_path / "cut.state") / "spent.json").read_text())["seconds"]
+    again = train(small(tmp_path, budget={"seconds": 0.3}, save={"seconds": 0}), tmp_path / "cut").record
+    assert len(again["losses"]) > 5
+    assert 0.3 <= again["spent"]["seconds"] < 0.3 + before + 1
 
 
 def test_a_run_cut_off_goes_on_to_the_same_bits(tmp_path: Path) -> None:
@@ -494,12 +299,6 @@ def test_wrong_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         train({**small(tmp_path), **change}, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_documents_keep_their_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("One.\n  Two.\n\nThree.")
-    assert data.documents(str(tmp_path / "a.txt")).rows == (("One.\n  Two.\n\nThree.",),)
-    assert len(data.documents("builtin").rows) == 1
 
 
 @pytest.mark.full

@@ -78,18 +78,21 @@ def train(
             raise TautError("train: say out=, the folder to write")
         out = Path("runs") / Path(spec).stem
     target = Path(out).absolute()
+    state = target.with_name(f"{target.name}.state")
     if (target / RECORD).is_file():
-        return _finished(target, chosen)
+        return _finished(target, state, chosen)
     check_writable(target)
     with random_states_kept():
-        return _Run(chosen, target, device, progress).go()
+        return _Run(chosen, target, state, device, progress).go()
 
 
-def _finished(target: Path, spec: TrainSpec) -> Trained:
+def _finished(target: Path, state: Path, spec: TrainSpec) -> Trained:
     record = json.loads((target / RECORD).read_text())
     change = spec.change(record["spec"])
     if change is not None:
         raise TautError(f"{target}: holds what another spec gave: {change}; choose another --out")
+    # It is still there when the run was killed between its last two acts.
+    shutil.rmtree(state, ignore_errors=True)
     return Trained("done", target, record)
 
 
@@ -105,8 +108,8 @@ class _Run:
     costs: Costs
     course: Course
 
-    def __init__(self, spec: TrainSpec, target: Path, device: str, progress: Tell | None) -> None:
-        self.spec, self.target, self.state = spec, target, target.with_name(f"{target.name}.state")
+    def __init__(self, spec: TrainSpec, target: Path, state: Path, device: str, progress: Tell | None) -> None:
+        self.spec, self.target, self.state = spec, target, state
         self.source, self.masked = settle(spec)
         self.arguments = _arguments(spec, self.state, device)
         self.rank = self.arguments.process_index

@@ -27,7 +27,10 @@ def claim(state: Path, spec: TrainSpec, text: str) -> None:
     the hash of what is learned from. Raises TautError for another run's folder."""
     check(state, spec, text)
     state.mkdir(parents=True, exist_ok=True)
-    (state / RUN).write_text(json.dumps({"spec": spec.to_dict(), "text": text}, sort_keys=True))
+    # Under its name only when it is whole: a kill may come at any time.
+    fresh = state / f"{RUN}.new"
+    fresh.write_text(json.dumps({"spec": spec.to_dict(), "text": text}, sort_keys=True))
+    fresh.replace(state / RUN)
     remove_cut_off(state)
 
 

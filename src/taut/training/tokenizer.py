@@ -35,10 +35,11 @@ def make_tokenizer(
         if own is None:
             raise TautError(f"tokenizer = {choice!r}: no tokenizer there")
         return own
-    if not (cache / "tokenizer.json").is_file():
-        made = byte_level(size, texts, framed)
-        cache.mkdir(parents=True, exist_ok=True)
-        made.save_pretrained(cache)
+    if not cache.is_dir():
+        # Under its name only when it is whole: a kill may come at any time.
+        fresh = cache.with_name(f"{cache.name}.new")
+        byte_level(size, texts, framed).save_pretrained(fresh)
+        fresh.replace(cache)
     return AutoTokenizer.from_pretrained(cache)
 
 
