@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import taut
 from taut.cli import app
 from taut.core.errors import TautError
 from taut.training.corpus import read_corpus
-from taut.training.loop import Stop
+from taut.training.loop import TWICE, Stop
 from taut.training.rows import spread, token_rows
 from taut.training.run import train
 from taut.training.spec import TrainSpec
@@ -238,10 +239,15 @@ def test_ctrl_c_stops_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert "ctrl-C once more" in capsys.readouterr().err
     assert newest(tmp_path / "out.state").name in ("checkpoint-3", "checkpoint-4")
     assert train(spec, tmp_path / "out").record["losses"] == train(spec, tmp_path / "whole").record["losses"]
-    with Stop().heard(lambda text: None):
+    stop = Stop()
+    with stop.heard(lambda text: None):
         os.kill(os.getpid(), signal.SIGINT)
+        # The same one, passed on by a launcher.
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(TWICE)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    assert stop.asked
 
 
 def test_the_command_line_trains(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from taut.training.trainer import SHARE
 
 GUIDES, SPENT = "guides.safetensors", "spent.json"
 """What lies in a checkpoint beside the model and what Trainer puts there."""
+TWICE = 0.5
+"""Seconds from which on a second ctrl-C is one: torchrun passes on what the terminal has sent to all already."""
 FIRST = 0.01
 """Of a warm-up that follows the clock: the rate of the first step."""
 
@@ -89,6 +91,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self._heard_at: float | None = None
 
     @contextmanager
     def heard(self, tell: Callable[[str], None]) -> Iterator[None]:
@@ -96,10 +99,12 @@ class Stop:
         where Python hears no signals, nothing changes."""
 
         def note(number: int, frame: FrameType | None) -> None:
-            if self.asked and number == signal.SIGINT:
+            now = time.monotonic()
+            if self._heard_at is None:
+                self.asked, self._heard_at = True, now
+                tell("stopping after this step, with a checkpoint; ctrl-C once more stops at once")
+            elif number == signal.SIGINT and now - self._heard_at >= TWICE:
                 raise KeyboardInterrupt
-            self.asked = True
-            tell("stopping after this step, with a checkpoint; ctrl-C once more stops at once")
 
         if threading.current_thread() is not threading.main_thread():
             yield
