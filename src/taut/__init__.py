@@ -24,6 +24,7 @@ __all__ = (
     "report",
     "search",
     "show",
+    "train",
     "undo",
     "vectors",
 )

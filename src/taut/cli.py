@@ -120,6 +120,26 @@ def apply(
 
 
 @app.command()
+def train(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="a training spec's YAML file")],
+    out: Annotated[Path | None, typer.Option(help="folder to write, whole or not at all; default: runs/SPEC")] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Train a language model, with or without a recipe. Cut off, it goes on when the command is repeated. Several
+    processes: torchrun --nproc-per-node 2 -m taut train SPEC."""
+    from taut import display, verbs
+
+    with display.training(spec.stem) as tell:
+        outcome = verbs.train(spec, out, device=device, threads=threads, progress=tell)
+    if outcome.main:
+        content = {"folder": str(outcome.folder), **outcome.record}
+        finish(as_json, content, lambda: print(outcome.sentence()))
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
 def show(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
     as_json: Json = False,

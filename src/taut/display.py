@@ -15,6 +15,7 @@ from rich.progress import (
     Progress,
     SpinnerColumn,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -43,6 +44,26 @@ def stages(*labels: str) -> Iterator[list[Callable[[int, int], None]]]:
             bar.update(task, completed=done, total=total)
 
         yield [partial(step, bar.add_task(escape(label), total=None)) for label in labels]
+
+
+@contextmanager
+def training(label: str) -> Iterator[Callable[[Any], None]]:
+    """A bar with loss, speed and time left, fed by moments of a training run; where stderr is not a terminal, a line
+    for each evaluation."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
+        task = bar.add_task(escape(label), total=1.0)
+
+        def tell(moment: Any) -> None:
+            speed = f"{moment.tokens_per_second:,.0f} tokens/s"
+            if not moment.evaluation:
+                text = f"{label}: step {moment.step:,}, loss {moment.loss:.4f}, {speed}"
+                bar.update(task, completed=moment.done, description=escape(text))
+            else:
+                text = f"step {moment.step:,} ({moment.done:.0%}): held-out loss {moment.loss:.4f}, {speed}"
+                bar.console.print(text, highlight=False, markup=False)
+
+        yield tell
 
 
 @contextmanager

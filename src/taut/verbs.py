@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from taut.retrieval.index import Index
     from taut.runner import Outcome
     from taut.surgery.plan import Plan
+    from taut.training.loop import Moment
+    from taut.training.run import Trained
+    from taut.training.spec import TrainSpec
 
 Progress = Callable[[int, int], None]
 RecipeLike = str | Path | dict | Recipe
@@ -129,6 +132,26 @@ def heal(
 
     chosen = {"steps": steps, "seed": seed, **choices}
     return train(model, original, texts, chosen, tokenizer=tokenizer, batches=batches, state=state, progress=progress)
+
+
+def train(
+    spec: "str | Path | dict[str, Any] | TrainSpec",
+    out: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: "Callable[[Moment], None] | None" = None,
+) -> "Trained":
+    """Train a language model as ``spec`` says (a YAML file, or a mapping; see ``taut.training.spec``), from scratch or
+    from a checkpoint, with or without a recipe, and write a complete folder with the record beside it.
+
+    ``out`` is ``runs/NAME`` of the file by default. What was cut off goes on when the call is repeated. Under torchrun
+    or accelerate launch the processes share every batch. Raises TautError for wrong input.
+    """
+    from taut.training.run import train as run
+
+    use_threads(threads)
+    return run(spec, out, device=device, progress=progress)
 
 
 def undo(model: "PreTrainedModel") -> "PreTrainedModel":

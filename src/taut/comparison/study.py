@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from taut.core.errors import TautError, nearest
 from taut.core.recipe import Entry, Recipe, shipped
 from taut.core.registry import METHODS, TASKS
 from taut.core.slot import SLOTS
 from taut.core.spec import TrialSpec
+from taut.core.strict import Strict, kind, read_yaml
 
 DENSE: dict[str, Any] = {}
 IDENTITY: dict[str, Any] = {
@@ -26,21 +26,7 @@ UNITS = {"": 1, "B": 1} | {f"{p}B": 10 ** (3 * n) for n, p in enumerate("KMGT", 
 UNITS |= {f"{p}IB": 2 ** (10 * n) for n, p in enumerate("KMGT", 1)}
 
 
-class _Strict(BaseModel):
-    """Abstract: refuses an unknown key and names the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, content: Any) -> Any:
-        for key in content if isinstance(content, dict) else ():
-            if key not in cls.model_fields:
-                raise ValueError(f"unknown key {key!r}: {nearest(key, cls.model_fields)}")
-        return content
-
-
-class Latency(_Strict):
+class Latency(Strict):
     """How latency is taken: the variant and the dense model take turns."""
 
     batch: int = Field(1, ge=1, description="sequences at once")
@@ -50,7 +36,7 @@ class Latency(_Strict):
     decode: int = Field(0, ge=0, description="new tokens to time one by one; 0 for none (encoders)")
 
 
-class Measure(_Strict):
+class Measure(Strict):
     """What is measured beside the sizes, which always are."""
 
     latency: Latency | None = None
@@ -58,7 +44,7 @@ class Measure(_Strict):
     energy: bool = Field(False, description="joules, where the machine lets them be read")
 
 
-class Limits(_Strict):
+class Limits(Strict):
     """What one trial may use."""
 
     memory: int | None = Field(None, description="bytes, or text such as 8GB; None: what the machine has free")
@@ -75,7 +61,7 @@ class Limits(_Strict):
         return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-class Choice(_Strict):
+class Choice(Strict):
     """One recipe of a study, checked, and what should become of it."""
 
     recipe: dict[str, Any]
@@ -83,7 +69,7 @@ class Choice(_Strict):
     heal: int = Field(0, ge=0, description="steps of healing after tightening")
 
 
-class Study(_Strict):
+class Study(Strict):
     """Models x recipes x seeds. ``dense`` (the baseline) and ``identity`` (the error bar) are in every study."""
 
     name: str = Field("study", min_length=1)
@@ -102,23 +88,18 @@ class Study(_Strict):
     def load(cls, path: str | Path) -> "Study":
         """From a YAML file. Raises TautError naming the file, the key and the nearest valid choice."""
         path = Path(path)
-        try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-        except OSError as error:
-            raise TautError(f"{path}: cannot read the study: {error.strerror or error}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise TautError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(path, "study")
         return cls.parse(content, str(path), path.parent)
 
     @classmethod
     def parse(cls, content: Any, source: str = "study", base: Path | None = None) -> "Study":
         """From a mapping as written in YAML; recipe files are looked for beside ``base`` first."""
         if not isinstance(content, dict):
-            raise TautError(f"{source}: a study is a mapping with models, recipes and tasks, not {_kind(content)}")
+            raise TautError(f"{source}: a study is a mapping with models, recipes and tasks, not {kind(content)}")
         content = {"name": Path(source).stem} | content
         recipes = content.get("recipes") or {}
         if not isinstance(recipes, dict):
-            raise TautError(f"{source}: recipes: expected a mapping from names to recipes, not {_kind(recipes)}")
+            raise TautError(f"{source}: recipes: expected a mapping from names to recipes, not {kind(recipes)}")
         chosen = {str(name): _choice(value, f"{source}: recipes.{name}", base) for name, value in recipes.items()}
         for name, recipe in (("identity", IDENTITY), ("dense", DENSE)):
             if name in chosen and chosen[name].recipe != recipe:
@@ -131,14 +112,7 @@ class Study(_Strict):
         content |= {"recipes": chosen, "tasks": tuple(_task(task, f"{source}: tasks") for task in tasks)}
         if isinstance(content.get("models"), str):
             content["models"] = (content["models"],)
-        try:
-            return cls(**content | {"source": source})
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(step) for step in first["loc"])
-            text = first["msg"].removeprefix("Value error, ")
-            given = "" if first["type"] in ("value_error", "missing") else f" = {first['input']!r}"
-            raise TautError(f"{source}: {key}{given}: {text}" if key else f"{source}: {text}") from None
+        return cls.checked(content | {"source": source}, source)
 
     @classmethod
     def from_arguments(
@@ -234,22 +208,6 @@ def fingerprint(model: str, blocks: int = 64, size: int = 4096) -> str | None:
     return digest.hexdigest()[:16]
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys and says nothing; a recipe would vanish from a study."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str | int | float) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", key_node.start_mark
-                )
-            if isinstance(key, str | int | float):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _choice(value: Any, where: str, base: Path | None) -> Choice:
     """A recipe as written in a study: a mapping (``expect`` and ``heal`` beside the slots), a file, a shipped name,
     nothing."""
@@ -272,7 +230,7 @@ def _choice(value: Any, where: str, base: Path | None) -> Choice:
             raise TautError(f"{where}: heal = {heal!r}: expected a number of steps such as 200")
         recipe = Recipe.parse(slots, where)
     else:
-        raise TautError(f"{where}: expected a recipe, the name of one or {{}} for dense, not {_kind(value)}")
+        raise TautError(f"{where}: expected a recipe, the name of one or {{}} for dense, not {kind(value)}")
     for entry in recipe.entries:
         _check_method(entry, where)
     return Choice(recipe=recipe.to_dict(), **beside_slots)
@@ -315,7 +273,3 @@ def _recipe_files(argument: str) -> list[Path]:
         return [known[argument]]
     choices = nearest(argument, [*sets, *known])
     raise TautError(f"{argument}: no recipe file, folder of recipes, shipped set or shipped recipe: {choices}")
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -9,7 +9,7 @@ rows are a fair sample whatever order the file had; running text keeps its order
 from taut.data.files import FOLDER, NAMED, available, names
 from taut.data.rows import Data, hashed, sentences
 from taut.data.tables import labelled, scored_pairs
-from taut.data.texts import calibration_texts, paragraphs, text
+from taut.data.texts import calibration_texts, documents, paragraphs, text
 
 __all__ = [
     "FOLDER",
@@ -17,6 +17,7 @@ __all__ = [
     "Data",
     "available",
     "calibration_texts",
+    "documents",
     "hashed",
     "labelled",
     "names",

@@ -72,3 +72,22 @@ def _texts_of(source: str | Path) -> Data:
         else:
             rows += paragraphs(name, split or None).rows
     return Data(str(source), "all", tuple(dict.fromkeys(rows)))
+
+
+def documents(source: str) -> Data:
+    """Text to train on from scratch, as it is: a row for each file of running text and for each text of a table.
+
+    ``source`` as for ``calibration_texts``, but ``builtin`` is all of Python's docstrings. Raises TautError where there
+    is none.
+    """
+    if Path(source).is_file() or source.startswith("hub:"):
+        return text(source)
+    name, _, split = source.strip().partition(":")
+    if name == "builtin":
+        return replace(text("python_docstrings"), source="builtin")
+    if name in NAMED and NAMED[name].columns:
+        return _texts_of(source)
+    files = files_of(name, split or None)[0] if name not in BUILT_IN else []
+    if not files:
+        return text(name, split or None)
+    return Data(source, split or "all", tuple((read(path),) for path in files))

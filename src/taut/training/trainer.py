@@ -65,7 +65,7 @@ def train(
         raise TautError(f"healing: the model is on {device}, and Trainer trains on {arguments.device}; move the model")
     # Several visible GPUs would each get a copy of the task (DataParallel), which is not wanted.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    with _random_states_kept():
+    with random_states_kept():
         trainer = Trainer(
             task,
             arguments,
@@ -154,7 +154,7 @@ class _Watch(TrainerCallback):
 
 
 @contextmanager
-def _random_states_kept() -> Iterator[None]:
+def random_states_kept() -> Iterator[None]:
     """Trainer seeds every generator of the process."""
     python, numbers = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng():

@@ -1,0 +1,66 @@
+"""Files that people write: YAML read strictly, and models of it that name what is wrong."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from taut.core.errors import TautError, nearest
+
+
+class Strict(BaseModel):
+    """Abstract: refuses an unknown key and names the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, content: Any) -> Any:
+        for key in content if isinstance(content, dict) else ():
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown key {key!r}: {nearest(key, cls.model_fields)}")
+        return content
+
+    @classmethod
+    def checked(cls, content: dict[str, Any], source: str) -> Self:
+        """From a mapping. Raises TautError in one line: ``source``, the key, what was given, what was expected."""
+        try:
+            return cls(**content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(step) for step in first["loc"])
+            text = first["msg"].removeprefix("Value error, ")
+            given = "" if first["type"] in ("value_error", "missing") else f" = {first['input']!r}"
+            raise TautError(f"{source}: {key}{given}: {text}" if key else f"{source}: {text}") from None
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The content of a file; ``what`` is what the user knows it as. Raises TautError naming the file."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except OSError as error:
+        raise TautError(f"{path}: cannot read the {what}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TautError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+def kind(value: Any) -> str:
+    """What a value is, for an error message."""
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys and says nothing; a recipe would vanish from a study."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | float) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+            if isinstance(key, str | int | float):
+                seen.add(key)
+        return super().construct_mapping(node, deep)

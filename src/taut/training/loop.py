@@ -1,0 +1,282 @@
+"""transformers.Trainer, told to train LanguageModelling: its clock, its evaluations, its checkpoints."""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from taut.methods.part import Part
+from taut.training.rows import Masking, Rows, Stream, example
+from taut.training.schedule import rate
+from taut.training.spec import TrainSpec
+from taut.training.task import Diverged, LanguageModelling
+from taut.training.trainer import SHARE
+
+GUIDES, SPENT = "guides.safetensors", "spent.json"
+"""What lies in a checkpoint beside the model and what Trainer puts there."""
+TWICE = 0.5
+"""Seconds from which on a second ctrl-C is one: torchrun passes on what the terminal has sent to all already."""
+FIRST = 0.01
+"""Of a warm-up that follows the clock: the rate of the first step."""
+
+
+@dataclass
+class Spent:
+    """What a run has used up so far, all processes together; kept with every checkpoint."""
+
+    seconds: float = 0.0
+    guide_flops: float = 0.0
+    guide_uses: int = 0
+    guide_calls: int = 0
+    finished: bool = False
+
+    @classmethod
+    def read(cls, checkpoint: Path | None) -> "Spent":
+        return cls() if checkpoint is None else cls(**json.loads((checkpoint / SPENT).read_text()))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """How a run is going: ``done`` is the share of the budget. ``evaluation`` where the loss is of held-out text."""
+
+    step: int
+    done: float
+    loss: float
+    tokens_per_second: float
+    evaluation: bool = False
+
+
+Tell = Callable[[Moment], None]
+
+
+def make_optimizer(task: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
+    """AdamW. Biases and norms do not decay; a part's tensors do, whatever their shape."""
+    decayed, others = [], []
+    for module in task.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            matrix = tensor.dim() > 1 or isinstance(module, Part)
+            (decayed if matrix and name != "bias" else others).append(tensor)
+    groups = [
+        {"params": [tensor for tensor in dict.fromkeys(tensors) if tensor.requires_grad], "weight_decay": decay}
+        for tensors, decay in ((decayed, spec.weight_decay), (others, 0.0))
+    ]
+    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, fused=True)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, spec: TrainSpec, total: int, spent: Spent) -> LambdaLR:
+    """The learning rate by the step, or by the clock where the budget is in seconds."""
+    shape = (spec.warmup, spec.schedule, spec.floor)
+    if spec.budget.seconds is not None:
+        limit = spec.budget.seconds
+        return LambdaLR(optimizer, lambda step: rate(spent.seconds / limit, FIRST * spec.warmup, *shape))
+    return LambdaLR(optimizer, lambda step: rate(step / total, 1 / total, *shape))
+
+
+class Stop:
+    """Whether the run was asked to end: by ctrl-C, or by a machine that shuts down (SIGTERM)."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._heard_at: float | None = None
+
+    @contextmanager
+    def heard(self, tell: Callable[[str], None]) -> Iterator[None]:
+        """The first signal ends the run after its step; a second ctrl-C ends it at once. Outside the main thread,
+        where Python hears no signals, nothing changes."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            now = time.monotonic()
+            if self._heard_at is None:
+                self.asked, self._heard_at = True, now
+                tell("stopping after this step, with a checkpoint; ctrl-C once more stops at once")
+            elif number == signal.SIGINT and now - self._heard_at >= TWICE:
+                raise KeyboardInterrupt
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Watch(TrainerCallback):
+    """Counts time, says when to evaluate, save and stop, and ends what has diverged.
+
+    Training time is that of the steps: forward, backward, update. With several processes all of them decide alike.
+    """
+
+    def __init__(self, task: LanguageModelling, spec: TrainSpec, spent: Spent, stop: Stop, tell: Tell | None) -> None:
+        self.task, self.spec, self.spent, self.stop, self.tell = task, spec, spent, stop, tell
+        self.saved_at = time.monotonic()
+        self.wait = spec.save.seconds
+        self._began = self._last = 0.0
+        self._done = 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        self.task.begin(state.global_step)
+        self._began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
+    ) -> TrainerControl:
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        due = time.monotonic() - self.saved_at >= self.wait
+        if self.spec.save.steps is not None:
+            due = state.global_step % self.spec.save.steps == 0
+        self._last, due, asked = agreed(args, time.perf_counter() - self._began, due, self.stop.asked)
+        self.spent.seconds += self._last
+        self.stop.asked = bool(asked)
+        limit = self.spec.budget.seconds
+        before = self._done if limit else (state.global_step - 1) / state.max_steps
+        self._done = self.spent.seconds / limit if limit else state.global_step / state.max_steps
+        self.spent.finished = self._done >= 1.0
+        every = self.spec.evaluate.every
+        control.should_evaluate = self.spent.finished or _passed(self._done, every) > _passed(before, every)
+        control.should_save = bool(due or asked or self.spent.finished)
+        control.should_training_stop = bool(asked or self.spent.finished)
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **rest: Any,
+    ) -> None:
+        logs = logs or {}
+        # A scaled float16 gradient may overflow; the scaler then skips the step.
+        watched = ("loss",) if self.spec.precision == "float16" else ("loss", "grad_norm")
+        for name in watched:
+            if not math.isfinite(logs.get(name, 0.0)):
+                what = {"loss": "the loss", "grad_norm": "the gradient's norm"}[name]
+                raise Diverged(f"{what} is {logs[name]} at step {state.global_step}")
+        loss = logs.get("eval_loss", logs.get("loss"))
+        if self.tell is not None and loss is not None and state.is_world_process_zero:
+            tokens = self.spec.batch * self.spec.length
+            speed = tokens / self._last if self._last else 0.0
+            self.tell(Moment(state.global_step, self._done, loss, speed, "eval_loss" in logs))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        self.saved_at = time.monotonic()
+
+
+class TaskTrainer(Trainer):
+    """Evaluates by exact sums over held-out rows, and saves the model under its own names with the guides beside."""
+
+    def __init__(
+        self,
+        task: LanguageModelling,
+        arguments: TrainingArguments,
+        stream: Stream,
+        held: Rows,
+        watch: Watch,
+        optimizers: tuple[torch.optim.Optimizer, LambdaLR],
+    ) -> None:
+        super().__init__(
+            task, arguments, data_collator=stack, train_dataset=stream, optimizers=optimizers, callbacks=[watch]
+        )
+        self.remove_callback(PrinterCallback)
+        self.task, self.watch = task, watch
+        self.held, self.masking = held, stream.masking
+
+    def evaluate(self, *given: Any, **options: Any) -> dict[str, float]:
+        """The loss on all held-out rows, as the model stands without its guides."""
+        with self.accelerator.autocast():
+            loss = held_out_loss(self.task, self.held, self.masking, self.args)
+        metrics = {"eval_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Model, guides and what was spent, from the main process. Nothing is saved over good numbers once some are
+        not finite."""
+        started = time.monotonic()
+        self.task.check_finite()
+        spent = together(self.args, self.task, self.watch.spent)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            self.task.model.save_pretrained(folder)
+            if self.task.guides is not None:
+                save_file(self.task.guides.state_dict(), folder / GUIDES)
+            (folder / SPENT).write_text(json.dumps(asdict(spent)))
+        self.watch.wait = self.watch.wait and max(self.watch.wait, SHARE * (time.monotonic() - started))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The model was opened from the checkpoint; its guides lie beside it."""
+        if self.task.guides is not None:
+            self.task.guides.load_state_dict(load_file(Path(resume_from_checkpoint) / GUIDES))
+
+
+@torch.no_grad()
+def held_out_loss(task: LanguageModelling, rows: Rows, masking: Masking | None, args: TrainingArguments) -> float:
+    """Nats a target, over all processes' shares of the rows; float64 sums."""
+    training = task.training
+    task.eval()
+    size, world = args.per_device_train_batch_size, max(1, args.world_size)
+    mine = range(args.process_index, len(rows), world)
+    sums = torch.zeros(2, dtype=torch.float64, device=args.device)
+    for start in range(0, len(mine), size):
+        batch = stack([example(rows, index, masking, index) for index in mine[start : start + size]])
+        batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
+        sums[0] += task.total(**batch).double()
+        sums[1] += (batch["labels"] >= 0).sum()
+    task.train(training)
+    if world > 1:
+        torch.distributed.all_reduce(sums)
+    total, count = sums.tolist()
+    return total / count
+
+
+def agreed(args: TrainingArguments, seconds: float, *flags: bool) -> tuple[float, ...]:
+    """The longest time and the union of the flags, over all processes."""
+    if args.world_size <= 1:
+        return seconds, *flags
+    said = torch.tensor([seconds, *map(float, flags)], dtype=torch.float64, device=args.device)
+    torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
+    return tuple(said.tolist())
+
+
+def together(args: TrainingArguments, task: LanguageModelling, spent: Spent) -> Spent:
+    """``spent`` with what the guides of all processes used since it was last brought up to date."""
+    guides = task.guides
+    if guides is None:
+        return spent
+    used = torch.tensor([guides.flops, guides.uses, guides.calls], dtype=torch.float64, device=args.device)
+    guides.flops, guides.uses, guides.calls = 0.0, 0, 0
+    if args.world_size > 1:
+        torch.distributed.all_reduce(used)
+    flops, uses, calls = used.tolist()
+    spent.guide_flops += flops
+    spent.guide_uses += int(uses)
+    spent.guide_calls += int(calls)
+    return spent
+
+
+def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def _passed(done: float, every: float) -> int:
+    """How many evaluations are due by now. Rounded: 3 x 0.1 is not 0.3."""
+    return math.floor(round(done / every, 9))

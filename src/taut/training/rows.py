@@ -1,0 +1,154 @@
+"""From documents to rows of token ids, and from rows to what a step reads."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from taut.training.corpus import pieces_of
+from taut.training.spec import TrainSpec
+from taut.training.task import IGNORED
+
+RANDOM, KEPT = 0.1, 0.1
+"""Of the tokens that masked training asks for: shares shown as a random one, and as they are (Devlin et al. 2019)."""
+EPOCHS_APART = 1_000_003
+"""Keeps the orders of epochs apart."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token ids (N, T) int32, and which of them are real, (N, T) bool (None: all). ``framed``: a special token stands
+    at both ends of what is real, and is never asked for."""
+
+    ids: Tensor
+    real: Tensor | None = None
+    framed: bool = False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.numel() if self.real is None else int(self.real.sum())
+
+
+def token_rows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, spec: TrainSpec, masked: bool) -> Rows:
+    """Documents as rows of ``length`` ids. Packed, they follow each other with an end-of-text token between, and the
+    last incomplete row is dropped; otherwise each of their paragraphs is a row, cut or padded. Rows of masked models
+    are framed as the tokenizer frames a text."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    frame = masked and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+    texts = list(documents) if spec.pack else pieces_of(documents)
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    inner = spec.length - (2 if frame else 0)
+    if spec.pack:
+        stream = [token for ids in encoded for token in ([*ids, end] if end is not None else ids)]
+        pieces = [stream[at : at + inner] for at in range(0, len(stream) - inner + 1, inner)]
+    else:
+        pieces = [([*ids, end] if end is not None and not frame else ids)[:inner] for ids in encoded if ids]
+    if frame:
+        pieces = [[tokenizer.cls_token_id, *piece, tokenizer.sep_token_id] for piece in pieces]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    if spec.pack or not pieces:
+        return Rows(torch.tensor(pieces, dtype=torch.int32).reshape(-1, spec.length), None, frame)
+    padding = tokenizer.pad_token_id or 0
+    widths = torch.tensor([len(piece) for piece in pieces])
+    padded = [[*piece, *[padding] * (spec.length - len(piece))] for piece in pieces]
+    return Rows(torch.tensor(padded, dtype=torch.int32), torch.arange(spec.length) < widths[:, None], frame)
+
+
+def spread(rows: Rows, tokens: int) -> Rows:
+    """Of many rows as many as hold about ``tokens`` ids, evenly spread; at least one."""
+    count = min(len(rows), max(1, tokens // rows.ids.shape[1]))
+    chosen = torch.linspace(0, len(rows) - 1, count).round().long()
+    return Rows(rows.ids[chosen], None if rows.real is None else rows.real[chosen], rows.framed)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How masked training hides tokens: ``share`` of a row, shown as ``token``, as any of ``vocabulary``, or as is."""
+
+    share: float
+    token: int
+    vocabulary: int
+
+
+class Stream(Dataset):
+    """Rows in the order of training, ``positions`` of them: every epoch has all rows once, in an order of its own.
+
+    What stands at a position follows from its number and the seed alone. ``batch_of`` says which batch of ``batch``
+    rows a step reads.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        positions: int,
+        batch: int,
+        seed: int,
+        masking: Masking | None = None,
+        batch_of: Callable[[int], int] = lambda step: step,
+    ) -> None:
+        self.rows, self.positions, self.batch, self.seed = rows, positions, batch, seed
+        self.masking, self.batch_of = masking, batch_of
+        self._order: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self.positions
+
+    def tokens(self, steps: int) -> int:
+        """Real tokens that the first ``steps`` steps read."""
+        if self.rows.real is None:
+            return steps * self.batch * self.rows.ids.shape[1]
+        widths = self.rows.real.sum(1)
+        numbers = (self.batch_of(step) * self.batch + row for step in range(steps) for row in range(self.batch))
+        places = (divmod(number, len(widths)) for number in numbers)
+        return sum(int(widths[self._ordered(epoch)[index]]) for epoch, index in places)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        step, place = divmod(position, self.batch)
+        number = self.batch_of(step) * self.batch + place
+        epoch, index = divmod(number, len(self.rows))
+        row = int(self._ordered(epoch)[index])
+        return example(self.rows, row, self.masking, self.seed * EPOCHS_APART + number)
+
+    def _ordered(self, epoch: int) -> Tensor:
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * EPOCHS_APART + epoch)
+            self._order = epoch, torch.randperm(len(self.rows), generator=generator)
+        return self._order[1]
+
+
+def example(rows: Rows, index: int, masking: Masking | None, draw: int) -> dict[str, Tensor]:
+    """One row as the model reads it: ``input_ids`` and ``labels`` (T,) int64, each label at the position that predicts
+    it; ``attention_mask`` where rows are padded. The number ``draw`` decides what is hidden."""
+    ids = rows.ids[index].long()
+    real = torch.ones_like(ids, dtype=torch.bool) if rows.real is None else rows.real[index]
+    if masking is None:
+        labels = torch.full_like(ids, IGNORED)
+        labels[:-1] = torch.where(real[1:], ids[1:], IGNORED)
+    else:
+        ids, labels = _hidden(ids, real, rows.framed, masking, draw)
+    found = {"input_ids": ids, "labels": labels}
+    return found if rows.real is None else found | {"attention_mask": real.long()}
+
+
+def _hidden(ids: Tensor, real: Tensor, framed: bool, masking: Masking, draw: int) -> tuple[Tensor, Tensor]:
+    """As many tokens in every row of a length, so that rows weigh the same; at least one."""
+    generator = torch.Generator().manual_seed(draw)
+    width = int(real.sum())
+    first, after = (1, width - 1) if framed else (0, width)
+    count = max(1, math.floor(masking.share * (after - first)))
+    asked = first + torch.randperm(after - first, generator=generator)[:count]
+    labels = torch.full_like(ids, IGNORED)
+    labels[asked] = ids[asked]
+    dice = torch.rand(count, generator=generator)
+    others = torch.randint(masking.vocabulary, (count,), generator=generator)
+    shown = torch.where(dice < RANDOM, others, torch.where(dice < RANDOM + KEPT, ids[asked], masking.token))
+    ids = ids.clone()
+    ids[asked] = shown
+    return ids, labels

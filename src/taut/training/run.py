@@ -1,0 +1,272 @@
+"""The journey of a training run: from a spec to a folder with a model, its tokenizer and the record."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from taut.core.errors import TautError
+from taut.surgery.apply import check_writable, copy_companions, whole_folder
+from taut.surgery.source import open_skeleton
+from taut.training.budget import Costs, costs_of, plan_course
+from taut.training.corpus import Corpus, read_corpus
+from taut.training.guide import Guides, guided_parts
+from taut.training.loop import Spent, Stop, TaskTrainer, Tell, Watch, make_optimizer, make_schedule
+from taut.training.record import RECORD, Status, general_facts, guide_facts, loss_facts, spent_facts
+from taut.training.rows import Masking, Rows, Stream, spread, token_rows
+from taut.training.schedule import Course, guide_weight
+from taut.training.spec import TrainSpec
+from taut.training.start import begin, resumed, settle
+from taut.training.state import check, claim, disk_full_told, history
+from taut.training.task import Diverged, LanguageModelling
+from taut.training.tokenizer import make_tokenizer
+from taut.training.trainer import newest, random_states_kept
+
+TOKENIZER, LOGS = "tokenizer", "runs"
+"""In the state folder: a tokenizer that was made for the run, and what TensorBoard reads."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a run ended. ``folder`` holds the model when ``status`` is done, else what the next run goes on from.
+    ``main`` is False in all processes but the first."""
+
+    status: Status
+    folder: Path
+    record: dict[str, Any]
+    main: bool = True
+
+    @property
+    def exit_code(self) -> int:
+        """130 after ctrl-C, 1 when the run failed, else 0."""
+        return {"done": 0, "interrupted": 130, "failed": 1}[self.status]
+
+    def sentence(self) -> str:
+        """One line for the end of the run."""
+        spent, evaluations = self.record["spent"], self.record["evaluations"]
+        loss = f", loss {evaluations[-1]['loss']:.4f} on held-out text" if evaluations else ""
+        told = f"{spent['steps']:,} steps, {spent['tokens']:,} tokens, {spent['seconds']:.0f} s{loss}"
+        if self.status == "done":
+            return f"{self.folder}: {told}"
+        if self.status == "interrupted":
+            return f"interrupted after {told}; the same command goes on from {self.folder}"
+        return f"failed: {self.record['reason']}; the last good checkpoint, if there was one, is kept in {self.folder}"
+
+
+def train(
+    spec: "str | Path | dict[str, Any] | TrainSpec",
+    out: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    progress: Tell | None = None,
+) -> Trained:
+    """Run a spec, or what an earlier run of it lacks, and write the folder ``out`` (default: ``runs/NAME`` of a file).
+
+    Until the end everything lies beside it, in ``OUT.state``. The same call goes on there after ctrl-C, a kill or a
+    full disk, on a CPU to the bits that an uninterrupted run has; when all is done it returns what the folder says.
+    Raises TautError for wrong input, and when folder or state belong to another spec.
+    """
+    chosen = TrainSpec.load(spec)
+    if out is None:
+        if not isinstance(spec, str | Path):
+            raise TautError("train: say out=, the folder to write")
+        out = Path("runs") / Path(spec).stem
+    target = Path(out).absolute()
+    state = target.with_name(f"{target.name}.state")
+    if (target / RECORD).is_file():
+        return _finished(target, state, chosen)
+    check_writable(target)
+    with random_states_kept():
+        return _Run(chosen, target, state, device, progress).go()
+
+
+def _finished(target: Path, state: Path, spec: TrainSpec) -> Trained:
+    record = json.loads((target / RECORD).read_text())
+    change = spec.change(record["spec"])
+    if change is not None:
+        raise TautError(f"{target}: holds what another spec gave: {change}; choose another --out")
+    # It is still there when the run was killed between its last two acts.
+    shutil.rmtree(state, ignore_errors=True)
+    return Trained("done", target, record)
+
+
+class _Run:
+    """One run of a spec, in one process of perhaps several: everything it needs, ready to go."""
+
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    stream: Stream
+    held: Rows
+    model: PreTrainedModel
+    guides: Guides | None
+    costs: Costs
+    course: Course
+
+    def __init__(self, spec: TrainSpec, target: Path, state: Path, device: str, progress: Tell | None) -> None:
+        self.spec, self.target, self.state = spec, target, state
+        self.source, self.masked = settle(spec)
+        self.arguments = _arguments(spec, self.state, device)
+        self.rank = self.arguments.process_index
+        self.progress = progress if self.rank == 0 else None
+        self._read()
+        self.last = newest(self.state)
+        self.spent = Spent.read(self.last)
+        self._build()
+
+    def go(self) -> Trained:
+        status, reason, logged = "done", None, history(self.last)
+        task = LanguageModelling(self.model, self.guides, self._guide_weight, self.spec.seed, self.rank)
+        if not self.spent.finished:
+            stop = Stop()
+            trainer = self._trainer(task, Watch(task, self.spec, self.spent, stop, self.progress))
+            try:
+                with stop.heard(self._say), disk_full_told(self.state):
+                    trainer.train(resume_from_checkpoint=None if self.last is None else str(self.last))
+            except Diverged as error:
+                status, reason = "failed", f"{error}; lower learning_rate"
+            logged = trainer.state.log_history
+            if status == "done" and not self.spent.finished:
+                status = "interrupted"
+        record = {"status": status, "reason": reason, **self._facts(logged)}
+        if self.rank == 0:
+            with disk_full_told(self.state):
+                self._write(status, record)
+        if self.arguments.world_size > 1:
+            # All leave together, whoever wrote.
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+        return Trained(status, self.target if status == "done" else self.state, record, self.rank == 0)
+
+    def _read(self) -> None:
+        """Text, tokenizer and rows; the first process makes what others read."""
+        spec = self.spec
+        self.corpus = read_corpus(spec)
+        with self.arguments.main_process_first(local=False):
+            (claim if self.rank == 0 else check)(self.state, spec, self.corpus.sha256)
+            cache = self.state / TOKENIZER
+            self.tokenizer = make_tokenizer(spec.tokenizer, self.source, self.corpus.learned, self.masked, cache)
+        self.masking = self._masking()
+        self.rows = token_rows(self.corpus.learned, self.tokenizer, spec, self.masked)
+        held = token_rows(self.corpus.held, self.tokenizer, spec, self.masked)
+        for found, what, least in ((self.rows, "learn from", spec.batch), (held, "evaluate on", 1)):
+            if len(found) < least:
+                raise TautError(
+                    f"text {', '.join(spec.text)}: {len(found)} rows of {spec.length} tokens to {what}, and {least} is "
+                    "the least; give more text or a smaller length"
+                )
+        self.held = spread(held, spec.evaluate.tokens)
+
+    def _masking(self) -> Masking | None:
+        if not self.masked:
+            return None
+        if self.tokenizer.mask_token_id is None:
+            raise TautError("masked training: the tokenizer has no mask token")
+        return Masking(self.spec.masked, self.tokenizer.mask_token_id, len(self.tokenizer))
+
+    def _build(self) -> None:
+        """The model, its guides, and the steps that the budget buys."""
+        spec = self.spec
+        if self.last is None:
+            self.model = begin(spec, self.source, self.tokenizer, self.corpus.learned)
+        else:
+            self.model = resumed(self.last)
+        self.guides = None
+        if spec.guide is not None:
+            parts = guided_parts(self.model, spec.guide.slots)
+            self.guides = Guides(parts, spec.guide.stochastic, spec.seed, self.rank)
+        self.costs = costs_of(self.model, spec.length, self.guides)
+        self.course = plan_course(spec, self.costs)
+        positions = self.course.total * spec.batch
+        self.stream = Stream(self.rows, positions, spec.batch, spec.seed, self.masking, self.course.batch_of)
+
+    def _guide_weight(self, step: int) -> float:
+        guide = self.spec.guide
+        return 0.0 if guide is None else guide_weight(step, self.course.guided, guide.schedule)
+
+    def _trainer(self, task: LanguageModelling, watch: Watch) -> TaskTrainer:
+        self.arguments.max_steps = self.course.total
+        optimizer = make_optimizer(task, self.spec)
+        schedule = make_schedule(optimizer, self.spec, self.course.total, self.spent)
+        return TaskTrainer(task, self.arguments, self.stream, self.held, watch, (optimizer, schedule))
+
+    def _facts(self, logged: list[dict[str, Any]]) -> dict[str, Any]:
+        spec, losses = self.spec, loss_facts(logged)
+        text = {"sha256": self.corpus.sha256, "tokens": self.rows.tokens, "held_out_tokens": self.held.tokens}
+        return {
+            **general_facts(spec, self.model, self.costs, self.course),
+            "objective": "masked" if self.masked else "causal",
+            "processes": self.arguments.world_size,
+            "device": str(self.arguments.device),
+            "text": text,
+            "spent": spent_facts(spec, self.costs, self.stream, self.spent, len(losses["losses"])),
+            "guide": guide_facts(spec, self.costs, self.course, self.guides, self.spent),
+            **losses,
+        }
+
+    def _write(self, status: Status, record: dict[str, Any]) -> None:
+        """The result, or beside the checkpoints why there is none."""
+        text = json.dumps(record, indent=1) + "\n"
+        if status != "done":
+            (self.state / RECORD).write_text(text)
+            return
+        with whole_folder(self.target) as folder:
+            if self.source.folder is not None:
+                copy_companions(self.source.folder, folder)
+            # Weights were float32 while they learned; they go back into what they came in.
+            self.model.to(open_skeleton(self.source).dtype).save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            (folder / RECORD).write_text(text)
+            if (self.state / LOGS).is_dir():
+                shutil.copytree(self.state / LOGS, folder / LOGS)
+        shutil.rmtree(self.state)
+
+    def _say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _arguments(spec: TrainSpec, state: Path, device: str) -> TrainingArguments:
+    """Raises TautError for a device or a reporter that is not there, and for a batch that does not divide."""
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise TautError(f"device = {device!r}: not here; expected cpu{', cuda' if torch.cuda.is_available() else ''}")
+    if spec.precision == "float16" and kind == "cpu":
+        raise TautError("precision = 'float16': needs a GPU; use float32 or bfloat16 on a CPU")
+    if spec.report_to != "none" and find_spec(spec.report_to) is None:
+        raise TautError(f"report_to = {spec.report_to!r}: not installed: pip install {spec.report_to}")
+    arguments = TrainingArguments(
+        output_dir=str(state),
+        max_steps=1,
+        gradient_accumulation_steps=spec.accumulate,
+        max_grad_norm=spec.clip,
+        bf16=spec.precision == "bfloat16",
+        fp16=spec.precision == "float16",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_pin_memory=kind == "cuda",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        save_total_limit=1,
+        report_to=spec.report_to,
+        run_name=state.stem,
+        disable_tqdm=True,
+        use_cpu=kind == "cpu",
+        seed=spec.seed,
+    )
+    # Several visible GPUs in one process would each get a copy (DataParallel): torchrun is the way to use them.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    pieces = spec.accumulate * max(1, arguments.world_size)
+    if spec.batch % pieces:
+        raise TautError(
+            f"batch = {spec.batch} is no multiple of {pieces}: {spec.accumulate} pieces in each of "
+            f"{arguments.world_size} processes"
+        )
+    arguments.per_device_train_batch_size = spec.batch // pieces
+    return arguments

@@ -1,0 +1,100 @@
+"""The model a training run begins with: from scratch, from a checkpoint, or where it was cut off."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taut.anatomy.locate import locate
+from taut.core.errors import TautError
+from taut.core.recipe import Recipe
+from taut.core.site import AttentionSite
+from taut.methods.part import PartMethod
+from taut.surgery.apply import steps_of, tighten
+from taut.surgery.plan import make
+from taut.surgery.source import Source, open_model, open_skeleton, resolve
+from taut.training.spec import TrainSpec
+
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def settle(spec: TrainSpec) -> tuple[Source, bool]:
+    """Where the model comes from, and whether it learns from hidden tokens. Only the config is read.
+
+    Raises TautError for an encoder-decoder, a model without a head over its vocabulary, an objective that does not suit
+    its attention, rows longer than its positions, and a recipe that fits nowhere.
+    """
+    source = resolve(spec.model)
+    skeleton = open_skeleton(source)
+    if skeleton.config.is_encoder_decoder:
+        raise TautError(f"{source.name}: an encoder-decoder; taut train knows causal and masked models")
+    causal = all(site.causal for site in locate(skeleton).sites if isinstance(site, AttentionSite))
+    if spec.objective == "causal" and not causal:
+        raise TautError(f"objective = 'causal': {source.name} sees what comes after a token; use masked")
+    masked = spec.objective == "masked" or (spec.objective == "auto" and not causal)
+    if masked and causal:
+        raise TautError(f"objective = 'masked': {source.name} is causal, and sees nothing after a hidden token")
+    if masked and source.scratch is not None:
+        mapping = transformers.AutoModelForMaskedLM._model_mapping
+        if type(source.scratch) not in mapping:
+            raise TautError(f"{source.name}: transformers has no masked language model of this architecture")
+        source.scratch.architectures = [mapping[type(source.scratch)].__name__]
+        skeleton = open_skeleton(source)
+    if skeleton.get_output_embeddings() is None:
+        raise TautError(
+            f"{source.name}: {type(skeleton).__name__} has no head over its vocabulary: nothing to predict. What a "
+            "recipe installed in it learns from its original: taut apply --heal"
+        )
+    positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and spec.length > positions:
+        raise TautError(f"length = {spec.length}: {source.name} has {positions} positions")
+    if spec.recipe:
+        make(skeleton, Recipe.load(spec.recipe))
+    return source, masked
+
+
+def begin(spec: TrainSpec, source: Source, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> PreTrainedModel:
+    """The model before its first step, float32, with the recipe applied.
+
+    A scratch model without a vocabulary of its own gets the tokenizer's, and parts that can learn start as their method
+    starts them from scratch, not as fits to random weights. Raises TautError for a vocabulary smaller than the
+    tokenizer's.
+    """
+    if source.scratch is not None:
+        source = _fitted_to(source, tokenizer)
+    vocabulary = source.config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise TautError(f"{source.name}: a vocabulary of {vocabulary}, but the tokenizer has {len(tokenizer)} entries")
+    if not spec.recipe:
+        return open_model(source, torch.float32, seed=spec.seed)
+    model, _ = tighten(source, Recipe.load(spec.recipe), texts, dtype=torch.float32, seed=spec.seed)
+    if source.scratch is not None:
+        torch.manual_seed(spec.seed)
+        _start_parts(model)
+    return model
+
+
+def resumed(checkpoint: Path) -> PreTrainedModel:
+    """The model as a checkpoint has it, float32."""
+    return open_model(Source(checkpoint.name, checkpoint), torch.float32)
+
+
+def _fitted_to(source: Source, tokenizer: PreTrainedTokenizerBase) -> Source:
+    config = source.config
+    if "vocab_size=" not in source.name:
+        config.get_text_config().vocab_size = len(tokenizer)
+    for name in TOKENS:
+        setattr(config, name, getattr(tokenizer, name))
+    return replace(source, scratch=config)
+
+
+def _start_parts(model: PreTrainedModel) -> None:
+    """``build`` is a method's start from scratch; codes, which nothing trains, stay as they were fitted."""
+    for step in steps_of(model):
+        if isinstance(step.method, PartMethod):
+            part = model.get_submodule(step.site.path)
+            fresh = step.method.build(step.site, torch.device("cpu"), part.dtype)
+            if all(tensor.is_floating_point() for tensor in fresh.state_dict().values()):
+                part.load_state_dict(fresh.state_dict())
