@@ -171,6 +171,8 @@ class Method(ABC):
     Knobs: ClassVar[type[Knobs]] = Knobs
     dial: ClassVar[str | None] = None
     """The knob that ``keep`` stands for. None: the method has no dial and refuses ``keep``."""
+    spares_first_layer: ClassVar[bool] = False
+    """Whether layer 0 of a feed-forward stack stays as it is when a recipe's entry does not name ``layers``."""
 
     def __init__(self, knobs: Knobs | None = None) -> None:
         self.knobs = self.Knobs() if knobs is None else knobs
