@@ -80,12 +80,10 @@ class BlockDenseLinear(LinearMethod):
             lower = self.rank - self.rank % self.knobs.blocks
             near = f"{lower} or {lower + self.knobs.blocks}" if lower else f"{self.knobs.blocks}"
             return f"rank {self.rank} is not a multiple of the {self.knobs.blocks} blocks: try {near}"
-        if self._factors(self.rank, site) < site.outputs * site.inputs:
+        limit = site.outputs * site.inputs // self._factors(1, site)
+        if self.rank <= limit:
             return None
-        return (
-            f"rank {self.rank} is no reduction of {site.outputs} x {site.inputs}: "
-            f"it must be below {site.outputs * site.inputs / self._factors(1, site):.5g}"
-        )
+        return f"rank {self.rank} is no reduction of {site.outputs} x {site.inputs}: it must be at most {limit}"
 
     def solve(self, site: LinearSite, keep: float) -> "BlockDenseLinear":
         """R / B = floor((keep (M N + b) - b) / (N + B M)), with b = M when there is a bias, else 0; from 128 on rounded

@@ -89,12 +89,8 @@ class BlockShuffleLinear(LinearMethod):
         legal = _legal(site)
         if self.blocks in legal:
             return None
-        if not legal:
-            return f"no number of blocks divides {site.outputs} x {site.inputs} and makes it smaller"
-        return (
-            f"{self.blocks} blocks are not possible or no reduction at {site.outputs} x {site.inputs}: "
-            f"try {', '.join(map(str, legal))}"
-        )
+        possible = f"possible: {', '.join(map(str, legal))}" if legal else "no number of blocks is possible"
+        return f"{self.blocks} blocks do not divide {site.outputs} x {site.inputs}, or add to it: {possible}"
 
     def solve(self, site: LinearSite, keep: float) -> "BlockShuffleLinear":
         """The fewest legal blocks whose parameters, bias included, are at most ``keep`` of the dense map's."""
@@ -141,10 +137,10 @@ def _shapes(site: LinearSite, blocks: int) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def _legal(site: LinearSite) -> list[int]:
-    """The numbers of blocks that divide both sides, let every input reach every output, and save something."""
+    """The numbers of blocks that divide both sides, let every input reach every output, and add nothing."""
     narrow, wide = sorted((site.inputs, site.outputs))
     return [
         blocks
         for blocks in range(2, math.isqrt(narrow) + 1)
-        if narrow % blocks == wide % blocks == 0 and blocks * wide > narrow + wide
+        if narrow % blocks == wide % blocks == 0 and blocks * wide >= narrow + wide
     ]
