@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+DAMPING = 1e-4
+"""Share of the mean input energy given to every direction, also those the calibration text never visited."""
+
 
 def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The ``rank`` largest eigenvalues (R,) of a symmetric positive semi-definite (N, N), and their eigenvectors as
@@ -46,8 +49,7 @@ def balanced_factors_for(matrix: Tensor, gram: Tensor, rank: int, damping: float
     calibration text stays at most that of the plain decomposition.
     Source: Wang et al. 2024 (SVD-LLM, arXiv 2403.07378), section 3.1, without its Cholesky factor: G may be singular.
     """
-    matrix, gram = matrix.double(), gram.double().to(matrix.device)
-    gram = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    matrix, gram = matrix.double(), damped(gram.to(matrix.device), damping)
     if matrix.shape[0] <= matrix.shape[1]:
         _, left = leading_directions(matrix @ gram @ matrix.T, rank)
     else:
@@ -56,3 +58,12 @@ def balanced_factors_for(matrix: Tensor, gram: Tensor, rank: int, damping: float
         left, _, _ = truncated_svd(matrix @ root, rank)
     outer, inner = balanced_factors(left.T @ matrix, rank)
     return left @ outer, inner
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """``gram`` (N, N) in float64 with ``damping`` times its mean diagonal added to the diagonal, so that it can be
+    inverted. The identity in the place of a mean of zero: inputs that are all zero say nothing."""
+    gram = gram.double()
+    mean = gram.diagonal().mean()
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return gram + damping * torch.where(mean > 0, mean, 1.0) * unit

@@ -53,6 +53,9 @@ class Part(nn.Module, ABC):
     through the rounding.
     """
 
+    packed_dtype: ClassVar[torch.dtype] = torch.uint8
+    """What the bytes of a stored tensor call themselves."""
+
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
@@ -62,20 +65,20 @@ class Part(nn.Module, ABC):
         self._held: dict[str, tuple[tuple[int, ...], Store | None]] = {}
 
     def hold(self, name: str, shape: tuple[int, ...], store: Store | None, device: torch.device) -> None:
-        """Declare a float tensor of ``shape``: a parameter, or with ``store`` a uint8 buffer of packed rows, where a
+        """Declare a float tensor of ``shape``: a parameter, or with ``store`` a buffer of packed rows, where a
         row is what lies along the last axis. Its values are undefined until ``fill``."""
         self._held[name] = (shape, store)
         if store is None:
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=self.dtype)))
         else:
-            self.register_buffer(name, torch.empty(store.packed_shape(shape), device=device, dtype=torch.uint8))
+            self.register_buffer(name, torch.empty(store.packed_shape(shape), device=device, dtype=self.packed_dtype))
 
     @torch.no_grad()
     def fill(self, name: str, value: Tensor) -> None:
         """Give a held tensor its values, any float dtype, in the shape it was declared with."""
         shape, store = self._held[name]
         packed = value.reshape(shape) if store is None else store.pack(value.reshape(shape))
-        self.get_parameter(name).copy_(packed) if store is None else self.get_buffer(name).copy_(packed)
+        (self.get_parameter(name) if store is None else self._packed(name)).copy_(packed)
 
     def held(self, name: str) -> Tensor:
         """A held tensor in its declared shape and the part's dtype, expanded where it is stored in few bits."""
@@ -83,7 +86,7 @@ class Part(nn.Module, ABC):
         loose = self._parameters.get(f"{name}_loose")
         if loose is not None:
             return store.straight_through(loose).to(self.dtype)
-        return self.get_parameter(name) if store is None else store.unpack(self.get_buffer(name), shape, self.dtype)
+        return self.get_parameter(name) if store is None else store.unpack(self._packed(name), shape, self.dtype)
 
     def held_rows(self, name: str, ids: Tensor, padding: int | None = None) -> Tensor:
         """Rows of a held tensor, its leading axes seen as one: (...) ids -> (..., width). Expands no other row; the
@@ -94,7 +97,10 @@ class Part(nn.Module, ABC):
             return store.straight_through(F.embedding(ids, loose.reshape(-1, shape[-1]), padding)).to(self.dtype)
         if store is None:
             return F.embedding(ids, self.get_parameter(name).reshape(-1, shape[-1]), padding)
-        return store.lookup(self.get_buffer(name), ids, shape[-1], self.dtype)
+        return store.lookup(self._packed(name), ids, shape[-1], self.dtype)
+
+    def _packed(self, name: str) -> Tensor:
+        return self.get_buffer(name).view(torch.uint8)
 
     def loosen(self, original: Tensor | None = None) -> None:
         """Make what is stored in few bits trainable, as float parameters under the names ``<name>_loose``.
@@ -104,7 +110,7 @@ class Part(nn.Module, ABC):
         """
         for name, (shape, store) in self._held.items():
             if store is not None:
-                dense = store.unpack(self.get_buffer(name), shape, torch.float32)
+                dense = store.unpack(self._packed(name), shape, torch.float32)
                 self.register_parameter(f"{name}_loose", nn.Parameter(dense))
 
     def tighten(self) -> None:
@@ -151,6 +157,9 @@ class TablePart(Part):
 class LinearPart(Part):
     """Abstract linear map, with ``bias`` (outputs,) as a parameter or None."""
 
+    # T5 casts its hidden states to the dtype of a map's weight unless that is int8.
+    packed_dtype = torch.int8
+
     def __init__(self, site: LinearSite, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         self.in_features, self.out_features = site.inputs, site.outputs
@@ -171,6 +180,8 @@ class Method(ABC):
     Knobs: ClassVar[type[Knobs]] = Knobs
     dial: ClassVar[str | None] = None
     """The knob that ``keep`` stands for. None: the method has no dial and refuses ``keep``."""
+    spares_first_layer: ClassVar[bool] = False
+    """Whether layer 0 of a feed-forward stack stays as it is when a recipe's entry does not name ``layers``."""
 
     def __init__(self, knobs: Knobs | None = None) -> None:
         self.knobs = self.Knobs() if knobs is None else knobs

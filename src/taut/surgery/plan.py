@@ -15,6 +15,8 @@ from taut.core.site import Site
 from taut.core.slot import SLOTS
 from taut.methods.part import Method
 
+SPARED = "the first layer stays dense, as in the paper; write layers: ':' to include it"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -148,8 +150,13 @@ def _place(entry: Entry, sites: list[Site], anatomy: Anatomy, source: str) -> tu
     general = method_class.parse(entry.knobs | nested, entry.keep, where)
     steps: list[Step] = []
     refused: list[tuple[str, str]] = []
+    spared: list[tuple[str, str]] = []
     for site in sites:
-        if not entry.covers(site.layer, anatomy.layers.get(site.stack, 0)):
+        count = anatomy.layers.get(site.stack, 0)
+        if not entry.covers(site.layer, count):
+            continue
+        if _spared(general, entry, site, count):
+            spared.append((site.path, f"{entry.method_id}: {SPARED}"))
             continue
         method, reason = _settle(general, site, entry.keep)
         if reason is None:
@@ -161,7 +168,13 @@ def _place(entry: Entry, sites: list[Site], anatomy: Anatomy, source: str) -> tu
             f"no such slot in this model ({anatomy.family})" if not sites else f"layers {entry.layers!r} selects none"
         )
         raise TautError(f"{where}: {entry.method_id} fits no site: {reasons}")
-    return steps, refused
+    return steps, spared + refused
+
+
+def _spared(method: Method, entry: Entry, site: Site, count: int) -> bool:
+    """Whether this is the first of several feed-forward layers, and the entry left it to the method."""
+    first = site.slot == "feedforward" and site.layer == 0 and count > 1
+    return first and method.spares_first_layer and entry.layers is None
 
 
 def _settle(general: Method, site: Site, keep: float | None) -> tuple[Method, str | None]:

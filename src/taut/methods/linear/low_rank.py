@@ -2,17 +2,16 @@
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.site import LinearSite
-from taut.kernels.svd import balanced_factors, balanced_factors_for
+from taut.kernels.svd import DAMPING, balanced_factors, balanced_factors_for
 from taut.methods.part import Calibration, Knobs, LinearMethod, LinearPart
+from taut.methods.store import Store, stored_bytes
 
-DAMPING = 1e-4
-"""Share of the mean input energy given to every direction, also those the calibration text never visited."""
 STANDARD_DEVIATION = 0.02
 """Of the dense weight whose best approximation a part trained from scratch starts as."""
 ALIGNMENT = 8
@@ -24,6 +23,7 @@ class LowRankKnobs(Knobs):
     activation_aware: bool = Field(
         True, description="minimise the error on calibration inputs where there are any, not that of the weight"
     )
+    store: Store | None = Field(None, description="keep both factors in fewer bits; smaller, and slower")
 
 
 class LowRankLinearPart(LinearPart):
@@ -33,28 +33,30 @@ class LowRankLinearPart(LinearPart):
     a time, reads memory at half the speed.
     """
 
-    def __init__(self, site: LinearSite, rank: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, site: LinearSite, rank: int, store: Store | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
         super().__init__(site, device, dtype)
-        self.weight = nn.Parameter(torch.empty(rank, site.outputs, device=device, dtype=dtype))
-        self.projection = nn.Parameter(torch.empty(rank, site.inputs, device=device, dtype=dtype))
+        self.hold("weight", (rank, site.outputs), store, device)
+        self.hold("projection", (rank, site.inputs), store, device)
 
-    @torch.no_grad()
     def set_factors(self, outer: Tensor, inner: Tensor) -> None:
         """Take U (outputs, R) and V (R, inputs), in any floating dtype."""
-        self.weight.copy_(outer.T)
-        self.projection.copy_(inner)
+        self.fill("weight", outer.T)
+        self.fill("projection", inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        return F.linear(F.linear(x, self.projection), self.weight.T, self.bias)
+        return F.linear(F.linear(x, self.held("projection")), self.held("weight").T, self.bias)
 
     def merged(self) -> Tensor:
         """U V, (outputs, inputs)."""
-        return self.weight.T @ self.projection
+        return self.held("weight").T @ self.held("projection")
 
 
 class LowRankLinear(LinearMethod):
-    """Balanced truncated SVD. ``keep`` counts parameters, the bias included on both sides of the comparison."""
+    """Balanced truncated SVD. ``keep`` counts parameters, the bias included on both sides of the comparison, whatever
+    ``store`` makes of their bytes."""
 
     id = "linear.low_rank"
     summary = "the product of two thin maps; balanced truncated SVD, aware of the inputs when calibrated"
@@ -65,6 +67,7 @@ class LowRankLinear(LinearMethod):
     )
     Knobs = LowRankKnobs
     dial = "rank"
+    spares_first_layer = True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -98,13 +101,14 @@ class LowRankLinear(LinearMethod):
         return type(self)(self.knobs.model_copy(update={"rank": rank}))
 
     def predict(self, site: LinearSite) -> Cost:
-        factors = self.rank * (site.inputs + site.outputs)
-        parameters = factors + (site.outputs if site.bias else 0)
-        return Cost(parameters, parameters * site.width_in_bytes, 2.0 * factors)
+        factors, bias = self.rank * (site.inputs + site.outputs), site.outputs if site.bias else 0
+        shapes, width = ((self.rank, site.outputs), (self.rank, site.inputs)), site.width_in_bytes
+        stored = sum(stored_bytes(shape, self.knobs.store, width) for shape in shapes)
+        return Cost(factors + bias, stored + bias * width, 2.0 * factors)
 
     def build(self, site: LinearSite, device: torch.device, dtype: torch.dtype) -> LowRankLinearPart:
-        part = LowRankLinearPart(site, self.rank, device, dtype)
-        if not part.weight.is_meta:
+        part = LowRankLinearPart(site, self.rank, self.knobs.store, device, dtype)
+        if device.type != "meta":
             start = torch.randn(site.outputs, site.inputs, device=device) * STANDARD_DEVIATION
             part.set_factors(*balanced_factors(start, self.rank))
         return part

@@ -1,0 +1,144 @@
+"""A linear map as a block-diagonal one and a dense one: W ~ U blockdiag(V), U (outputs, R), V (B, R/B, inputs/B)."""
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from taut.core.cost import Cost
+from taut.core.errors import TautError
+from taut.core.site import LinearSite
+from taut.kernels.block_fit import block_factors, block_factors_for
+from taut.kernels.blocks import block_product
+from taut.kernels.svd import DAMPING
+from taut.methods.part import Calibration, Knobs, LinearMethod, LinearPart
+from taut.methods.store import Store, stored_bytes
+
+ALIGNMENT = 8
+"""From 16 times this on, the rank of a block derived from ``keep`` is a multiple of it: matrix kernels are faster."""
+
+
+class BlockDenseKnobs(Knobs):
+    blocks: int = Field(2, ge=1, description="B, a divisor of the inputs; the paper uses 2 or 4")
+    rank: int | None = Field(None, ge=1, description="R, the inner width, a multiple of B; or give keep")
+    activation_aware: bool = Field(
+        True, description="minimise the error on calibration inputs where there are any, not that of the weight"
+    )
+    store: Store | None = Field(None, description="keep both factors in fewer bits; smaller, and slower")
+
+
+class BlockDensePart(LinearPart):
+    """y = U (blockdiag(V) x) + b. ``weight`` is U transposed (R, outputs), ``projection`` is V (B, R/B, inputs/B): both
+    with their long side contiguous, which is how one token reads them fastest."""
+
+    def __init__(
+        self, site: LinearSite, blocks: int, rank: int, store: Store | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(site, device, dtype)
+        self.hold("weight", (rank, site.outputs), store, device)
+        self.hold("projection", (blocks, rank // blocks, site.inputs // blocks), store, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        hidden = block_product(x.reshape(-1, self.in_features), self.held("projection").transpose(1, 2))
+        return F.linear(hidden, self.held("weight").T, self.bias).view(*x.shape[:-1], self.out_features)
+
+    def merged(self) -> Tensor:
+        """U blockdiag(V), (outputs, inputs)."""
+        return self.held("weight").T @ torch.block_diag(*self.held("projection"))
+
+
+class BlockDenseLinear(LinearMethod):
+    """``keep`` counts parameters, the bias included on both sides of the comparison, whatever ``store`` makes of their
+    bytes."""
+
+    id = "linear.block_dense"
+    summary = "a block-diagonal map and a dense one; block-wise truncated SVD, aware of the inputs when calibrated"
+    source = (
+        "Wei et al. 2024, Building on Efficient Foundations: Effective Training of LLMs with Structured Feedforward "
+        "Layers (arXiv 2406.16450): factors and orthonormal start. Changed: trained weights are converted, block by "
+        "block in turns (reduced-rank regression); keep sets the rank of each map, not one for both maps of a block"
+    )
+    Knobs = BlockDenseKnobs
+    dial = "rank"
+    spares_first_layer = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"gram"} if self.knobs.activation_aware else ())
+
+    @property
+    def rank(self) -> int:
+        if self.knobs.rank is None:
+            raise TautError(f"{self.id}: give keep or rank")
+        return self.knobs.rank
+
+    def fits(self, site: LinearSite) -> str | None:
+        if (reason := self._blocks_fit(site)) is not None:
+            return reason
+        if self.rank % self.knobs.blocks:
+            lower = self.rank - self.rank % self.knobs.blocks
+            near = f"{lower} or {lower + self.knobs.blocks}" if lower else f"{self.knobs.blocks}"
+            return f"rank {self.rank} is not a multiple of the {self.knobs.blocks} blocks: try {near}"
+        limit = site.outputs * site.inputs // self._factors(1, site)
+        if self.rank <= limit:
+            return None
+        return f"rank {self.rank} is no reduction of {site.outputs} x {site.inputs}: it must be at most {limit}"
+
+    def solve(self, site: LinearSite, keep: float) -> "BlockDenseLinear":
+        """R / B = floor((keep (M N + b) - b) / (N + B M)), with b = M when there is a bias, else 0; from 128 on rounded
+        down to a multiple of 8."""
+        if (reason := self._blocks_fit(site)) is not None:
+            raise TautError(reason)
+        bias = site.outputs if site.bias else 0
+        dense, blocks = site.dense().parameters, self.knobs.blocks
+        # Each number of a block's rank costs a row of V in every block, and as many columns of U.
+        each = self._factors(blocks, site)
+        share = int((keep * dense - bias) // each)
+        if share < 1:
+            raise TautError(
+                f"{self.id}: keep = {keep} leaves no rank at {site.name} ({site.outputs} x {site.inputs}): "
+                f"the least is {(each + bias) / dense:.2g}"
+            )
+        if share >= 16 * ALIGNMENT:
+            share -= share % ALIGNMENT
+        return type(self)(self.knobs.model_copy(update={"rank": share * blocks}))
+
+    def predict(self, site: LinearSite) -> Cost:
+        factors, bias = self._factors(self.rank, site), site.outputs if site.bias else 0
+        blocks, width = self.knobs.blocks, site.width_in_bytes
+        shapes = (self.rank, site.outputs), (blocks, self.rank // blocks, site.inputs // blocks)
+        stored = sum(stored_bytes(shape, self.knobs.store, width) for shape in shapes)
+        return Cost(factors + bias, stored + bias * width, 2.0 * factors)
+
+    def build(self, site: LinearSite, device: torch.device, dtype: torch.dtype) -> BlockDensePart:
+        part = BlockDensePart(site, self.knobs.blocks, self.rank, self.knobs.store, device, dtype)
+        if device.type != "meta":
+            # Orthonormal, as in the paper: there the polar factor of a Gaussian matrix, which is the same draw.
+            outer = nn.init.orthogonal_(torch.empty(self.rank, site.outputs, device=device))
+            shape = self.rank // self.knobs.blocks, site.inputs // self.knobs.blocks
+            inner = [nn.init.orthogonal_(torch.empty(shape, device=device)) for _ in range(self.knobs.blocks)]
+            part.fill("weight", outer)
+            part.fill("projection", torch.stack(inner))
+        return part
+
+    @torch.no_grad()
+    def fit(self, part: BlockDensePart, weight: Tensor, calibration: Calibration) -> None:
+        """Without ``calibration.gram``, or with ``activation_aware`` off, the best approximation of the weight."""
+        ranks = [self.rank // self.knobs.blocks] * self.knobs.blocks
+        if self.knobs.activation_aware and calibration.gram is not None:
+            factors = block_factors_for(weight, calibration.gram, ranks, DAMPING)
+        else:
+            factors = block_factors(weight, ranks)
+        part.fill("weight", torch.cat([outer for outer, _ in factors], dim=1).T)
+        part.fill("projection", torch.stack([inner for _, inner in factors]))
+
+    def _blocks_fit(self, site: LinearSite) -> str | None:
+        if site.inputs % self.knobs.blocks == 0:
+            return None
+        possible = ", ".join(str(count) for count in range(2, 17) if site.inputs % count == 0)
+        return f"{self.knobs.blocks} blocks do not divide the {site.inputs} inputs: try {possible or 'low_rank'}"
+
+    def _factors(self, rank: int, site: LinearSite) -> int:
+        """Numbers of both factors: R (N / B + M)."""
+        return rank * (site.inputs // self.knobs.blocks + site.outputs)

@@ -1,0 +1,146 @@
+"""A linear map as two block-diagonal ones with a shuffle after each: W ~ P_out blockdiag(b2) P_mid blockdiag(b1)."""
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from taut.core.cost import Cost
+from taut.core.errors import TautError
+from taut.core.site import LinearSite
+from taut.kernels.block_fit import shuffled_factors
+from taut.kernels.blocks import block_product
+from taut.kernels.svd import DAMPING
+from taut.methods.part import Calibration, Knobs, LinearMethod, LinearPart
+from taut.methods.store import Store, stored_bytes
+
+
+class BlockShuffleKnobs(Knobs):
+    blocks: int | None = Field(
+        None, ge=1, description="B, a divisor of both sides, B squared at most the shorter; or give keep"
+    )
+    activation_aware: bool = Field(
+        True, description="minimise the error on calibration inputs where there are any, not that of the weight"
+    )
+    store: Store | None = Field(None, description="keep both factors in fewer bits; smaller, and slower")
+
+
+class BlockShufflePart(LinearPart):
+    """The K = min(inputs, outputs) hidden numbers come from B runs of inputs and go to B interleaved shares of outputs:
+    hidden t = k K/B + q is made by block k of ``projection`` b1 (B, K/B, inputs/B), read by block t mod B of ``weight``
+    (B, K/B, outputs/B), which is b2 transposed, and number s of that block is output s B + (t mod B).
+
+    Both are stored with their long side contiguous, which is how one token reads them fastest. In a feed-forward block
+    the answer of a widening map is laid out feature by feature, as it was computed: what follows is elementwise.
+    """
+
+    def __init__(
+        self, site: LinearSite, blocks: int, store: Store | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(site, device, dtype)
+        inner, outer = _shapes(site, blocks)
+        self.hold("weight", outer, store, device)
+        self.hold("projection", inner, store, device)
+        self.feature_major = site.slot == "feedforward" and site.outputs > site.inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        inner, outer = self.held("projection").transpose(1, 2), self.held("weight")
+        hidden = block_product(x.reshape(-1, self.in_features), inner, feature_major=True)
+        y = block_product(hidden, outer, self.bias, interleaved=True, feature_major=self.feature_major)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def merged(self) -> Tensor:
+        """Both permutations included, (outputs, inputs)."""
+        outer = self.held("weight")
+        hidden = torch.block_diag(*self.held("projection"))
+        shares = hidden.unflatten(0, (-1, len(outer))).transpose(0, 1)
+        return torch.bmm(outer.transpose(1, 2), shares).transpose(0, 1).flatten(0, 1)
+
+
+class BlockShuffleLinear(LinearMethod):
+    """``keep`` counts parameters, the bias included on both sides of the comparison, whatever ``store`` makes of their
+    bytes. The dial is coarse: only divisors of both sides are possible."""
+
+    id = "linear.block_shuffle"
+    summary = "two block-diagonal maps with a shuffle between (Monarch); block-wise truncated SVD, aware of the inputs"
+    source = (
+        "Wei et al. 2024, Building on Efficient Foundations: Effective Training of LLMs with Structured Feedforward "
+        "Layers (arXiv 2406.16450): factors, shuffles and orthonormal start; Dao et al. 2022, Monarch (arXiv "
+        "2204.00595): projection of a trained weight. Changed: the projection may weigh errors by calibration inputs, "
+        "and the merged weight includes both shuffles, which the published code forgets"
+    )
+    Knobs = BlockShuffleKnobs
+    dial = "blocks"
+    spares_first_layer = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"gram"} if self.knobs.activation_aware else ())
+
+    @property
+    def blocks(self) -> int:
+        if self.knobs.blocks is None:
+            raise TautError(f"{self.id}: give keep or blocks")
+        return self.knobs.blocks
+
+    def fits(self, site: LinearSite) -> str | None:
+        legal = _legal(site)
+        if self.blocks in legal:
+            return None
+        possible = f"possible: {', '.join(map(str, legal))}" if legal else "no number of blocks is possible"
+        return f"{self.blocks} blocks do not divide {site.outputs} x {site.inputs}, or add to it: {possible}"
+
+    def solve(self, site: LinearSite, keep: float) -> "BlockShuffleLinear":
+        """The fewest legal blocks whose parameters, bias included, are at most ``keep`` of the dense map's."""
+        dense = site.dense().parameters
+        share = None
+        for blocks in _legal(site):
+            method = type(self)(self.knobs.model_copy(update={"blocks": blocks}))
+            share = method.predict(site).parameters / dense
+            if share <= keep:
+                return method
+        least = "none is possible" if share is None else f"the least is {share:.2g}"
+        raise TautError(
+            f"{self.id}: keep = {keep} leaves no blocks at {site.name} ({site.outputs} x {site.inputs}): {least}"
+        )
+
+    def predict(self, site: LinearSite) -> Cost:
+        bias, width, shapes = site.outputs if site.bias else 0, site.width_in_bytes, _shapes(site, self.blocks)
+        factors = sum(math.prod(shape) for shape in shapes)
+        stored = sum(stored_bytes(shape, self.knobs.store, width) for shape in shapes)
+        return Cost(factors + bias, stored + bias * width, 2.0 * factors)
+
+    def build(self, site: LinearSite, device: torch.device, dtype: torch.dtype) -> BlockShufflePart:
+        part = BlockShufflePart(site, self.blocks, self.knobs.store, device, dtype)
+        if device.type != "meta":
+            # Orthonormal, as in the paper: there the polar factor of a Gaussian matrix, which is the same draw.
+            for name, (blocks, *shape) in zip(("projection", "weight"), _shapes(site, self.blocks), strict=True):
+                drawn = [nn.init.orthogonal_(torch.empty(shape, device=device)) for _ in range(blocks)]
+                part.fill(name, torch.stack(drawn))
+        return part
+
+    @torch.no_grad()
+    def fit(self, part: BlockShufflePart, weight: Tensor, calibration: Calibration) -> None:
+        """Without ``calibration.gram``, or with ``activation_aware`` off, the best approximation of the weight."""
+        gram = calibration.gram if self.knobs.activation_aware else None
+        inner, outer = shuffled_factors(weight, self.blocks, gram, DAMPING)
+        part.fill("projection", inner)
+        part.fill("weight", outer)
+
+
+def _shapes(site: LinearSite, blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of b1 and of b2 transposed."""
+    run = min(site.inputs, site.outputs) // blocks
+    return (blocks, run, site.inputs // blocks), (blocks, run, site.outputs // blocks)
+
+
+def _legal(site: LinearSite) -> list[int]:
+    """The numbers of blocks that divide both sides, let every input reach every output, and add nothing."""
+    narrow, wide = sorted((site.inputs, site.outputs))
+    return [
+        blocks
+        for blocks in range(2, math.isqrt(narrow) + 1)
+        if narrow % blocks == wide % blocks == 0 and blocks * wide >= narrow + wide
+    ]
