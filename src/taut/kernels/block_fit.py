@@ -61,8 +61,8 @@ def block_factors_for(matrix: Tensor, gram: Tensor, ranks: Sequence[int], dampin
 
 
 def shuffled_factors(matrix: Tensor, blocks: int, gram: Tensor | None, damping: float) -> tuple[Tensor, Tensor]:
-    """b1 (B, K/B, N/B) and b2 transposed (B, K/B, M/B), float64, of the BlockShuffle nearest to ``matrix`` (M, N), with
-    K = min(M, N); nearest on the inputs of ``gram`` where that is given.
+    """b1 (B, N/B, K/B) and b2 (B, K/B, M/B), both transposed, float64, of the BlockShuffle nearest to ``matrix``
+    (M, N), with K = min(M, N); nearest on the inputs of ``gram`` where that is given.
 
     Hidden number t comes from run t div (K/B) of the inputs and goes to the outputs l, l + B, ... with l = t mod B. So
     those outputs see each run through some numbers of their own: the rows of W at l, l + B, ... are a map in blocks of
@@ -79,7 +79,7 @@ def shuffled_factors(matrix: Tensor, blocks: int, gram: Tensor | None, damping: 
         factors = block_factors(rows, ranks) if gram is None else block_factors_for(rows, gram, ranks, damping)
         inner[share::blocks] = torch.cat([one for _, one in factors])
         outer[share] = torch.cat([one for one, _ in factors], dim=1).T
-    return inner.unflatten(0, (blocks, run)), outer
+    return inner.unflatten(0, (blocks, run)).transpose(1, 2), outer
 
 
 def _with_inner(matrix: Tensor, gram: Tensor, inner: Tensor) -> Tensor:

@@ -28,11 +28,12 @@ class BlockShuffleKnobs(Knobs):
 
 class BlockShufflePart(LinearPart):
     """The K = min(inputs, outputs) hidden numbers come from B runs of inputs and go to B interleaved shares of outputs:
-    hidden t = k K/B + q is made by block k of ``projection`` b1 (B, K/B, inputs/B), read by block t mod B of ``weight``
-    (B, K/B, outputs/B), which is b2 transposed, and number s of that block is output s B + (t mod B).
+    hidden t = k K/B + q is made by block k of ``projection`` (B, inputs/B, K/B), read by block t mod B of ``weight``
+    (B, K/B, outputs/B), and number s of that block is output s B + (t mod B). Both are transposed, b1 and b2 of the
+    paper: that is how one token reads them fastest.
 
-    Both are stored with their long side contiguous, which is how one token reads them fastest. In a feed-forward block
-    the answer of a widening map is laid out feature by feature, as it was computed: what follows is elementwise.
+    In a feed-forward block the answer of a widening map is laid out feature by feature, as it was computed: what
+    follows is elementwise.
     """
 
     def __init__(
@@ -46,15 +47,14 @@ class BlockShufflePart(LinearPart):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        inner, outer = self.held("projection").transpose(1, 2), self.held("weight")
-        hidden = block_product(x.reshape(-1, self.in_features), inner, feature_major=True)
-        y = block_product(hidden, outer, self.bias, interleaved=True, feature_major=self.feature_major)
+        hidden = block_product(x.reshape(-1, self.in_features), self.held("projection"), feature_major=True)
+        y = block_product(hidden, self.held("weight"), self.bias, interleaved=True, feature_major=self.feature_major)
         return y.view(*x.shape[:-1], self.out_features)
 
     def merged(self) -> Tensor:
         """Both permutations included, (outputs, inputs)."""
         outer = self.held("weight")
-        hidden = torch.block_diag(*self.held("projection"))
+        hidden = torch.block_diag(*self.held("projection").transpose(1, 2))
         shares = hidden.unflatten(0, (-1, len(outer))).transpose(0, 1)
         return torch.bmm(outer.transpose(1, 2), shares).transpose(0, 1).flatten(0, 1)
 
@@ -131,9 +131,9 @@ class BlockShuffleLinear(LinearMethod):
 
 
 def _shapes(site: LinearSite, blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of b1 and of b2 transposed."""
+    """Of b1 and b2, both transposed."""
     run = min(site.inputs, site.outputs) // blocks
-    return (blocks, run, site.inputs // blocks), (blocks, run, site.outputs // blocks)
+    return (blocks, site.inputs // blocks, run), (blocks, run, site.outputs // blocks)
 
 
 def _legal(site: LinearSite) -> list[int]:
