@@ -383,9 +383,9 @@ class TestFloatGrid:
         assert shifts[3] == shifts[4] == 2**grid.exponent - 1
         x = torch.stack((largest, -largest))
         back = grid.rounded(x, stored)
-        # A rounded bias may cut a largest number by half a power of two, no more.
-        assert ((back - x).abs()[:, :2] <= 0.3 * largest[:2]).all()
-        assert torch.equal(back[:, 0], x[:, 0])
+        # A bias rounded upwards may halve what a channel can hold, no more.
+        assert ((back - x).abs()[:, :2] <= (0.5 if grid.cut else 0.05) * largest[:2]).all()
+        assert torch.allclose(back[:, 0], x[:, 0])
         assert grid.rounded(torch.full((1, 5), torch.nan), stored).isnan().all()
         assert (grid.learn(torch.zeros(3))[4:] == 0).all()
 
@@ -399,7 +399,7 @@ class TestFloatGrid:
         alone = torch.cat((stored[:4], torch.zeros_like(stored[4:])))
         assert torch.allclose(ours, grid.rounded(x * 2**shifts, alone) @ (weight * 2**-shifts).T, rtol=1e-12)
 
-    @pytest.mark.parametrize(("activations", "error"), [("fp8", 0.05), ("fp4", 0.3)])
+    @pytest.mark.parametrize(("activations", "error"), [("fp8", 0.03), ("fp4", 0.3)])
     def test_a_map_on_rounded_inputs(self, activations: str, error: float) -> None:
         known = seen(48)
         part = fitted(70, 48, known, activations=activations)
@@ -409,7 +409,7 @@ class TestFloatGrid:
         expected = F.linear(rounded.double(), part.merged().double(), part.bias.double())
         assert torch.allclose(part(x).double(), expected, atol=1e-4)
         exact = F.linear(x, part.merged())
-        assert 0.01 < (expected - part.bias - exact).norm() / exact.norm() < error
+        assert 0.002 < (expected - part.bias - exact).norm() / exact.norm() < error
         (gradient,) = torch.autograd.grad(part(x).sum(), x)
         assert torch.allclose(gradient, part.merged().sum(0).expand_as(x), atol=1e-5)
 

@@ -7,7 +7,8 @@ k_j in 0 ... 2^E - 1, so that Q_{rho + k}(x) = 2^-k Q_rho(2^k x), exactly: hardw
 rounded to them and multiplied as float32.
 
 Source: Liu et al. 2023, LLM-FP4 (arXiv 2310.16836). Changed: the bias comes from each input's largest magnitude, with
-no search on the layer's output; and as the shifts are at the inputs anyway, the weights stay as they are.
+no search on the layer's output; without ``cut`` no bias is rounded upwards; and as the shifts are at the inputs anyway,
+the weights stay as they are.
 """
 
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FloatGrid:
-    """Floats of one sign, ``exponent`` E and ``mantissa`` M bits."""
+    """Floats of one sign, ``exponent`` E and ``mantissa`` M bits. ``cut``: biases are rounded to nearest, as published,
+    which may halve what a channel can hold and pays where steps are coarse; else downwards."""
 
     exponent: int
     mantissa: int
+    cut: bool = False
 
     @property
     def top(self) -> float:
@@ -39,7 +42,8 @@ class FloatGrid:
         largest = torch.where(largest > 0, largest, quietest if quietest.isfinite() else 1.0).double()
         biases = (self.top / largest).log2()
         shared = biases.min()
-        shifts = (biases.round() - shared.round()).clamp(0, 2**self.exponent - 1)
+        shifts = biases.round() - shared.round() if self.cut else (biases - shared).floor()
+        shifts = shifts.clamp(0, 2**self.exponent - 1)
         return torch.cat((shared.exp2().float().view(1).view(torch.uint8), shifts.to(torch.uint8)))
 
     def rounded(self, x: Tensor, stored: Tensor) -> Tensor:

@@ -226,8 +226,9 @@ class PartMethod(Method):
     """The fields of Calibration that ``fit`` makes use of, ``seed`` aside."""
     uncounted: ClassVar[str | None] = None
     """Why PyTorch's FLOP counter cannot see this part's kernel; None when it can, and then the two must agree."""
-    approximate: ClassVar[bool] = False
-    """Whether the forward rounds activations, so that it differs from its own dense equivalent."""
+    approximate: ClassVar[float] = 0.0
+    """How far, relative, rounding of activations may take a part's answer from that of its own dense equivalent; 0
+    where none are rounded."""
 
     @abstractmethod
     def build(self, site: Any, device: torch.device, dtype: torch.dtype) -> Part:

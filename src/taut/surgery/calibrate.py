@@ -135,9 +135,10 @@ class _Tally:
     def see(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         (x,) = arguments
         rows = self._real(x).reshape(-1, x.shape[-1])
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         self.count += rows.shape[0]
         if self.wants_gram:
-            # Products in float32 and sums in float64: a batch is short, a corpus is not.
+            # Products in float32 at least and sums in float64: a batch is short, a corpus is not.
             gram = (rows.t() @ rows).double()
             self.gram = gram if self.gram is None else self.gram + gram
         if self.wants_ranges and len(rows):
