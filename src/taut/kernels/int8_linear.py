@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from taut.core.errors import TautError
 
-RANGE_BYTES = 8
+RANGE_BYTES = 16
 
 
 class Int8Weight(NamedTuple):
@@ -103,21 +103,20 @@ def quantise_tokens_plainly(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pack_range(least: float, greatest: float) -> Tensor:
-    """The range of all inputs -> (``RANGE_BYTES``,) uint8: ``step`` and ``low``, float32. It is widened to hold zero,
-    which has a code of its own."""
+    """The range of all inputs -> (``RANGE_BYTES``,) uint8: in float32 ``step`` and ``low``, and what a number is
+    multiplied by and moved by to give its code. The range is widened to hold zero, which has a code of its own."""
     low, high = min(least, 0.0), max(greatest, 0.0)
     step = (high - low) / 255 or 1.0
-    return torch.tensor((step, -step * round(-low / step))).view(torch.uint8)
+    zero = round(-low / step)
+    # Half a step further on: truncating is faster than rounding.
+    return torch.tensor((step, -step * zero, 1 / step, zero + 0.5)).view(torch.uint8)
 
 
 def quantise_in_range(x: Tensor, packed_range: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, N) float32 and ``pack_range`` -> q (T, N) uint8, ``step`` (1,) and ``low`` (1,). What lies outside the range
-    becomes its end; a NaN is not passed on."""
-    # A copy, since a view as floats needs an aligned start.
-    step, low = packed_range.clone().view(torch.float32).split(1)
-    # Truncating is faster than rounding, and the same half a step further on.
-    q = torch.addcmul(0.5 - low / step, x, 1 / step).clamp_(0, 255).to(torch.uint8)
-    return q, step, low
+    """(T, N) float32 and ``pack_range`` -> q (T, N) uint8, ``step`` and ``low``, of no dimension. What lies outside the
+    range becomes its end; a NaN is not passed on."""
+    step, low, rate, move = packed_range.view(torch.float32).unbind()
+    return x.mul(rate).add_(move).clamp_(0, 255).to(torch.uint8), step, low
 
 
 def linear(
@@ -189,7 +188,7 @@ def _scaled_product(q: Tensor, step: Tensor, low: Tensor, weight: Int8Weight, bi
     integers = torch._int_mm(q, weight.codes.T)
     # The floats take the place of the integers: at many tokens a second array costs as much as the product.
     answer = integers.view(torch.float32).copy_(integers)
-    if step.dim() == 1:
+    if step.dim() == 0:
         # One range for all tokens: its factors belong to the outputs, and one pass over the answer is enough.
         offset = low * weight.scales * weight.sums
         offset = offset if bias is None else offset.add_(bias)

@@ -23,7 +23,7 @@ from taut.kernels.rowwise import LOOKUPS, RowFormat, fields
 EXPANDED_AT_ONCE = {"cpu": 1 << 19}
 """Weights held expanded. On a CPU they stay in the cache between expansion and product."""
 EXPANDED_ELSEWHERE = 1 << 24
-FEW_TOKENS = 3
+FEW_TOKENS = 6
 """Up to so many tokens are multiplied with the codes one by one; beyond, reading the codes again costs more than
 expanding them."""
 
@@ -51,6 +51,11 @@ class GroupFormat:
     def shape(self) -> tuple[int, int, int]:
         """Of the packed tensor, int8."""
         return self.blocks, self.inputs, self.row.group_bytes
+
+    @cached_property
+    def fused(self) -> bool:
+        """Whether FBGEMM multiplies these codes as they are."""
+        return self.number == "int" and self.bits in LOOKUPS and self.group * self.bits % 8 == 0
 
     def pack(self, weight: Tensor, symmetric: bool = False, clip: bool = False) -> Tensor:
         """(M, N) float -> packed ``shape``; see ``rowwise.pack``. Deterministic."""
@@ -155,25 +160,21 @@ def _input_gradient_shape(gradient: Tensor, packed: Tensor, outputs: int, bits: 
 
 
 def _forward(x: Tensor, bias: Tensor | None, packed: Tensor, form: GroupFormat) -> Tensor:
+    # Few operations: at one token each costs as much as a tenth of the arithmetic of a small map.
     tokens, dtype = x.reshape(-1, form.inputs), x.dtype
-    if packed.device.type == "cpu" and dtype != torch.float64:
+    on_cpu = packed.device.type == "cpu"
+    if on_cpu and dtype != torch.float64:
         tokens = tokens.float()
-    if len(tokens) <= FEW_TOKENS and fused_bag(form, packed.device, tokens.dtype):
+    if form.fused and on_cpu and tokens.dtype == torch.float32 and 0 < len(tokens) <= FEW_TOKENS:
         answer = _by_bags(tokens, packed, form)
     else:
         answer = tokens.new_empty(len(tokens), form.outputs)
         for start, block in _pieces(packed, form, tokens.dtype):
             share = answer[:, start : start + block.shape[1]]
-            share.copy_(tokens @ block[:, : share.shape[1]])
+            torch.mm(tokens, block[:, : share.shape[1]], out=share)
     if bias is not None:
         answer += bias
     return answer.to(dtype).view(*x.shape[:-1], form.outputs)
-
-
-def fused_bag(form: GroupFormat, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether FBGEMM multiplies these codes as they are."""
-    fused = form.number == "int" and form.bits in LOOKUPS and form.group * form.bits % 8 == 0
-    return fused and device.type == "cpu" and dtype == torch.float32
 
 
 def _by_bags(tokens: Tensor, packed: Tensor, form: GroupFormat) -> Tensor:
@@ -181,11 +182,11 @@ def _by_bags(tokens: Tensor, packed: Tensor, form: GroupFormat) -> Tensor:
     operator = getattr(torch.ops.quantized, LOOKUPS[form.bits])
     rows, (ids, offsets) = packed.view(torch.uint8).flatten(0, 1), _bags(form.blocks, form.inputs)
     answers = [
-        operator(rows, ids, offsets, False, 0, False, token.expand(form.blocks, -1).reshape(-1)).view(1, -1)
-        for token in tokens
+        operator(rows, ids, offsets, False, 0, False, token.expand(form.blocks, form.inputs).reshape(-1)).view(1, -1)
+        for token in tokens.split(1)
     ]
-    answer = answers[0] if len(answers) == 1 else torch.cat(answers) if answers else tokens.new_empty(0, form.outputs)
-    return answer[:, : form.outputs]
+    answer = answers[0] if len(answers) == 1 else torch.cat(answers)
+    return answer if answer.shape[1] == form.outputs else answer[:, : form.outputs].contiguous()
 
 
 @cache

@@ -21,8 +21,8 @@ GRIDS = {"fp8": FloatGrid(3, 4), "fp4": FloatGrid(2, 1, cut=True)}
 """Which floats: E3M4 came twice as near as E4M3 on the inputs of a sentence encoder's maps."""
 ROUNDING = {"float": 0.0, "int8": 0.03, "static": 0.1, "fp8": 0.1, "fp4": 0.4}
 """How far, relative, an answer may be from that of exact inputs that go a little beyond what calibration showed."""
-GROUP = 64
-"""Outputs that share a scale where neither the knobs nor the format say how many."""
+GROUP = {8: 256, 6: 64, 4: 64, 3: 64, 2: 64}
+"""By bits, the outputs that share a scale where neither the knobs nor the format say how many."""
 COMPENSATED_BITS = 4
 """From so few bits on rounding is compensated unless the knobs say otherwise."""
 USUAL_RANGE = 6.0
@@ -43,7 +43,7 @@ class LowBitKnobs(Knobs):
     group: int | None = Field(
         None,
         ge=2,
-        description="how many outputs share a scale, at each input, where inputs are not integers; none: all with 8 "
+        description="how many outputs share a scale, at each input, where inputs are not integers; none: 256 with 8 "
         "bits, else 64, and by definition 32 for mxfp4",
     )
     symmetric: bool = Field(
@@ -241,7 +241,7 @@ class LowBitLinear(LinearMethod):
         knobs = self.knobs
         if self._integer_product:
             return OutputScales(site.outputs, site.inputs, fixed=self.activations == "static")
-        usual = number_format(knobs.number, knobs.bits).usual_group or (site.outputs if knobs.bits == 8 else GROUP)
+        usual = number_format(knobs.number, knobs.bits).usual_group or GROUP[knobs.bits]
         group = min(knobs.group or usual, site.outputs)
         form = GroupFormat(site.outputs, site.inputs, knobs.bits, group, knobs.number)
         return GroupScales(form, knobs.symmetric, knobs.clip, GRIDS.get(self.activations))
