@@ -183,7 +183,7 @@ def _by_bags(tokens: Tensor, packed: Tensor, form: GroupFormat) -> Tensor:
     rows, (ids, offsets) = packed.view(torch.uint8).flatten(0, 1), _bags(form.blocks, form.inputs)
     answers = [
         operator(rows, ids, offsets, False, 0, False, token.expand(form.blocks, form.inputs).reshape(-1)).view(1, -1)
-        for token in tokens.split(1)
+        for token in (tokens.split(1) if len(tokens) > 1 else (tokens,))
     ]
     answer = answers[0] if len(answers) == 1 else torch.cat(answers)
     return answer if answer.shape[1] == form.outputs else answer[:, : form.outputs].contiguous()
