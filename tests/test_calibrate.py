@@ -268,3 +268,33 @@ def test_text_shorter_than_a_sequence_is_one_short_sequence_and_none_is_none():
     assert batch["input_ids"].tolist() == [ids]
     (batch,) = token_batches(tokenizer, ["a little text"] * 3, model, length=2 * len(ids))
     assert batch["input_ids"].tolist() == [ids * 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_linear_maps_are_given(dtype: torch.dtype):
+    """Gram matrices and ranges against the inputs themselves, real tokens only; nobody asks, nobody gets."""
+    model = tiny("bert", dtype=dtype)
+    batches = [padded_inputs(model, batch=3, length=10, seed=seed) for seed in range(2)]
+    sites = [site for site in locate(model).sites if isinstance(site, LinearSite)]
+    fields = [{"gram", "least", "greatest"}, {"gram"}, {"least", "greatest"}, set()]
+    needs = {site: frozenset(fields[index % 4]) for index, site in enumerate(sites)}
+    found = calibrate(model, needs, batches)
+    for site, wanted in needs.items():
+        seen: list[Tensor] = []
+        handle = model.get_submodule(site.path).register_forward_pre_hook(
+            lambda _, given, seen=seen: seen.append(given[0])
+        )
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+        handle.remove()
+        masks = [batch["attention_mask"].bool() for batch in batches]
+        x = torch.cat([given[mask] for given, mask in zip(seen, masks, strict=True)]).float()
+        known = found[site.name]
+        assert {name for name in ("gram", "least", "greatest") if getattr(known, name) is not None} == wanted
+        if "gram" in wanted:
+            torch.testing.assert_close(known.gram, (x.T @ x).double() / len(x), rtol=1e-5, atol=1e-6)
+            assert torch.linalg.eigvalsh(known.gram).min() > -1e-6
+        if "least" in wanted:
+            assert torch.equal(known.least, x.amin(0))
+            assert torch.equal(known.greatest, x.amax(0))

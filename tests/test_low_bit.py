@@ -1,4 +1,4 @@
-"""The low-bit methods: exact costs, healing, and that fast paths compute what the plain formulas say."""
+"""Low-bit token tables: exact costs, healing, and that fast paths compute what the plain formulas say."""
 
 import copy
 import itertools
@@ -7,14 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taut.core.errors import TautError
 from taut.core.site import LinearSite, TableSite
-from taut.kernels import int8_linear
 from taut.methods.embedding.low_bit import LowBitEmbedding
-from taut.methods.linear.low_bit import LowBitLinear
 from taut.methods.part import Calibration
 
 CPU = torch.device("cpu")
@@ -42,12 +39,6 @@ def fitted(method, site, weight: Tensor, dtype: torch.dtype = torch.float32):
 def table(knobs: dict, weight: Tensor | None = None, **fields):
     weight = normal(40, 48) if weight is None else weight
     return fitted(LowBitEmbedding.parse(knobs), table_site(*weight.shape, **fields), weight)
-
-
-def int8(outputs: int, inputs: int, seed: int = 0, **knobs):
-    part = fitted(LowBitLinear.parse(knobs), line(outputs, inputs), normal(outputs, inputs, seed=seed) * inputs**-0.5)
-    part.bias.data.copy_(normal(outputs, seed=seed + 1))
-    return part
 
 
 class TestTable:
@@ -198,131 +189,3 @@ class Largest(TorchDispatchMode):
         if isinstance(answer, Tensor) and not operator.is_view:
             self.bytes = max(self.bytes, answer.nbytes)
         return answer
-
-
-SHAPES = [(64, 48), (33, 7), (5, 130), (256, 1024)]
-
-
-class TestInt8Linear:
-    @pytest.mark.parametrize("shape", SHAPES)
-    def test_codes_are_near(self, shape: tuple[int, int]) -> None:
-        weight = normal(*shape)
-        parts = int8_linear.unpack(int8_linear.pack(weight), *shape)
-        gap = (int8_linear.expand(parts) - weight).abs()
-        assert (gap <= parts.scales[:, None] * 0.5001).all()
-        assert torch.equal(parts.sums.long(), parts.codes.long().sum(1))
-        assert parts.codes.min() >= -127
-
-    @pytest.mark.parametrize("tokens", [1, 3, 16, 200])
-    @pytest.mark.parametrize("shape", SHAPES)
-    def test_integer_product_is_exact(self, shape: tuple[int, int], tokens: int) -> None:
-        """The kernel multiplies integers without error or saturation, so every path must give these very numbers."""
-        if not int8_linear.integer_product_is_exact():
-            pytest.skip("this processor has no exact product of uint8 and int8")
-        codes = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-        x = normal(tokens, shape[1]) + 2
-        q, step, low = int8_linear.quantise_tokens(x)
-        exact = q.double() @ codes.double().T
-        assert torch.equal(torch._int_mm(q, codes.T).double(), exact)
-        weight = int8_linear.Int8Weight(codes, torch.ones(shape[0]), codes.sum(1, dtype=torch.int32).float())
-        answer = int8_linear._scaled_product(q, step, low, weight, None).double()
-        expected = exact * step.double() + low.double() * weight.sums.double()
-        assert torch.allclose(answer, expected, rtol=0, atol=1e-6 * float(exact.max() * step.max()))
-
-    @pytest.mark.parametrize("tokens", [1, 5, 64])
-    @pytest.mark.parametrize("width", [4, 7, 130, 768])
-    def test_fused_rounding_is_the_formula(self, tokens: int, width: int) -> None:
-        x = normal(tokens, width) * torch.logspace(-4, 4, tokens)[:, None] + 1
-        x[0] = 3.25
-        for fused, plain in zip(int8_linear.quantise_tokens(x), int8_linear.quantise_tokens_plainly(x), strict=True):
-            assert torch.equal(fused, plain)
-        q, step, low = int8_linear.quantise_tokens(x)
-        gap = (q.double() * step + low - x).abs()
-        assert (gap <= 0.5001 * step + 1e-6 * x.abs().max(dim=1, keepdim=True).values).all()
-
-    @pytest.mark.parametrize("shape", SHAPES)
-    def test_is_the_dense_map_on_rounded_inputs(self, shape: tuple[int, int]) -> None:
-        part = int8(*shape)
-        x = normal(9, shape[1], seed=5)
-        q, step, low = int8_linear.quantise_tokens(x)
-        rounded = q.double() * step + low
-        expected = F.linear(rounded, part.merged().double(), part.bias.double())
-        assert torch.allclose(part(x).double(), expected, atol=2e-5, rtol=1e-5)
-        error = (part(x) - F.linear(x, part.merged(), part.bias)).norm() / part(x).norm()
-        assert error < 0.02
-
-    def test_float_activations_are_exact(self) -> None:
-        part = int8(64, 48, activations="float")
-        x = normal(9, 48)
-        assert torch.equal(part(x), F.linear(x, part.merged(), part.bias))
-
-    @pytest.mark.parametrize("tokens", [1, 2, 17, 300])
-    def test_a_token_does_not_see_the_others(self, tokens: int) -> None:
-        """To the bit: alone, in company, and beside tokens a thousand times as large."""
-        part = int8(96, 64)
-        x = normal(tokens, 64)
-        with torch.no_grad():
-            together = part(x)
-            assert torch.equal(part(torch.cat((x, normal(3, 64, seed=2) * 1000)))[:tokens], together)
-            for index in {0, tokens // 2, tokens - 1}:
-                assert torch.equal(part(x[index : index + 1])[0], together[index])
-            assert torch.equal(part(x.view(1, tokens, 64).expand(2, -1, -1))[1], together)
-
-    def test_empty_and_not_finite(self) -> None:
-        part = int8(6, 8)
-        assert part(torch.empty(2, 0, 8)).shape == (2, 0, 6)
-        x = normal(2, 8)
-        x[1] = float("nan")
-        assert part(x)[0].isfinite().all()
-        assert part(x)[1].isnan().all()
-        with pytest.raises(TautError, match="not finite"):
-            int8_linear.pack(torch.tensor([[float("inf")]]))
-
-    @pytest.mark.parametrize("activations", ["int8", "float"])
-    def test_gradients_are_those_of_the_expanded_weight(self, activations: str) -> None:
-        part = int8(32, 24, activations=activations)
-        x, pull = normal(3, 5, 24).requires_grad_(), normal(3, 5, 32, seed=9)
-        ours = torch.autograd.grad(part(x), (x, part.bias), pull)
-        theirs = torch.autograd.grad(F.linear(x, part.merged(), part.bias), (x, part.bias), pull)
-        for a, b in zip(ours, theirs, strict=True):
-            assert torch.allclose(a, b, atol=1e-5)
-        with torch.no_grad():
-            assert torch.equal(part(x), part(x.detach().requires_grad_()))
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-    def test_casts_leave_codes_alone(self, dtype: torch.dtype) -> None:
-        part = int8(32, 24)
-        before = part.weight.clone()
-        twin = copy.deepcopy(part).to(dtype)
-        x = normal(4, 24)
-        assert torch.equal(twin.weight, before)
-        assert twin(x.to(dtype)).dtype == dtype
-        assert torch.allclose(twin(x.to(dtype)).float(), part(x), atol=0.1)
-        # T5 casts its hidden states to the dtype of this weight unless that is int8.
-        assert twin.weight.dtype == torch.int8
-
-    @pytest.mark.parametrize("shape", SHAPES)
-    @pytest.mark.parametrize(("bias", "dtype"), [(True, "float32"), (False, "bfloat16")])
-    def test_predicted_is_stored(self, shape: tuple[int, int], bias: bool, dtype: str) -> None:
-        method, site = LowBitLinear.parse({}), line(*shape, bias=bias, dtype=dtype)
-        part = method.build(site, torch.device("meta"), getattr(torch, dtype))
-        assert method.predict(site).bytes == sum(tensor.nbytes for tensor in part.state_dict().values())
-        assert method.predict(site).parameters == site.dense().parameters
-        assert part.weight.dim() == 1
-
-    def test_keep(self) -> None:
-        method, site = LowBitLinear.parse({}, 0.3), line(1024, 1024)
-        assert method.solve(site, 0.3).knobs.bits == 8
-        with pytest.raises(TautError, match=r"the least is 0\.25"):
-            method.solve(site, 0.25)
-
-    def test_refuses_other_sites_and_knobs(self) -> None:
-        assert "not a linear map" in LowBitLinear.parse({}).fits(table_site())
-        with pytest.raises(TautError, match="bits = 4"):
-            LowBitLinear.parse({"bits": 4})
-
-    def test_operator_is_sound(self) -> None:
-        """Shape, aliasing and gradients as torch's compilers assume them."""
-        x, bias, packed = normal(2, 3, 8).requires_grad_(), normal(6).requires_grad_(), int8(6, 8).weight
-        for given in ((x, bias, packed, 6, 8, True), (x, None, packed, 6, 8, False)):
-            torch.library.opcheck(torch.ops.taut.int8_linear.default, given)

@@ -3,8 +3,9 @@
 A weight (M, N) is one int8 tensor of one dimension: the codes row after row, padded to a multiple of 4, then M float32
 scales, then the M sums of each row's codes, also float32. Outputs are quantised symmetrically: W ~ scale * code.
 
-Inputs are quantised one token at a time, x ~ step * q + low with q in 0..255, so no token's answer depends on which
-others are in the call. Then W x + b = scale * (step * (codes . q) + low * sum(codes)) + b.
+Inputs are quantised to x ~ step * q + low with q in 0..255, either one token at a time, by its own least and greatest
+number, or all by one range that is known beforehand. So no token's answer depends on which others are in the call. Then
+W x + b = scale * (step * (codes . q) + low * sum(codes)) + b.
 """
 
 import functools
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taut.core.errors import TautError
+
+RANGE_BYTES = 16
 
 
 class Int8Weight(NamedTuple):
@@ -39,11 +42,25 @@ def pack(weight: Tensor) -> Tensor:
         raise TautError("the weight holds numbers that are not finite; repair it before packing")
     weight = weight.detach().float()
     scales = weight.abs().amax(dim=1) / 127
-    scales = torch.where(scales == 0, 1.0, scales)
-    codes = (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return _packed(weight, torch.where(scales == 0, 1.0, scales))
+
+
+def repack(weight: Tensor, packed: Tensor) -> Tensor:
+    """(M, N) float -> packed, like ``pack``, under the scales that ``packed`` has: the nearest codes there are."""
+    scales = unpack(packed, *weight.shape).scales
+    return _packed(weight.detach().float(), scales)
+
+
+def _packed(weight: Tensor, scales: Tensor) -> Tensor:
+    codes = nearest(weight, scales[:, None]).to(torch.int8)
     sums = codes.sum(dim=1, dtype=torch.int32).float()
     padding = codes.new_zeros(-codes.numel() % 4)
     return torch.cat((codes.flatten(), padding, torch.cat((scales, sums)).view(torch.int8)))
+
+
+def nearest(numbers: Tensor, scales: Tensor) -> Tensor:
+    """The codes of ``numbers``, as floats."""
+    return (numbers / scales).round_().clamp_(-127, 127)
 
 
 def unpack(packed: Tensor, outputs: int, inputs: int) -> Int8Weight:
@@ -85,36 +102,60 @@ def quantise_tokens_plainly(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, (high - low) / 255, low
 
 
+def pack_range(least: float, greatest: float) -> Tensor:
+    """The range of all inputs -> (``RANGE_BYTES``,) uint8: in float32 ``step`` and ``low``, and what a number is
+    multiplied by and moved by to give its code. The range is widened to hold zero, which has a code of its own."""
+    low, high = min(least, 0.0), max(greatest, 0.0)
+    step = (high - low) / 255 or 1.0
+    zero = round(-low / step)
+    # Half a step further on: truncating is faster than rounding.
+    return torch.tensor((step, -step * zero, 1 / step, zero + 0.5)).view(torch.uint8)
+
+
+def quantise_in_range(x: Tensor, packed_range: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, N) float32 and ``pack_range`` -> q (T, N) uint8, ``step`` and ``low``, of no dimension. What lies outside the
+    range becomes its end; a NaN is not passed on."""
+    step, low, rate, move = packed_range.view(torch.float32).unbind()
+    return x.mul(rate).add_(move).clamp_(0, 255).to(torch.uint8), step, low
+
+
 def linear(
-    x: Tensor, packed: Tensor, outputs: int, inputs: int, bias: Tensor | None = None, round_inputs: bool = True
+    x: Tensor,
+    packed: Tensor,
+    outputs: int,
+    inputs: int,
+    bias: Tensor | None = None,
+    packed_range: Tensor | None = None,
 ) -> Tensor:
     """(..., N) x packed (M, N) + bias (M,) -> (..., M), in the dtype of ``x``; computed in float32.
 
-    ``round_inputs`` False multiplies by the expanded weight, which is exact and slow. So does a device without an
-    exact integer product, on inputs rounded just the same. The gradient is that of the expanded weight: rounding
-    the inputs counts as the identity (straight through).
+    ``packed_range`` is that of all inputs (``pack_range``); without it every token has its own. A device without an
+    exact integer product multiplies the rounded inputs by the expanded weight. The gradient is that of the expanded
+    weight: rounding the inputs counts as the identity (straight through).
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _linear(x, bias, packed, outputs, inputs, round_inputs)
+        return _linear(x, bias, packed, packed_range, outputs, inputs)
     # A custom operator costs some 20 microseconds, a third of a small map at one token.
-    return _forward(x, bias, packed, outputs, inputs, round_inputs)
+    return _forward(x, bias, packed, packed_range, outputs, inputs)
 
 
 @torch.library.custom_op("taut::int8_linear", mutates_args=())
-def _linear(x: Tensor, bias: Tensor | None, packed: Tensor, outputs: int, inputs: int, round_inputs: bool) -> Tensor:
+def _linear(
+    x: Tensor, bias: Tensor | None, packed: Tensor, packed_range: Tensor | None, outputs: int, inputs: int
+) -> Tensor:
     """Opaque to compilers, and keeps the packed weight for the backward pass: autograd alone would keep a dense one."""
-    return _forward(x, bias, packed, outputs, inputs, round_inputs)
+    return _forward(x, bias, packed, packed_range, outputs, inputs)
 
 
 @_linear.register_fake
 def _linear_shape(
-    x: Tensor, bias: Tensor | None, packed: Tensor, outputs: int, inputs: int, round_inputs: bool
+    x: Tensor, bias: Tensor | None, packed: Tensor, packed_range: Tensor | None, outputs: int, inputs: int
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, packed, *ctx.shape, _ = inputs
+    _, _, packed, _, *ctx.shape = inputs
     ctx.save_for_backward(packed)
 
 
@@ -130,11 +171,11 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 _linear.register_autograd(_backward, setup_context=_remember)
 
 
-def _forward(x: Tensor, bias: Tensor | None, packed: Tensor, outputs: int, inputs: int, round_inputs: bool) -> Tensor:
-    weight = unpack(packed, outputs, inputs)
-    if not round_inputs:
-        return F.linear(x, expand(weight, x.dtype), bias)
-    q, step, low = quantise_tokens(x.reshape(-1, inputs).float())
+def _forward(
+    x: Tensor, bias: Tensor | None, packed: Tensor, packed_range: Tensor | None, outputs: int, inputs: int
+) -> Tensor:
+    weight, tokens = unpack(packed, outputs, inputs), x.reshape(-1, inputs).float()
+    q, step, low = quantise_tokens(tokens) if packed_range is None else quantise_in_range(tokens, packed_range)
     bias = None if bias is None else bias.float()
     if x.device.type == "cpu" and integer_product_is_exact():
         answer = _scaled_product(q, step, low, weight, bias)
@@ -146,7 +187,13 @@ def _forward(x: Tensor, bias: Tensor | None, packed: Tensor, outputs: int, input
 def _scaled_product(q: Tensor, step: Tensor, low: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     integers = torch._int_mm(q, weight.codes.T)
     # The floats take the place of the integers: at many tokens a second array costs as much as the product.
-    answer = integers.view(torch.float32).copy_(integers).mul_(step).addcmul_(low, weight.sums)
+    answer = integers.view(torch.float32).copy_(integers)
+    if step.dim() == 0:
+        # One range for all tokens: its factors belong to the outputs, and one pass over the answer is enough.
+        offset = low * weight.scales * weight.sums
+        offset = offset if bias is None else offset.add_(bias)
+        return torch.addcmul(offset, answer, weight.scales * step, out=answer)
+    answer = answer.mul_(step).addcmul_(low, weight.sums)
     return answer.mul_(weight.scales) if bias is None else torch.addcmul(bias, answer, weight.scales, out=answer)
 
 

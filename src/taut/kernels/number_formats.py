@@ -51,13 +51,20 @@ class NumberFormat(ABC):
         """Tails -> scales and biases, (n, 1) float32; no bias where numbers are spread evenly about zero."""
 
     @abstractmethod
+    def nearest(self, numbers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Blocks (n, G) float32 -> the nearest codes under scales and biases (n, 1) that are given, (n, G) uint8."""
+
+    @abstractmethod
     def levels(self, device: torch.device) -> Tensor:
         """(2 ** ``bits``,) float32: what each code stands for at scale 1."""
 
     def dequantise(self, codes: Tensor, tail: Tensor) -> Tensor:
         """(n, G) codes and their tails -> (n, G) float32: the plain formula."""
+        return self.decode(codes, *self.scales(tail))
+
+    def decode(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """``dequantise`` with scales that are at hand."""
         levels = self.levels(codes.device).index_select(0, codes.int().reshape(-1)).view(codes.shape)
-        scale, bias = self.scales(tail)
         return levels.mul_(scale) if bias is None else levels.mul_(scale).add_(bias)
 
 
@@ -87,7 +94,7 @@ class Integer(NumberFormat):
         else:
             bias = _not_above(low, self.scale_dtype)
             scale = _nonzero(((high - bias.float()) / top).to(self.scale_dtype))
-            codes = ((numbers - bias.float()) / scale.float()).round_().clamp_(0, top)
+            codes = self.nearest(numbers, scale.float(), bias.float())
         _check((scale, bias), numbers, self.bits)
         return codes.to(torch.uint8), torch.cat((scale, bias), dim=1).view(torch.uint8)
 
@@ -95,6 +102,9 @@ class Integer(NumberFormat):
         # A copy, since a view as floats needs an aligned start.
         scale, bias = tail.clone(memory_format=torch.contiguous_format).view(self.scale_dtype).float().split(1, dim=1)
         return scale, bias
+
+    def nearest(self, numbers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return ((numbers - bias) / scale).round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
 
     def levels(self, device: torch.device) -> Tensor:
         return torch.arange(2**self.bits, device=device, dtype=torch.float32)
@@ -113,7 +123,10 @@ class Levels(NumberFormat):
 
     def quantise(self, numbers: Tensor, factor: float, symmetric: bool) -> tuple[Tensor, Tensor]:
         tail = self.store(numbers.abs().amax(dim=1, keepdim=True) * factor)
-        return nearest_codes(numbers / self.scales(tail)[0], self.values), tail
+        return self.nearest(numbers, *self.scales(tail)), tail
+
+    def nearest(self, numbers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return nearest_codes(numbers / scale, self.values)
 
     def levels(self, device: torch.device) -> Tensor:
         return torch.tensor(self.values, device=device)
@@ -251,6 +264,6 @@ def _not_above(low: Tensor, dtype: torch.dtype) -> Tensor:
 def _check(stored: tuple[Tensor, ...], numbers: Tensor, bits: int) -> None:
     if not all(one.isfinite().all() for one in stored):
         raise TautError(
-            f"the token table holds numbers up to {float(numbers.abs().max()):.3g}, beyond the {stored[0].dtype} "
+            f"the weight holds numbers up to {float(numbers.abs().max()):.3g}, beyond the {stored[0].dtype} "
             f"scales of {bits}-bit rows{'; use bits: 8' if bits < 8 else ''}"
         )

@@ -81,9 +81,17 @@ def pack(table: Tensor, layout: RowFormat, symmetric: bool = False, clip: bool =
     for numbers that are not finite or beyond what the scale's type can hold.
     """
     if not table.isfinite().all():
-        raise TautError("the token table holds numbers that are not finite; repair it before packing")
+        raise TautError("the weight holds numbers that are not finite; repair it before packing")
     step = max(1, PACKED_AT_ONCE // layout.width)
     return torch.cat([_pack(rows, layout, symmetric, clip) for rows in table.detach().split(step)])
+
+
+def repack(table: Tensor, packed: Tensor, layout: RowFormat) -> Tensor:
+    """(V, D) float -> packed, like ``pack``, under the scales and biases that ``packed`` has: the nearest codes there
+    are. What ``unpack`` gives comes back unchanged."""
+    step = max(1, PACKED_AT_ONCE // layout.width)
+    pieces = zip(table.detach().split(step), packed.split(step), strict=True)
+    return torch.cat([_repack(rows, old, layout) for rows, old in pieces])
 
 
 def unpack(packed: Tensor, layout: RowFormat) -> Tensor:
@@ -198,12 +206,7 @@ def _levels_of_bytes(number: str, bits: int, device: torch.device) -> Tensor:
 
 
 def _pack(table: Tensor, layout: RowFormat, symmetric: bool, clip: bool) -> Tensor:
-    numbers, form = table.float(), layout.format
-    missing = layout.groups * layout.group - layout.width
-    if missing:
-        # Repeated, the last number changes no range.
-        numbers = torch.cat((numbers, numbers[:, -1:].expand(-1, missing)), dim=1)
-    numbers = numbers.reshape(-1, layout.group)
+    numbers, form = _blocks(table, layout), layout.format
     codes, tail = form.quantise(numbers, 1.0, symmetric)
     if clip:
         error = _error(numbers, form.dequantise(codes, tail), layout)
@@ -214,6 +217,23 @@ def _pack(table: Tensor, layout: RowFormat, symmetric: bool, clip: bool) -> Tens
             error = torch.where(better, trial_error, error)
             codes, tail = torch.where(better, trial[0], codes), torch.where(better, trial[1], tail)
     return torch.cat((_pack_codes(codes, layout), tail), dim=1).view(-1, layout.groups, layout.group_bytes)
+
+
+def _repack(table: Tensor, packed: Tensor, layout: RowFormat) -> Tensor:
+    _, scale, bias = fields(packed, layout)
+    codes = _pack_codes(layout.format.nearest(_blocks(table, layout), scale, bias), layout)
+    tail = packed.flatten(0, 1)[:, codes.shape[1] :]
+    return torch.cat((codes, tail), dim=1).view(-1, layout.groups, layout.group_bytes)
+
+
+def _blocks(table: Tensor, layout: RowFormat) -> Tensor:
+    """(n, D) float -> (n * groups, group) float32."""
+    numbers = table.float()
+    missing = layout.groups * layout.group - layout.width
+    if missing:
+        # Repeated, the last number changes no range.
+        numbers = torch.cat((numbers, numbers[:, -1:].expand(-1, missing)), dim=1)
+    return numbers.reshape(-1, layout.group)
 
 
 def _error(numbers: Tensor, back: Tensor, layout: RowFormat) -> Tensor:

@@ -22,7 +22,8 @@ from taut.methods.store import Knobs, Store
 class Calibration:
     """What running text through the original showed at one site. Any field may be missing.
 
-    ``gram``: (N, N) float64, the mean of x x^T over the inputs x of a linear map.
+    Of the inputs x of a linear map, N numbers each. ``gram``: (N, N) float64, the mean of x x^T. ``least`` and
+    ``greatest``: (N,) float32, the range of each of the N.
 
     Of a token table, V rows of width D. ``frequency``: (V,) float64, how often each token id was seen.
     ``gradient``: (V,) float64, the sum over a row's occurrences of |g|, g the gradient of the loss by the looked-up
@@ -32,6 +33,8 @@ class Calibration:
     """
 
     gram: Tensor | None = None
+    least: Tensor | None = None
+    greatest: Tensor | None = None
     frequency: Tensor | None = None
     gradient: Tensor | None = None
     sensitivity: Tensor | None = None
@@ -234,8 +237,9 @@ class PartMethod(Method):
     """The fields of Calibration that ``fit`` makes use of, ``seed`` aside."""
     uncounted: ClassVar[str | None] = None
     """Why PyTorch's FLOP counter cannot see this part's kernel; None when it can, and then the two must agree."""
-    approximate: ClassVar[bool] = False
-    """Whether the forward rounds activations, so that it differs from its own dense equivalent."""
+    approximate: ClassVar[float] = 0.0
+    """How far, relative, rounding of activations may take a part's answer from that of its own dense equivalent; 0
+    where none are rounded."""
 
     @abstractmethod
     def build(self, site: Any, device: torch.device, dtype: torch.dtype) -> Part:

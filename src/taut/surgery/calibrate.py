@@ -1,7 +1,6 @@
-"""What text shows about each site: input Grams of linear maps; token counts and gradients of tables."""
+"""What text shows about each site: input Grams and ranges of linear maps; token counts and gradients of tables."""
 
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +23,11 @@ def calibrate(
     """Statistics of the sites in ``needs``, by site name, from ``batches`` (dicts of model inputs;
     ``attention_mask`` marks the real tokens). Without a batch there is nothing but ``seed``, which every one carries.
 
-    Token counts need no pass through the model, Grams one forward, gradients a forward and a backward: of a long text
-    those see evenly spaced batches, ``TOKENS`` tokens in all, and sums over occurrences are scaled up to the whole.
-    Sums are accumulated in float64 and Grams averaged over real tokens, so the result does not depend on batching
-    beyond rounding. The model is left as it was found, gradients included. Raises TautError for ids that the table
-    lacks.
+    Token counts need no pass through the model, Grams and ranges one forward, gradients a forward and a backward: of
+    a long text those see evenly spaced batches, ``TOKENS`` tokens in all, and sums over occurrences are scaled up to
+    the whole. Sums are accumulated in float64 and Grams averaged over real tokens, so the result does not depend on
+    batching beyond rounding. The model is left as it was found, gradients included. Raises TautError for ids that the
+    table lacks.
     """
     batches = list(batches)
     found: dict[str, dict[str, Tensor]] = {site.name: {} for site in needs}
@@ -42,10 +41,9 @@ def calibrate(
         if steep:
             for site, gradients in zip(steep, table_gradients(model, steep, passed, seed).values(), strict=True):
                 found[site.name] |= gradients if passed is batches else _scaled(site, gradients, passed, batches)
-        maps = [site for site, fields in needs.items() if isinstance(site, LinearSite) and "gram" in fields]
+        maps = {site: fields for site, fields in needs.items() if isinstance(site, LinearSite) and fields}
         if maps:
-            for name, gram in _grams(model, maps, passed).items():
-                found[name]["gram"] = gram
+            found |= _inputs(model, maps, passed)
     return {name: Calibration(**fields, seed=seed) for name, fields in found.items()}
 
 
@@ -106,40 +104,53 @@ def frequency(site: TableSite, batches: Iterable[dict[str, Tensor]]) -> Tensor:
     return counts
 
 
-def _grams(
-    model: PreTrainedModel, sites: Iterable[LinearSite], batches: Iterable[dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """(N, N) float64 by site name: the mean of x x^T over real tokens."""
-    tally = _Tally()
-    handles = [
-        model.get_submodule(site.path).register_forward_pre_hook(partial(tally.linear, site.name)) for site in sites
-    ]
+def _inputs(
+    model: PreTrainedModel, needs: dict[LinearSite, frozenset[str]], batches: Iterable[dict[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """By site name what ``needs`` asks for of the inputs, over real tokens: their Gram matrix, their ranges."""
+    tallies = {site: _Tally("gram" in fields, bool(fields & {"least", "greatest"})) for site, fields in needs.items()}
+    handles = [model.get_submodule(site.path).register_forward_pre_hook(tally.see) for site, tally in tallies.items()]
     try:
         with evaluating(model), torch.no_grad():
             for batch in batches:
-                tally.mask = batch.get("attention_mask")
+                for tally in tallies.values():
+                    tally.mask = batch.get("attention_mask")
                 model(**batch)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: gram / tally.counts[name] for name, gram in tally.grams.items()}
+    return {site.name: tally.found() for site, tally in tallies.items()}
 
 
 class _Tally:
-    """Running sums, filled by hooks."""
+    """Running sums and ranges of one map's inputs, filled by a hook."""
 
-    def __init__(self) -> None:
+    def __init__(self, gram: bool, ranges: bool) -> None:
         self.mask: Tensor | None = None
-        self.grams: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.wants_gram, self.wants_ranges = gram, ranges
+        self.gram: Tensor | None = None
+        self.ranges: tuple[Tensor, Tensor] | None = None
+        self.count = 0
 
-    def linear(self, name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def see(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         (x,) = arguments
         rows = self._real(x).reshape(-1, x.shape[-1])
-        # Products in float32 and sums in float64: a batch is short, a corpus is not.
-        gram = (rows.t() @ rows).double()
-        self.grams[name] = self.grams[name] + gram if name in self.grams else gram
-        self.counts[name] = self.counts.get(name, 0) + rows.shape[0]
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self.count += rows.shape[0]
+        if self.wants_gram:
+            # Products in float32 at least and sums in float64: a batch is short, a corpus is not.
+            gram = (rows.t() @ rows).double()
+            self.gram = gram if self.gram is None else self.gram + gram
+        if self.wants_ranges and len(rows):
+            low, high = rows.float().aminmax(dim=0)
+            if self.ranges is not None:
+                low, high = torch.minimum(low, self.ranges[0]), torch.maximum(high, self.ranges[1])
+            self.ranges = low, high
+
+    def found(self) -> dict[str, Tensor]:
+        """What the model never passed through this map stays unknown."""
+        known = {"gram": self.gram / self.count} if self.gram is not None and self.count else {}
+        return known if self.ranges is None else known | dict(zip(("least", "greatest"), self.ranges, strict=True))
 
     def _real(self, x: Tensor) -> Tensor:
         """Only the real tokens, where the mask speaks about this tensor's positions."""
