@@ -22,6 +22,7 @@ ALLOWED = {
     "comparison": {"core", "ledger"},
     "reporting": {"core", "ledger", "comparison"},
     "trial": {"core", "anatomy", "data", "ledger", "measurement", "methods", "surgery", "tasks", "training"},
+    "crossover": {"core", "measurement", "methods", "surgery"},
     "runner": {"core", "comparison", "ledger", "trial"},
     "_plugin": {"surgery"},
     "__main__": {"cli"},

@@ -11,6 +11,7 @@ from taut import _plugin
 __all__ = (
     "TautError",
     "apply",
+    "calibrate",
     "check",
     "compare",
     "evaluate",

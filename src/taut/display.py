@@ -178,6 +178,20 @@ def outcome(found: Any, report: Path) -> None:
         OUT.print(f"report: {escape(str(report))}", highlight=False)
 
 
+def crossovers(content: dict[str, Any]) -> None:
+    """What ``taut calibrate`` measured: a line for each kind of map and number of threads."""
+    lines: dict[tuple[str, int], list[str]] = {}
+    for row in content["rows"]:
+        speed = f"{row['tokens']}: {row['speed']['value']:.2f}"
+        lines.setdefault((row["map"], row["threads"]), []).append(speed)
+    OUT.print("tokens: times as fast as a dense copy")
+    for (label, threads), speeds in lines.items():
+        OUT.print(f"{label}, {threads} threads", markup=False, highlight=False)
+        OUT.print(f"    {'  '.join(speeds)}", highlight=False)
+    copies = len(content["copies"])
+    OUT.print(f"{copies} maps keep a dense copy for some numbers of tokens" if copies else "no copy is faster")
+
+
 STATUSES = ("passed", "skipped", "failed")
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from taut.crossover import Crossovers
     from taut.ledger import Ledger
     from taut.retrieval.encoder import Encoder
     from taut.retrieval.index import Index
@@ -152,6 +153,21 @@ def train(
 
     use_threads(threads)
     return run(spec, out, device=device, progress=progress)
+
+
+def calibrate(
+    model: "str | Path | PreTrainedModel", threads: Sequence[int] = (), *, progress: Progress | None = None
+) -> "Crossovers":
+    """Measure, for every structured map of a tightened model and every number of tokens, whether a dense copy is faster
+    on this machine; from then on the faster one answers. A copy costs memory, and its last bits are other ones.
+
+    A folder keeps the result in its config.json, and makes the copies when it is opened on the same processor.
+    ``threads`` are the numbers of threads to measure; default: the present one. Raises TautError for a model that is
+    not tightened or has no such map.
+    """
+    from taut.crossover import calibrate as measure_maps
+
+    return measure_maps(model, threads, progress=progress)
 
 
 def undo(model: "PreTrainedModel") -> "PreTrainedModel":

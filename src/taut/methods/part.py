@@ -4,6 +4,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -16,6 +17,9 @@ from taut.core.cost import Cost
 from taut.core.errors import TautError, nearest
 from taut.core.site import AttentionSite, LinearSite, MemorySite, Site, TableSite
 from taut.methods.store import Knobs, Store
+
+Crossovers = Mapping[int, tuple[tuple[int, int], ...]]
+"""By threads, the numbers of tokens, first to last (-1: any more), at which a dense copy is faster."""
 
 
 @dataclass(frozen=True)
@@ -158,20 +162,49 @@ class TablePart(Part):
 
 
 class LinearPart(Part):
-    """Abstract linear map, with ``bias`` (outputs,) as a parameter or None."""
+    """Abstract linear map, with ``bias`` (outputs,) as a parameter or None.
+
+    Where ``premerge`` was told to, a dense copy answers instead of ``product``: only where no gradient is asked for,
+    and only until the part is put into training mode, which drops it.
+    """
 
     # T5 casts its hidden states to the dtype of a map's weight unless that is int8.
     packed_dtype = torch.int8
+    premerges: ClassVar[bool] = False
+    """Whether a dense copy can be the faster form: that of a map which is computed from float factors."""
 
     def __init__(self, site: LinearSite, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         self.in_features, self.out_features = site.inputs, site.outputs
         bias = torch.zeros(site.outputs, device=device, dtype=dtype) if site.bias else None
         self.bias = nn.Parameter(bias) if bias is not None else None
+        self.crossovers: Crossovers = {}
 
-    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
+        if self.crossovers and not torch.is_grad_enabled() and self._copy_answers(x.numel() // x.shape[-1]):
+            return F.linear(x, self.copy, self.bias)
+        return self.product(x)
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs), bias included, from what the part stores."""
+
+    @torch.no_grad()
+    def premerge(self, crossovers: Crossovers) -> None:
+        """Keep a dense copy for the numbers of tokens in ``crossovers``; none at all drops it. It is never saved."""
+        self.crossovers = crossovers
+        copy = self.merged().detach().to(self.dtype).contiguous() if crossovers else None
+        self.register_buffer("copy", copy, persistent=False)
+
+    def train(self, mode: bool = True) -> Self:
+        if mode and self.crossovers:
+            self.premerge({})
+        return super().train(mode)
+
+    def _copy_answers(self, tokens: int) -> bool:
+        ranges = self.crossovers.get(torch.get_num_threads(), ())
+        return any(first <= tokens and (last < 0 or tokens <= last) for first, last in ranges)
 
 
 class Method(ABC):

@@ -26,6 +26,8 @@ class TautConfig(QuantizationConfigMixin):
         self.original = origin.get("original")
         if origin.get("healed"):
             self.healed = origin["healed"]
+        if origin.get("calibrated"):
+            self.calibrated = origin["calibrated"]
 
 
 @register_quantizer("taut")
@@ -51,11 +53,15 @@ class TautQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from taut.surgery.align import align_tensors
+        from taut.surgery.premerge import install_crossovers
         from taut.surgery.seal import unseal
 
         unseal(model, self._sealed)
         align_tensors(model)
         settle(model)
+        calibrated = self.quantization_config.to_dict().get("calibrated")
+        if calibrated:
+            install_crossovers(model, self.surgery.steps, calibrated)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict | None, dict[str, str]]:

@@ -11,7 +11,8 @@ from taut.surgery.source import check_folder
 
 
 def inspect(folder: Path) -> dict[str, Any]:
-    """``model_type``, ``architectures``, ``tightened``, ``recipe``, ``healed``, ``steps``, ``tensors``, ``file_bytes``.
+    """``model_type``, ``architectures``, ``tightened``, ``recipe``, ``healed``, ``calibrated``,
+    ``steps``, ``tensors``, ``file_bytes``.
 
     Raises TautError when the folder is not a model folder. No tensor is read.
     """
@@ -37,6 +38,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "original": quantization.get("original") if tightened else None,
         "recipe": quantization.get("recipe", {}) if tightened else {},
         "healed": quantization.get("healed", {}) if tightened else {},
+        "calibrated": quantization.get("calibrated", {}) if tightened else {},
         "steps": quantization.get("plan", []) if tightened else [],
         "tensors": tensors,
         "file_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),

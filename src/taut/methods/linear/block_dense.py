@@ -31,6 +31,8 @@ class BlockDensePart(LinearPart):
     """y = U (blockdiag(V) x) + b. ``weight`` is U transposed (R, outputs), ``projection`` is V (B, R/B, inputs/B): both
     with their long side contiguous, which is how one token reads them fastest."""
 
+    premerges = True
+
     def __init__(
         self, site: LinearSite, blocks: int, rank: int, store: Store | None, device: torch.device, dtype: torch.dtype
     ) -> None:
@@ -38,7 +40,7 @@ class BlockDensePart(LinearPart):
         self.hold("weight", (rank, site.outputs), store, device)
         self.hold("projection", (blocks, rank // blocks, site.inputs // blocks), store, device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
         hidden = block_product(x.reshape(-1, self.in_features), self.held("projection").transpose(1, 2))
         return F.linear(hidden, self.held("weight").T, self.bias).view(*x.shape[:-1], self.out_features)

@@ -36,6 +36,8 @@ class BlockShufflePart(LinearPart):
     follows is elementwise.
     """
 
+    premerges = True
+
     def __init__(
         self, site: LinearSite, blocks: int, store: Store | None, device: torch.device, dtype: torch.dtype
     ) -> None:
@@ -45,7 +47,7 @@ class BlockShufflePart(LinearPart):
         self.hold("projection", inner, store, device)
         self.feature_major = site.slot == "feedforward" and site.outputs > site.inputs
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
         hidden = block_product(x.reshape(-1, self.in_features), self.held("projection"), feature_major=True)
         y = block_product(hidden, self.held("weight"), self.bias, interleaved=True, feature_major=self.feature_major)

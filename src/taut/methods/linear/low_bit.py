@@ -76,7 +76,7 @@ class LowBitLinearPart(LinearPart):
         self.register_buffer("input_range", known)
         self.register_parameter("weight_loose", None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs), in the dtype of ``x``."""
         if self.weight_loose is None:
             return self.codes.linear(x, self.weight, self.input_range, self.bias)

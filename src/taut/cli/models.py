@@ -1,0 +1,161 @@
+"""Commands that look into a model, change one, or train one."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from taut.cli.app import app
+from taut.cli.options import Device, Dtype, Json, Model, RecipeName, Seed, Threads, finish, pairs
+from taut.core.errors import TautError
+
+
+class Kind(StrEnum):
+    embedding = "embedding"
+    linear = "linear"
+    attention = "attention"
+    memory = "memory"
+
+
+@app.command()
+def methods(
+    kind: Annotated[Kind | None, typer.Argument(help="only this kind")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods: what they are, where they come from, their knobs."""
+    from taut import display, verbs
+
+    rows = verbs.methods(kind.value if kind else None)
+    finish(as_json, {"methods": rows}, lambda: display.methods(rows))
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeName,
+    length: Annotated[int | None, typer.Option(min=1, help="declared n of attention and memory costs")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a recipe would do and cost, from the config alone."""
+    from taut import display, verbs
+
+    found = verbs.plan(model, recipe, length)
+    finish(as_json, found.to_dict(), lambda: display.plan(found.to_dict()))
+
+
+@app.command()
+def apply(
+    model: Model,
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Option(help="folder to write; appears whole or not at all")],
+    text: Annotated[
+        str,
+        typer.Option(help="to calibrate and heal with: builtin, none, a file, or names: wikitext2:train,sst2:train"),
+    ] = "builtin",
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="evaluation data of which no sentence may be read, such as stsb:dev")
+    ] = None,
+    heal: Annotated[
+        int, typer.Option(min=0, metavar="STEPS", help="then train what was installed to answer as the original did")
+    ] = 0,
+    heal_option: Annotated[
+        list[str] | None, typer.Option(help="further choices of healing, key=value: batch, length, target, train, ...")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Tighten a model and write a complete folder that AutoModel opens. Healing that was cut off goes on when the
+    command is repeated."""
+    from taut import display, verbs
+
+    if heal_option and not heal:
+        raise TautError("--heal-option: say --heal STEPS as well")
+    verbs.use_threads(threads)
+    with display.stages("fitting parts", *(["healing"] if heal else [])) as steps:
+        tightened = verbs.apply(
+            model,
+            recipe,
+            out,
+            text=None if text == "none" else text,
+            exclude=exclude or (),
+            heal={"steps": heal, **pairs(heal_option)} if heal or heal_option else 0,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            progress=steps[0],
+            healing=steps[-1],
+        )
+    line = verbs.footprint(tightened)
+    finish(as_json, {"out": str(out), "footprint": line, **verbs.show(out)}, lambda: print(f"{out}: {line}"))
+
+
+@app.command()
+def train(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="a training spec's YAML file")],
+    out: Annotated[Path | None, typer.Option(help="folder to write, whole or not at all; default: runs/SPEC")] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Train a language model, with or without a recipe. Cut off, it goes on when the command is repeated. Several
+    processes: torchrun --nproc-per-node 2 -m taut train SPEC."""
+    from taut import display, verbs
+
+    with display.training(spec.stem) as tell:
+        outcome = verbs.train(spec, out, device=device, threads=threads, progress=tell)
+    if outcome.main:
+        content = {"folder": str(outcome.folder), **outcome.record}
+        finish(as_json, content, lambda: print(outcome.sentence()))
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Argument(metavar="FOLDER", help="a tightened model")],
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="processor threads to measure; default: all")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure where a dense copy of a structured map is faster here, and note it in FOLDER: later it is used there."""
+    from taut import display, verbs
+
+    with display.stages("measuring maps") as (progress,):
+        found = verbs.calibrate(model, threads or (), progress=progress)
+    finish(as_json, found.to_dict(), lambda: display.crossovers(found.to_dict()))
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
+    as_json: Json = False,
+) -> None:
+    """Show what is inside a folder: recipe, parts, tensors, bytes."""
+    from taut import display, verbs
+
+    found = verbs.show(folder)
+    finish(as_json, found, lambda: display.folder(found))
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    dense: Annotated[bool, typer.Option("--dense", help="merge every part into dense weights")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a plain dense checkpoint, for tools that do not know taut."""
+    from taut import verbs
+
+    if not dense:
+        raise TautError("export: say --dense; it is the only form there is")
+    kept = verbs.export(folder, out)
+
+    def text() -> None:
+        print(f"{out}: plain dense checkpoint")
+        for name, reason in kept:
+            print(f"not merged: {name}: {reason}")
+
+    finish(as_json, {"out": str(out), "not_merged": [{"site": name, "reason": why} for name, why in kept]}, text)

@@ -1,0 +1,129 @@
+"""Commands that judge models and compare them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from taut.cli.app import app
+from taut.cli.options import Device, Dtype, Json, Model, Seed, Threads, finish, given, pairs
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Option(help="docs_retrieval, sts, perplexity, agreement, classify")],
+    data: Annotated[str | None, typer.Option(help="file or named data set; default: the task's own")] = None,
+    reference: Annotated[str | None, typer.Option(help="the original MODEL, for agreement")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="further task options, key=value")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model on one task, beside the task's shortcut baselines."""
+    from taut import display, verbs
+
+    verbs.use_threads(threads)
+    options = pairs(option)
+    with display.progress(task) as step:
+        scores = verbs.evaluate(
+            model,
+            task,
+            data=data,
+            reference=reference,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            progress=step,
+            **options,
+        )
+    content = {"model": model, "scores": [score.model_dump(mode="json") for score in scores]}
+    finish(as_json, content, lambda: display.scores(scores))
+
+
+@app.command()
+def measure(
+    model: Model,
+    against: Annotated[str | None, typer.Option(help="another MODEL, for interleaved ratios")] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    length: Annotated[int, typer.Option(min=1, help="tokens of the prompt or sentence")] = 128,
+    decode: Annotated[int, typer.Option(min=0, help="tokens to decode (decoders)")] = 32,
+    repeats: Annotated[int, typer.Option(min=2)] = 10,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure size, FLOPs, latency, throughput, peak memory, cache bytes and energy."""
+    from taut import display, verbs
+
+    with display.status("measuring") as tell:
+        found = verbs.measure(
+            model,
+            against=against,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            batch=batch,
+            length=length,
+            decode=decode,
+            repeats=repeats,
+            threads=threads,
+            progress=tell,
+        )
+    content = {"model": model, "quantities": {name: found[name].model_dump(mode="json") for name in found}}
+    finish(as_json, content, lambda: display.quantities(found))
+
+
+@app.command()
+def compare(
+    study: Annotated[str, typer.Argument(metavar="STUDY|MODEL", help="a study's YAML file, or a MODEL")],
+    recipes: Annotated[list[str] | None, typer.Option(help="with MODEL: recipe files, names, or a shipped set")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", hidden=True)] = None,
+    ledger: Annotated[Path | None, typer.Option(help="folder of the records; default: runs/STUDY")] = None,
+    report: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
+    figures: Annotated[Path | None, typer.Option(help="also write the pictures as PNG into this folder")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="run only these recipes of the study")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="with MODEL: the tasks; default: docs_retrieval, agreement")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="with MODEL: seeds")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the study's own")] = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Compare recipes fairly, and draw the report. Interrupted, it resumes where it was."""
+    from taut import display, verbs
+
+    outcome = verbs.compare(
+        study,
+        [*(recipes or []), *(more or [])],
+        ledger=ledger,
+        report=report,
+        figures=figures,
+        only=only or (),
+        device=device,
+        threads=threads,
+        **given(tasks=task, dtype=dtype, seeds=seed),
+    )
+    content = outcome.to_dict() | {"report": None if outcome.interrupted else str(report)}
+    finish(as_json, content, lambda: display.outcome(outcome, report))
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def report(
+    ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="folder of records")],
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
+    figures: Annotated[Path | None, typer.Option(help="also write the pictures as PNG into this folder")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the report of a ledger again."""
+    from taut import verbs
+
+    verbs.report(ledger, out, figures=figures)
+    finish(as_json, {"report": str(out), "figures": str(figures) if figures else None}, lambda: print(out))

@@ -1,0 +1,38 @@
+"""Commands for authors of methods, and for other programs."""
+
+from typing import Annotated
+
+import typer
+
+from taut.cli.app import app
+from taut.cli.options import Json, finish, pairs
+from taut.core.errors import TautError
+
+
+@app.command()
+def check(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="an id such as embedding.low_bit")],
+    family: Annotated[
+        list[str] | None, typer.Option(help="tiny families to try; default: four representatives")
+    ] = None,
+    knob: Annotated[list[str] | None, typer.Option(help="key=value instead of the method's own test row")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the contract suite on one method, yours included."""
+    from taut import display, verbs
+
+    rows = verbs.check(method, family or (), pairs(knob) or None)
+    failed = any(row["status"] == "failed" for row in rows)
+    finish(as_json, {"method": method, "passed": not failed, "rows": rows}, lambda: display.checks(rows))
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(context: typer.Context) -> None:
+    """Run any command with taut imported in its Python: taut run -- lm_eval --model hf ..."""
+    from taut import launch
+
+    if not context.args:
+        raise TautError("run: name a command after --, for example: taut run -- python script.py")
+    raise typer.Exit(launch.run(context.args))

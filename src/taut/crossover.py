@@ -1,0 +1,149 @@
+"""``taut.calibrate``: where a dense copy of a structured map answers faster than the map itself, on this machine.
+
+Structured maps win by reading and multiplying less; for some numbers of tokens, shapes and threads a plain product is
+faster all the same. Pre-merging (Wei et al. 2024, arXiv 2406.16450, section 4) keeps both forms. Changed: where each
+is used is measured for every shape and number of threads, not set at a fixed number of tokens.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from taut.core.environment import processor
+from taut.core.errors import TautError
+from taut.measurement.clock import compare, ratio
+from taut.methods.part import LinearPart
+from taut.surgery.apply import surgery_of
+from taut.surgery.premerge import install_crossovers
+from taut.surgery.source import open_model, resolve
+
+TOKENS = tuple(2**power for power in range(11))
+"""Numbers of tokens that are tried: 1, 2, 4, ... 1024. Any other number goes with the nearest."""
+MARGIN = 1.03
+"""How many times faster the dense copy must be to be worth its memory."""
+REPEATS = 15
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Crossovers:
+    """What was measured. ``rows``: one for each kind of map, number of threads and of tokens, with ``speed``, how many
+    times faster the map is than its dense copy. ``chosen``: what the plan keeps."""
+
+    rows: tuple[dict[str, Any], ...]
+    chosen: dict[str, Any]
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """The sites that keep a dense copy."""
+        return tuple(self.chosen["sites"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """One object for scripts."""
+        rows = [{**row, "speed": row["speed"].model_dump()} for row in self.rows]
+        return {"rows": rows, "calibrated": self.chosen, "copies": list(self.copies)}
+
+
+def calibrate(
+    model: "PreTrainedModel | str | Path",
+    threads: Sequence[int] = (),
+    tokens: Sequence[int] = TOKENS,
+    progress: Progress | None = None,
+) -> Crossovers:
+    """Measure every structured map of a tightened model, or of a folder, and remember where a dense copy is faster.
+
+    A model in memory uses its copies from now on; a folder has the result in its config.json, and makes the copies
+    whenever it is opened on the same kind of processor. A copy costs the memory of the dense map; it is dropped when
+    its part is trained. ``threads``: numbers of threads to measure, by default the present one; with others the map
+    itself is used. Raises TautError for a model that is not tightened or holds no such map.
+    """
+    if isinstance(model, str | Path):
+        folder = resolve(model).folder
+        if folder is None:
+            raise TautError(f"{model}: calibrate needs a tightened folder, or a model in memory")
+        found = calibrate(open_model(resolve(folder)), threads, tokens, progress)
+        _write(folder, found.chosen)
+        return found
+    kinds = _kinds(model)
+    if not kinds:
+        raise TautError("calibrate: no map here has a dense equivalent to compare with; low_rank and block methods do")
+    if not tokens or min(tokens) < 1:
+        raise TautError(f"calibrate: tokens = {list(tokens)}: expected at least one number, each at least 1")
+    tokens, threads = sorted(set(tokens)), sorted(set(threads or (torch.get_num_threads(),)))
+    rows: list[dict[str, Any]] = []
+    sites: dict[str, dict[str, list[list[int]]]] = {}
+    total = len(kinds) * len(threads)
+    for label, names in kinds.items():
+        part = model.get_submodule(names[next(iter(names))])
+        ranges: dict[str, list[list[int]]] = {}
+        for used in threads:
+            measured = _measure(part, tokens, used)
+            rows += [{"map": label, "sites": len(names), "threads": used, **row} for row in measured]
+            slower = [row["tokens"] for row in measured if row["speed"].value < 1 / MARGIN]
+            if slower:
+                ranges[str(used)] = token_ranges(slower, tokens)
+            if progress is not None:
+                progress(len({(row["map"], row["threads"]) for row in rows}), total)
+        if ranges:
+            sites |= dict.fromkeys(names, ranges)
+    chosen = {"processor": processor(), "device": model.device.type, "sites": sites}
+    model.hf_quantizer.quantization_config.calibrated = chosen
+    install_crossovers(model, surgery_of(model).steps, chosen)
+    return Crossovers(tuple(rows), chosen)
+
+
+def token_ranges(chosen: Sequence[int], tried: Sequence[int]) -> list[list[int]]:
+    """The numbers of tokens nearest (by ratio) to one of ``chosen`` among ``tried``, as [first, last] pairs; -1 is no
+    end."""
+    found: list[list[int]] = []
+    for number, count in enumerate(tried):
+        if count not in chosen:
+            continue
+        first = 1 if number == 0 else math.isqrt(tried[number - 1] * count) + 1
+        last = -1 if number + 1 == len(tried) else math.isqrt(count * tried[number + 1])
+        if found and found[-1][1] == first - 1:
+            found[-1][1] = last
+        else:
+            found.append([first, last])
+    return found
+
+
+def _kinds(model: PreTrainedModel) -> dict[str, dict[str, str]]:
+    """Maps that are alike to a clock, by a label for people: their sites' names and paths."""
+    kinds: dict[str, dict[str, str]] = {}
+    for step in surgery_of(model).steps:
+        module = model.get_submodule(step.site.path)
+        if isinstance(module, LinearPart) and module.premerges:
+            bias = "" if module.bias is None else " + bias"
+            label = f"{step.label}, {module.in_features} -> {module.out_features}{bias}, {module.dtype}"
+            kinds.setdefault(label.replace("torch.", ""), {})[step.site.name] = step.site.path
+    return kinds
+
+
+@torch.no_grad()
+def _measure(part: LinearPart, tokens: Sequence[int], threads: int) -> list[dict[str, Any]]:
+    dense, device = part.merged().to(part.dtype).contiguous(), part.merged().device
+    rows = []
+    for count in tokens:
+        x = torch.randn(count, part.in_features, device=device, dtype=part.dtype)
+        cases = {"map": lambda x=x: part.product(x), "dense": lambda x=x: F.linear(x, dense, part.bias)}
+        times = compare(cases, repeats=REPEATS, threads=threads, device=device)
+        rows.append({"tokens": count, "speed": ratio(times["dense"], times["map"])})
+    return rows
+
+
+def _write(folder: Path, chosen: dict[str, Any]) -> None:
+    """Into config.json, whole or not at all."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["calibrated"] = chosen
+    fresh = path.with_name("config.json.new")
+    fresh.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    fresh.replace(path)
