@@ -489,6 +489,14 @@ class TestMethod:
             method = LowBitLinear.parse({"bits": 4, "number": number})
             assert 8 * method.predict(site).bytes / 2048**2 == bits
 
+    @pytest.mark.parametrize("outputs", [5, 64, 65, 70, 384, 1000])
+    def test_usual_groups_leave_little_empty(self, outputs: int) -> None:
+        for knobs, usual in (({"bits": 4}, 64), ({"activations": "float"}, 256)):
+            form = LowBitLinear.parse(knobs)._codes(line(outputs, 8)).form
+            assert form.group <= usual
+            assert 0 <= form.blocks * form.group - outputs < 8 * form.blocks
+            assert form.blocks == -(-outputs // usual)
+
     def test_keep_chooses_bits(self) -> None:
         site, wanted = line(1024, 1024), {1.0: 8, 0.3: 8, 0.25: 6, 0.21: 6, 0.2: 4, 0.13: 3, 0.1: 2}
         assert {keep: LowBitLinear.parse({}, keep).solve(site, keep).knobs.bits for keep in wanted} == wanted

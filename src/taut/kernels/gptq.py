@@ -31,11 +31,12 @@ def compensate(weight: Tensor, gram: Tensor, rounded: Callable[[Tensor, int], Te
         raise TautError(f"the Gram matrix is {tuple(gram.shape)}; a map of {inputs} inputs needs ({inputs}, {inputs})")
     if not gram.isfinite().all():
         raise TautError("the Gram matrix holds numbers that are not finite: the calibration text broke the model")
+    gram = gram.to(weight.device)
     energy = gram.diagonal().double()
     if not energy.any():
         return weight.double()
     order = energy.argsort(descending=True, stable=True)
-    factor = _inverse_factor(gram.to(weight.device)[order][:, order])
+    factor = _inverse_factor(gram[order][:, order])
     numbers = weight.detach().double()[:, order]
     for start in range(0, inputs, COLUMNS_AT_ONCE):
         stop = min(start + COLUMNS_AT_ONCE, inputs)

@@ -19,6 +19,8 @@ from taut.methods.part import Calibration, Knobs, LinearMethod, LinearPart
 
 GRIDS = {"fp8": FloatGrid(3, 4), "fp4": FloatGrid(2, 1, cut=True)}
 """Which floats: E3M4 came twice as near as E4M3 on the inputs of a sentence encoder's maps."""
+WHOLE_BYTES = 8
+"""Codes of any width fill whole bytes in groups that this divides."""
 ROUNDING = {"float": 0.0, "int8": 0.03, "static": 0.1, "fp8": 0.1, "fp4": 0.4}
 """How far, relative, an answer may be from that of exact inputs that go a little beyond what calibration showed."""
 GROUP = {8: 256, 6: 64, 4: 64, 3: 64, 2: 64}
@@ -43,8 +45,8 @@ class LowBitKnobs(Knobs):
     group: int | None = Field(
         None,
         ge=2,
-        description="how many outputs share a scale, at each input, where inputs are not integers; none: 256 with 8 "
-        "bits, else 64, and by definition 32 for mxfp4",
+        description="how many outputs share a scale, at each input, where inputs are not integers; none: about 256 "
+        "with 8 bits, else 64, and by definition 32 for mxfp4",
     )
     symmetric: bool = Field(
         False, description="centre the range of each group of integers on zero; floats and int8 products always do"
@@ -241,7 +243,13 @@ class LowBitLinear(LinearMethod):
         knobs = self.knobs
         if self._integer_product:
             return OutputScales(site.outputs, site.inputs, fixed=self.activations == "static")
-        usual = number_format(knobs.number, knobs.bits).usual_group or GROUP[knobs.bits]
-        group = min(knobs.group or usual, site.outputs)
-        form = GroupFormat(site.outputs, site.inputs, knobs.bits, group, knobs.number)
+        form = GroupFormat(site.outputs, site.inputs, knobs.bits, self._group(site.outputs), knobs.number)
         return GroupScales(form, knobs.symmetric, knobs.clip, GRIDS.get(self.activations))
+
+    def _group(self, outputs: int) -> int:
+        """As asked for or defined; else the usual number, or a little less where that leaves no group half empty."""
+        form = number_format(self.knobs.number, self.knobs.bits)
+        if self.knobs.group or form.fixed_group:
+            return min(self.knobs.group or form.usual_group, outputs)
+        blocks = -(-outputs // GROUP[self.knobs.bits])
+        return min(-(-outputs // blocks // WHOLE_BYTES) * WHOLE_BYTES, outputs)
