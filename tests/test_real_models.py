@@ -36,7 +36,7 @@ ALL_SLOTS = {
     "embedding": {"method": "low_bit", "bits": 4, "group": 16},
     "projection": {"method": "low_bit"},
     "attention": {"method": "local_global", "window": 32},
-    "feedforward": {"method": "low_rank", "keep": 0.75},
+    "feedforward": {"method": "low_rank", "keep": 0.75, "layers": ":"},
     "memory": {"method": "window_sink", "sinks": 2, "window": 24},
 }
 
