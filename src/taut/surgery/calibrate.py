@@ -137,6 +137,7 @@ class _Tally:
         (x,) = arguments
         rows = self._real(x).reshape(-1, x.shape[-1])
         # Products in float32 and sums in float64: a batch is short, a corpus is not.
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         gram = (rows.t() @ rows).double()
         self.grams[name] = self.grams[name] + gram if name in self.grams else gram
         self.counts[name] = self.counts.get(name, 0) + rows.shape[0]
