@@ -13,7 +13,7 @@ from taut.contract.tiny import tiny
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import LinearSite
-from taut.kernels.block_fit import block_factors, block_factors_for
+from taut.kernels.block_fit import block_factors, block_factors_for, definite
 from taut.kernels.blocks import block_product, reference
 from taut.kernels.svd import DAMPING, balanced_factors_for, damped
 from taut.methods.linear.block_dense import BlockDenseLinear
@@ -204,6 +204,16 @@ def test_inputs_that_say_nothing_give_the_plain_fit():
     for says_nothing in (torch.eye(12, dtype=torch.float64), torch.zeros(12, 12)):
         found = torch.cat([u @ v for u, v in block_factors_for(weight, says_nothing, [2, 3], DAMPING)], dim=1)
         torch.testing.assert_close(found, plain, rtol=0, atol=1e-7)
+
+
+def test_a_gram_matrix_that_rounding_made_indefinite_is_damped_until_it_is_not():
+    weight, seen = matrix(10, 12), gram(12, tokens=6)
+    seen -= 0.01 * seen.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    assert torch.linalg.eigvalsh(damped(seen, DAMPING)).min() < 0 < torch.linalg.eigvalsh(definite(seen, DAMPING)).min()
+    factors = block_factors_for(weight, seen, [2, 3], DAMPING)
+    assert all(one.isfinite().all() and one.abs().max() < 100 for pair in factors for one in pair)
+    with pytest.raises(TautError, match="not finite"):
+        block_factors_for(weight, seen * math.nan, [2, 3], DAMPING)
 
 
 def test_no_turn_of_the_fit_raises_the_error(monkeypatch):

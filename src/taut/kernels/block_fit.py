@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from taut.core.errors import TautError
 from taut.kernels.svd import balanced_factors, balanced_factors_for, damped
 
 SWEEPS = 12
@@ -33,9 +34,10 @@ def block_factors_for(matrix: Tensor, gram: Tensor, ranks: Sequence[int], dampin
     are, the best map of rank R_b on the inputs of block b is the least-squares one, W_b + (W - W') G_b G_bb^-1,
     truncated in the metric G_bb. After each round all U_b are solved for at once. No step raises the error, and the
     start is ``block_factors``: so the error on the calibration text ends at most where the plain fit's is.
-    ``damping`` is as in ``balanced_factors_for``. Source: reduced-rank regression (Izenman 1975), block by block.
+    ``damping`` is as in ``balanced_factors_for``, or more where that is not enough (``definite``).
+    Source: reduced-rank regression (Izenman 1975), block by block.
     """
-    matrix, gram = matrix.double(), damped(gram.to(matrix.device), damping)
+    matrix, gram = matrix.double(), definite(gram.to(matrix.device), damping)
     width = matrix.shape[1] // len(ranks)
     bounds = [slice(start, stop) for start, stop in pairwise(range(0, matrix.shape[1] + 1, width))]
     metrics = [gram[columns, columns] for columns in bounds]
@@ -80,6 +82,16 @@ def shuffled_factors(matrix: Tensor, blocks: int, gram: Tensor | None, damping: 
         inner[share::blocks] = torch.cat([one for _, one in factors])
         outer[share] = torch.cat([one for one, _ in factors], dim=1).T
     return inner.unflatten(0, (blocks, run)).transpose(1, 2), outer
+
+
+def definite(gram: Tensor, damping: float) -> Tensor:
+    """``damped``, with ten times as much, and again, until the matrix is positive definite: rounding can leave sums of
+    products indefinite by more than a small damping. Raises TautError for numbers that are not finite."""
+    if not gram.isfinite().all():
+        raise TautError("calibration saw inputs that are not finite, so there is nothing to weigh errors by")
+    while torch.linalg.cholesky_ex(damped(gram, damping)).info:
+        damping *= 10
+    return damped(gram, damping)
 
 
 def _with_inner(matrix: Tensor, gram: Tensor, inner: Tensor) -> Tensor:
