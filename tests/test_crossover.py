@@ -47,21 +47,20 @@ def slow_at_four(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(part: LinearPart, tokens: list[int], threads: int) -> list[dict[str, Any]]:
         low_rank = type(part).__name__.startswith("LowRank")
         speeds = {count: 0.5 if low_rank and count == 4 else 2.0 for count in tokens}
-        return [
-            {"tokens": count, "speed": Quantity(value=speed, unit="", how="made up")} for count, speed in speeds.items()
-        ]
+        made_up = {count: Quantity(value=speed, unit="", how="made up") for count, speed in speeds.items()}
+        return [{"threads": threads, "tokens": count, "speed": speed} for count, speed in made_up.items()]
 
     monkeypatch.setattr(crossover, "_measure", measured)
 
 
 def test_ranges_go_to_the_nearest_by_ratio() -> None:
     tried = (1, 2, 4, 8, 16)
-    assert token_ranges([4], tried) == [[3, 5]]
-    assert token_ranges([1], tried) == [[1, 1]]
-    assert token_ranges([16], tried) == [[12, -1]]
-    assert token_ranges([2, 4, 16], tried) == [[2, 5], [12, -1]]
-    assert token_ranges(tried, tried) == [[1, -1]]
-    assert token_ranges([], tried) == []
+    assert token_ranges([4], tried) == ((3, 5),)
+    assert token_ranges([1], tried) == ((1, 1),)
+    assert token_ranges([16], tried) == ((12, -1),)
+    assert token_ranges([2, 4, 16], tried) == ((2, 5), (12, -1))
+    assert token_ranges(tried, tried) == ((1, -1),)
+    assert token_ranges([], tried) == ()
     covered = [
         next(c for c in tried if any(a <= t and (t <= b or b < 0) for a, b in token_ranges([c], tried)))
         for t in range(1, 40)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from taut.core.environment import processor
 from taut.core.errors import TautError
 from taut.measurement.clock import compare, ratio
+from taut.methods.part import Crossovers as Crossings
 from taut.methods.part import LinearPart
 from taut.surgery.apply import surgery_of
 from taut.surgery.premerge import install_crossovers
@@ -79,40 +80,53 @@ def calibrate(
     tokens, threads = sorted(set(tokens)), sorted(set(threads or (torch.get_num_threads(),)))
     rows: list[dict[str, Any]] = []
     sites: dict[str, dict[str, list[list[int]]]] = {}
-    total = len(kinds) * len(threads)
     for label, names in kinds.items():
         part = model.get_submodule(names[next(iter(names))])
-        ranges: dict[str, list[list[int]]] = {}
+        found: list[dict[str, Any]] = []
         for used in threads:
-            measured = _measure(part, tokens, used)
-            rows += [{"map": label, "sites": len(names), "threads": used, **row} for row in measured]
-            slower = [row["tokens"] for row in measured if row["speed"].value < 1 / MARGIN]
-            if slower:
-                ranges[str(used)] = token_ranges(slower, tokens)
+            found += _measure(part, tokens, used)
             if progress is not None:
-                progress(len({(row["map"], row["threads"]) for row in rows}), total)
+                progress(len(rows) // len(tokens) + len(found) // len(tokens), len(kinds) * len(threads))
+        rows += [{"map": label, "sites": len(names), **row} for row in found]
+        ranges = slow_spots(found, tokens)
         if ranges:
-            sites |= dict.fromkeys(names, ranges)
+            plain = {str(used): [list(pair) for pair in pairs] for used, pairs in ranges.items()}
+            sites |= dict.fromkeys(names, plain)
     chosen = {"processor": processor(), "device": model.device.type, "sites": sites}
     model.hf_quantizer.quantization_config.calibrated = chosen
     install_crossovers(model, surgery_of(model).steps, chosen)
     return Crossovers(tuple(rows), chosen)
 
 
-def token_ranges(chosen: Sequence[int], tried: Sequence[int]) -> list[list[int]]:
-    """The numbers of tokens nearest (by ratio) to one of ``chosen`` among ``tried``, as [first, last] pairs; -1 is no
+def calibrate_part(part: LinearPart, threads: Sequence[int], tokens: Sequence[int] = TOKENS) -> None:
+    """The same for one part, in place: what a benchmark of parts needs."""
+    rows = [row for used in threads for row in _measure(part, sorted(tokens), used)]
+    part.premerge(slow_spots(rows, sorted(tokens)))
+
+
+def slow_spots(rows: Sequence[dict[str, Any]], tried: Sequence[int]) -> Crossings:
+    """Where the copy is enough faster, from the rows of one part: by threads, (first, last) numbers of tokens."""
+    found: Crossings = {}
+    for used in dict.fromkeys(row["threads"] for row in rows):
+        slower = [row["tokens"] for row in rows if row["threads"] == used and row["speed"].value < 1 / MARGIN]
+        if slower:
+            found[used] = token_ranges(slower, tried)
+    return found
+
+
+def token_ranges(chosen: Sequence[int], tried: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The numbers of tokens nearest (by ratio) to one of ``chosen`` among ``tried``, as (first, last) pairs; -1 is no
     end."""
-    found: list[list[int]] = []
+    found: list[tuple[int, int]] = []
     for number, count in enumerate(tried):
         if count not in chosen:
             continue
         first = 1 if number == 0 else math.isqrt(tried[number - 1] * count) + 1
         last = -1 if number + 1 == len(tried) else math.isqrt(count * tried[number + 1])
         if found and found[-1][1] == first - 1:
-            found[-1][1] = last
-        else:
-            found.append([first, last])
-    return found
+            first = found.pop()[0]
+        found.append((first, last))
+    return tuple(found)
 
 
 def _kinds(model: PreTrainedModel) -> dict[str, dict[str, str]]:
@@ -127,7 +141,7 @@ def _kinds(model: PreTrainedModel) -> dict[str, dict[str, str]]:
     return kinds
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _measure(part: LinearPart, tokens: Sequence[int], threads: int) -> list[dict[str, Any]]:
     dense, device = part.merged().to(part.dtype).contiguous(), part.merged().device
     rows = []
@@ -135,7 +149,7 @@ def _measure(part: LinearPart, tokens: Sequence[int], threads: int) -> list[dict
         x = torch.randn(count, part.in_features, device=device, dtype=part.dtype)
         cases = {"map": lambda x=x: part.product(x), "dense": lambda x=x: F.linear(x, dense, part.bias)}
         times = compare(cases, repeats=REPEATS, threads=threads, device=device)
-        rows.append({"tokens": count, "speed": ratio(times["dense"], times["map"])})
+        rows.append({"threads": threads, "tokens": count, "speed": ratio(times["dense"], times["map"])})
     return rows
 
 

@@ -182,8 +182,10 @@ class LinearPart(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        if self.crossovers and not torch.is_grad_enabled() and self._copy_answers(x.numel() // x.shape[-1]):
-            return F.linear(x, self.copy, self.bias)
+        if self.crossovers and not torch.is_grad_enabled():
+            tokens = x.numel() // x.shape[-1]
+            if self.uses_copy(tokens, _threads()):
+                return F.linear(x, self.copy, self.bias)
         return self.product(x)
 
     @abstractmethod
@@ -202,9 +204,16 @@ class LinearPart(Part):
             self.premerge({})
         return super().train(mode)
 
-    def _copy_answers(self, tokens: int) -> bool:
-        ranges = self.crossovers.get(torch.get_num_threads(), ())
+    def uses_copy(self, tokens: int, threads: int) -> bool:
+        """Whether the dense copy answers for so many tokens."""
+        ranges = self.crossovers.get(threads, ())
         return any(first <= tokens and (last < 0 or tokens <= last) for first, last in ranges)
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    """A compiled model stays with the number of threads that it was compiled under."""
+    return torch.get_num_threads()
 
 
 class Method(ABC):
