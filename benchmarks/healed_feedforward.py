@@ -36,7 +36,7 @@ CLAIM = (
     f"keep .5 and >= .88 at keep .32 after at most {MINUTES} minutes of processor time"
 )
 TEXT = "wikitext2:train,text,sst2:train,movie_reviews,subjectivity,cola:train,imdb:dev"
-STEPS = (0, 50, 100, 200, 400)
+STEPS = (0, 50, 100, 200)
 CHOICES = {"train": "body", "learning_rate": 0.01, "length": 32, "batch": 64}
 CALIBRATION = 500
 """Texts that the activation-aware fit reads."""

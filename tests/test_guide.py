@@ -214,7 +214,7 @@ def test_what_cannot_be_guided_is_refused() -> None:
         guided_parts(plain, ("feedforward",))
     model = tiny("llama")
     low_bit = {"method": "low_bit", "bits": 8}
-    taut.apply(model, {"projection": low_bit, "feedforward": {"method": "low_rank", "keep": 0.5}})
+    taut.apply(model, {"projection": low_bit, "feedforward": {"method": "low_rank", "keep": 0.5, "layers": ":"}})
     assert len(guided_parts(model, ("feedforward",))) == 6
     with pytest.raises(TautError, match=r"projection.0.q \(linear.low_bit\) keeps .* that no gradient reaches"):
         guided_parts(model, ("feedforward", "projection"))

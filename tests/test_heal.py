@@ -123,7 +123,8 @@ def test_adapters_change_a_map_by_their_rank_and_go_when_healing_fails() -> None
     with pytest.raises(TautError, match="the loss is nan"):
         taut.heal(model, original, batches=batches, steps=6, train="adapters", rank=2)
     assert same(state, bits(model))
-    whole = {"projection": {"method": "low_rank", "rank": 4}, "feedforward": {"method": "low_rank", "rank": 4}}
+    four = {"method": "low_rank", "rank": 4, "layers": ":"}
+    whole = {"projection": four, "feedforward": four}
     model, original, batches = pair("llama", whole)
     with pytest.raises(TautError, match="left no map dense"):
         taut.heal(model, original, batches=batches, steps=2, train="adapters")
