@@ -109,6 +109,18 @@ def test_more_than_parts_learns_when_asked() -> None:
         assert (learns == "query") == any("query" in name for name in changed)
 
 
+def test_undo_is_refused_once_more_than_parts_has_learned() -> None:
+    for train in ("parts", "norms", "adapters", "all"):
+        model, original, batches = pair(recipe=FEEDFORWARD)
+        assert taut.heal(model, original, batches=batches, steps=12, train=train, rank=2)["kept"]
+        if train == "parts":
+            taut.undo(model)
+            assert same(bits(model), bits(original))
+        else:
+            with pytest.raises(TautError, match="healed beyond its parts"):
+                taut.undo(model)
+
+
 def test_adapters_change_a_map_by_their_rank_and_go_when_healing_fails() -> None:
     model, original, batches = pair("llama", FEEDFORWARD)
     query = model.model.layers[0].self_attn.q_proj
@@ -367,10 +379,11 @@ def test_encoder_decoders_read_the_text_on_both_sides() -> None:
 def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     model, original, batches = pair()
     cases = {
-        "heal: no choice 'stepz'": {"batches": batches, "stepz": 1},
+        "heal: unknown key 'stepz'": {"batches": batches, "stepz": 1},
         "heal: train = 'most'": {"batches": batches, "train": "most"},
         "target 'hiden': did you mean 'hidden'": {"batches": batches, "target": "hidden+hiden"},
         "no labels come with": {"batches": batches, "target": "labels"},
+        "heal: target = 'logits': by=layer imitates": {"batches": batches, "target": "logits", "by": "layer"},
         "heal: steps = -1": {"batches": batches, "steps": -1},
         "give texts and their tokenizer=": {"texts": ["a text"]},
         "too little text: 1 texts": {"texts": ["a text of words"], "tokenizer": tiny_tokenizer(encoder=True)},
@@ -429,7 +442,7 @@ def test_wrong_words_on_the_command_line(tmp_path: Path) -> None:
     words = ["apply", str(folder), str(recipe), "--out", str(tmp_path / "out")]
     for more, message in (
         (["--heal", "3", "--text", "none"], "too little text: 0 texts"),
-        (["--heal", "3", "--heal-option", "speed=2"], "no choice 'speed'"),
+        (["--heal", "3", "--heal-option", "speed=2"], "unknown key 'speed'"),
         (["--heal-option", "batch=2"], "say --heal STEPS"),
     ):
         with pytest.raises(TautError, match=message):

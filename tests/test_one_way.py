@@ -26,12 +26,11 @@ ALLOWED = {
     "runner": {"core", "comparison", "ledger", "trial"},
     "_plugin": {"surgery"},
     "__main__": {"cli"},
-    "cli": {"core", "verbs", "display", "launch", "options"},
-    "options": {"core"},
+    "cli": {"core", "verbs", "display", "launch"},
     "display": {"core", "reporting"},
     "launch": {"core"},
 }
-TORCH_FREE = ("core", "ledger", "comparison", "reporting", "cli", "options", "display", "launch", "__main__")
+TORCH_FREE = ("core", "ledger", "comparison", "reporting", "cli", "display", "launch", "__main__")
 FILES = sorted(
     path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).as_posix() not in ("__init__.py", "verbs.py")
 )

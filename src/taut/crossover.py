@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 from taut.core.environment import processor
 from taut.core.errors import TautError
 from taut.measurement.clock import compare, ratio
-from taut.methods.part import Crossovers as Crossings
-from taut.methods.part import LinearPart
+from taut.methods.part import LinearPart, TokenRanges
 from taut.surgery.apply import surgery_of
 from taut.surgery.premerge import install_crossovers
 from taut.surgery.source import open_model, resolve
@@ -104,9 +103,9 @@ def calibrate_part(part: LinearPart, threads: Sequence[int], tokens: Sequence[in
     part.premerge(slow_spots(rows, sorted(tokens)))
 
 
-def slow_spots(rows: Sequence[dict[str, Any]], tried: Sequence[int]) -> Crossings:
+def slow_spots(rows: Sequence[dict[str, Any]], tried: Sequence[int]) -> TokenRanges:
     """Where the copy is enough faster, from the rows of one part: by threads, (first, last) numbers of tokens."""
-    found: Crossings = {}
+    found: dict[int, tuple[tuple[int, int], ...]] = {}
     for used in dict.fromkeys(row["threads"] for row in rows):
         slower = [row["tokens"] for row in rows if row["threads"] == used and row["speed"].value < 1 / MARGIN]
         if slower:
@@ -143,12 +142,12 @@ def _kinds(model: PreTrainedModel) -> dict[str, dict[str, str]]:
 
 @torch.inference_mode()
 def _measure(part: LinearPart, tokens: Sequence[int], threads: int) -> list[dict[str, Any]]:
-    dense, device = part.merged().to(part.dtype).contiguous(), part.merged().device
+    dense = part.merged().to(part.dtype).contiguous()
     rows = []
     for count in tokens:
-        x = torch.randn(count, part.in_features, device=device, dtype=part.dtype)
+        x = torch.randn(count, part.in_features, device=dense.device, dtype=part.dtype)
         cases = {"map": lambda x=x: part.product(x), "dense": lambda x=x: F.linear(x, dense, part.bias)}
-        times = compare(cases, repeats=REPEATS, threads=threads, device=device)
+        times = compare(cases, repeats=REPEATS, threads=threads, device=dense.device)
         rows.append({"threads": threads, "tokens": count, "speed": ratio(times["dense"], times["map"])})
     return rows
 

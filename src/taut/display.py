@@ -186,7 +186,7 @@ def crossovers(content: dict[str, Any]) -> None:
         lines.setdefault((row["map"], row["threads"]), []).append(speed)
     OUT.print("tokens: times as fast as a dense copy")
     for (label, threads), speeds in lines.items():
-        OUT.print(f"{label}, {threads} threads", markup=False, highlight=False)
+        OUT.print(f"{label}, {threads} thread{'s' if threads > 1 else ''}", markup=False, highlight=False)
         OUT.print(f"    {'  '.join(speeds)}", highlight=False)
     copies = len(content["copies"])
     OUT.print(f"{copies} maps keep a dense copy for some numbers of tokens" if copies else "no copy is faster")

@@ -18,7 +18,7 @@ from taut.core.errors import TautError, nearest
 from taut.core.site import AttentionSite, LinearSite, MemorySite, Site, TableSite
 from taut.methods.store import Knobs, Store
 
-Crossovers = Mapping[int, tuple[tuple[int, int], ...]]
+TokenRanges = Mapping[int, tuple[tuple[int, int], ...]]
 """By threads, the numbers of tokens, first to last (-1: any more), at which a dense copy is faster."""
 
 
@@ -178,7 +178,7 @@ class LinearPart(Part):
         self.in_features, self.out_features = site.inputs, site.outputs
         bias = torch.zeros(site.outputs, device=device, dtype=dtype) if site.bias else None
         self.bias = nn.Parameter(bias) if bias is not None else None
-        self.crossovers: Crossovers = {}
+        self.crossovers: TokenRanges = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
@@ -193,7 +193,7 @@ class LinearPart(Part):
         """(..., inputs) -> (..., outputs), bias included, from what the part stores."""
 
     @torch.no_grad()
-    def premerge(self, crossovers: Crossovers) -> None:
+    def premerge(self, crossovers: TokenRanges) -> None:
         """Keep a dense copy for the numbers of tokens in ``crossovers``; none at all drops it. It is never saved."""
         self.crossovers = crossovers
         copy = self.merged().detach().to(self.dtype).contiguous() if crossovers else None

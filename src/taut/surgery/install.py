@@ -48,7 +48,8 @@ class SharedHead(nn.Module):
 
 
 class Surgery:
-    """What was done to one model. ``undo`` restores the original modules, ties and attributes to the bit."""
+    """What was done to one model. ``undo`` restores the original modules, ties and attributes to the bit, as long as
+    it is ``reversible``: nothing but the parts may have learned since."""
 
     def __init__(self, model: PreTrainedModel, steps: Iterable[Step], build: Build, keep_originals: bool = True):
         self.steps = tuple(steps)
@@ -64,9 +65,12 @@ class Surgery:
             self._undo.clear()
 
     def undo(self) -> None:
-        """Take every part out again. Raises TautError when the originals were not kept (a loaded checkpoint)."""
+        """Take every part out again. Raises TautError when the originals are gone."""
         if not self.reversible:
-            raise TautError("the original weights are gone: this model was loaded tightened; load the original instead")
+            raise TautError(
+                "the original weights are gone: this model was loaded tightened, or healed beyond its parts; load the "
+                "original instead"
+            )
         while self._undo:
             self._undo.pop()()
 

@@ -63,8 +63,9 @@ def heal(
     ``seconds`` (0: after every step); the folder is removed at the end.
 
     The model computes in float32 meanwhile and has its dtypes back afterwards; both models end in evaluation mode. When
-    anything fails the model is as before. Raises TautError when it is not tightened, when nothing in it can learn, for
-    too little text, and when ``state`` belongs to another run.
+    anything fails the model is as before. Once more than the parts has learned, ``taut.undo`` is refused. Raises
+    TautError when the model is not tightened, when nothing in it can learn, for too little text, and when ``state``
+    belongs to another run.
     """
     chosen = Healing.parse(choices)
     surgery_of(model)
@@ -101,6 +102,8 @@ def heal(
     facts["kept"] = facts["loss_last"] <= facts["loss_first"]
     if not facts["kept"]:
         fitted.put_back()
+    elif chosen.train != "parts":
+        surgery_of(model).reversible = False
     known.healed = facts
     return facts
 

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from taut.core.errors import TautError, nearest
 
+IGNORED = -100
+"""The label of a position where nothing is asked, as everywhere in transformers."""
 TARGETS = ("hidden", "layers", "vectors", "logits", "labels")
 """What a student can learn from: the last hidden states, those after every layer, the mean vector of each text and how
 similar the texts of a batch are, the logits, and the text itself."""
@@ -96,4 +98,4 @@ def imitation(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
 
 def text_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """(B, T, V) logits, (B, T) integer labels with -100 where nothing is asked -> mean cross-entropy, nats."""
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)

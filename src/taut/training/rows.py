@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from taut.training.corpus import pieces_of
+from taut.training.losses import IGNORED
 from taut.training.spec import TrainSpec
-from taut.training.task import IGNORED
 
 RANDOM, KEPT = 0.1, 0.1
 """Of the tokens that masked training asks for: shares shown as a random one, and as they are (Devlin et al. 2019)."""

@@ -1,19 +1,17 @@
 """What healing may be told."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from taut.core.errors import TautError, nearest
+from taut.core.strict import Strict
 from taut.training.losses import parse_targets
 
 Trained = Literal["parts", "norms", "adapters", "body", "all"]
 
 
-class Healing(BaseModel):
+class Healing(Strict):
     """The choices of one healing run. Two runs with equal choices on equal text give equal bits."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(ge=0, description="optimizer steps; 0 changes nothing")
     batch: int = Field(32, ge=1, description="texts in a step")
@@ -41,8 +39,14 @@ class Healing(BaseModel):
 
     @field_validator("target")
     @classmethod
-    def _known(cls, target: str) -> str:
+    def _targets(cls, target: str) -> str:
         return target if target == "auto" else "+".join(parse_targets(target))
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.by == "layer" and self.target != "auto":
+            raise ValueError(f"target = {self.target!r}: by=layer imitates what each block gives; leave target out")
+        return self
 
     @classmethod
     def parse(cls, choices: "int | dict[str, Any] | Healing", seed: int = 0) -> "Healing":
@@ -50,14 +54,5 @@ class Healing(BaseModel):
         choice that is wrong."""
         if isinstance(choices, Healing):
             return choices
-        given = {"seed": seed} | (choices if isinstance(choices, dict) else {"steps": choices})
-        for key in given:
-            if key not in cls.model_fields:
-                raise TautError(f"heal: no choice {key!r}: {nearest(key, cls.model_fields)}")
-        try:
-            return cls(**given)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(step) for step in first["loc"])
-            got = "" if first["type"] == "missing" else f" = {first['input']!r}"
-            raise TautError(f"heal: {key}{got}: {first['msg']}") from None
+        given = choices if isinstance(choices, dict) else {"steps": choices}
+        return cls.checked({"seed": seed} | given, "heal")

@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 from taut.core.errors import TautError
 from taut.methods.part import Part
 from taut.training.guide import Guides
+from taut.training.losses import IGNORED
 
-IGNORED = -100
-"""The label of what is not to be predicted."""
 STEPS_APART = 1 << 16
 """More than a step draws of anything: keeps the draws of steps apart."""
 RANKS_APART = 1 << 8

@@ -9,13 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.core.errors import TautError
 from taut.data import sentences
+from taut.training.losses import IGNORED
 
 POOL = 16
 """Batches sorted by length together: near neighbours need little padding, and the order stays random."""
 MASKED = 0.15
 """The share of tokens hidden from a masked language model, as in its own training."""
-NOTHING = -100
-"""The label of a position where nothing is asked, as everywhere in transformers."""
 
 
 def token_rows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int) -> list[list[int]]:
@@ -67,15 +66,15 @@ def text_batches(
         for batch in batches:
             hidden = torch.rand(batch["input_ids"].shape, generator=generator) < MASKED
             hidden &= batch["attention_mask"].bool()
-            batch["labels"] = batch["input_ids"].masked_fill(~hidden, NOTHING)
+            batch["labels"] = batch["input_ids"].masked_fill(~hidden, IGNORED)
             batch["input_ids"] = batch["input_ids"].masked_fill(hidden, tokenizer.mask_token_id)
     return batches
 
 
 def next_tokens(ids: Tensor, real: Tensor) -> Tensor:
     """(B, T) ids and which are real -> (B, T) labels of a causal model: at each place the token that follows."""
-    labels = ids.masked_fill(~real, NOTHING).roll(-1, dims=1)
-    labels[:, -1] = NOTHING
+    labels = ids.masked_fill(~real, IGNORED).roll(-1, dims=1)
+    labels[:, -1] = IGNORED
     return labels
 
 
