@@ -250,6 +250,14 @@ def test_the_gradients_of_the_kernel_agree_with_finite_differences(interleaved, 
     assert torch.autograd.gradgradcheck(kernel, given)
 
 
+def test_a_gradient_lies_in_memory_as_its_input_does():
+    weight = matrix(3, 4, 5).requires_grad_()
+    for x in (matrix(40, 12, seed=2), matrix(12, 40, seed=2).T):
+        y = block_product(x.requires_grad_(), weight)
+        (to_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        assert to_x.stride() == x.stride()
+
+
 @pytest.mark.parametrize(("method", "knobs"), METHODS)
 def test_gradients_of_a_part_are_those_of_its_merged_map(method, knobs):
     part, x = built(method, knobs, line(12, 24)), matrix(2, 3, 24, seed=6).requires_grad_()

@@ -73,8 +73,10 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradient = _feature_major(gradient)
     to_x = to_weight = to_bias = None
     if ctx.needs_input_grad[0]:
-        # Not block_product: a compiler that traces this must meet the opaque operator.
-        to_x = _product(gradient, weight.transpose(1, 2), None, interleaved, interleaved)
+        # Laid out as x is: what comes before works through both together. Not block_product: a compiler that traces
+        # this must meet the opaque operator.
+        feature_major = interleaved or x.stride(0) < x.stride(1)
+        to_x = _product(gradient, weight.transpose(1, 2), None, interleaved, feature_major)
     if ctx.needs_input_grad[1]:
         shares = _shares(_feature_major(x) if interleaved else x, blocks, interleaved)
         to_weight = torch.bmm(shares.transpose(1, 2), _shares(gradient, blocks, interleaved))
