@@ -2,7 +2,8 @@
 
 First the gate: where dense maps do not beat low-rank ones clearly, feed-forward capacity does not bind, and there is
 nothing for a guide to make up for. With ``--grow inner`` (or ``steps``) the setting is then doubled, up to ``--levels``
-times. Past the gate every arm gets the same grid of learning rates and seeds, and is judged at its best rate.
+times. Past the gate every arm gets the same grid of learning rates, of which the first seed chooses one, and is judged
+there over all seeds.
 
 Every finished run keeps its record in ``--folder``, a run that is cut off goes on where it was, so the same command may
 be stopped and repeated over days. ``--limit 5`` does at most five more runs. Needs TAUT_DATA for the text.
@@ -11,13 +12,16 @@ be stopped and repeated over days. ``--limit 5`` does at most five more runs. Ne
 import math
 import statistics
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from harness import options, record
-from rich.console import Console
 
 import taut
 from taut.training.corpus import read_corpus
@@ -57,6 +61,10 @@ class Unfinished(Exception):
     """The limit of runs is reached, or the user stopped."""
 
 
+Run = tuple[Setting, str, float, int]
+"""Setting, arm, learning rate, seed."""
+
+
 class Bench:
     """Runs arms, or reads what they gave."""
 
@@ -64,48 +72,52 @@ class Bench:
         self.given, self.folder = given, folder
         self.rates = [float(rate) for rate in given.rates.split(",")]
         self.left = given.limit or math.inf
-        self.rows: list[dict[str, Any]] = []
+        self.done: dict[Run, dict[str, Any]] = {}
 
-    def losses(self, setting: Setting, arm: str, rate: float) -> list[float]:
-        """The final held-out loss of every seed."""
-        return [self._run(setting, arm, rate, seed)["evaluations"][-1]["loss"] for seed in range(self.given.seeds)]
+    def best(self, setting: Setting, arms: Sequence[str]) -> dict[str, tuple[float, list[float]]]:
+        """Of each arm the rate that served the first seed best, and the final held-out loss of every seed there."""
+        self._run([(setting, arm, rate, 0) for arm in arms for rate in self.rates])
+        chosen = {arm: min(self.rates, key=lambda rate: self._loss((setting, arm, rate, 0))) for arm in arms}
+        seeds = range(self.given.seeds)
+        self._run([(setting, arm, rate, seed) for arm, rate in chosen.items() for seed in seeds])
+        return {arm: (rate, [self._loss((setting, arm, rate, seed)) for seed in seeds]) for arm, rate in chosen.items()}
 
-    def best(self, setting: Setting, arm: str) -> tuple[float, list[float]]:
-        """The rate with the lowest mean, and its losses."""
-        found = {rate: self.losses(setting, arm, rate) for rate in self.rates}
-        rate = min(found, key=lambda rate: statistics.mean(found[rate]))
-        return rate, found[rate]
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each run, in the order in which they were asked for."""
+        rows = []
+        for (setting, arm, rate, seed), facts in self.done.items():
+            row = {"setting": setting.name, "arm": arm, "rate": rate, "seed": seed}
+            row |= {"loss": facts["evaluations"][-1]["loss"], "parameters": facts["parameters"]}
+            rows.append(row | {"guided": (facts["guide"] or {}).get("steps", 0), **facts["spent"]})
+        return rows
 
-    def _run(self, setting: Setting, arm: str, rate: float, seed: int) -> dict[str, Any]:
-        out = self.folder / setting.name / f"{arm.replace(',', '').replace(' ', '-')}-rate{rate:g}-seed{seed}"
-        if not (out / "training.json").is_file():
-            if self.left < 1:
+    def _loss(self, run: Run) -> float:
+        return self.done[run]["evaluations"][-1]["loss"]
+
+    def _run(self, runs: list[Run]) -> None:
+        """Do what was not done yet. Raises Unfinished when more would be needed than the limit allows."""
+        missing = [run for run in runs if run not in self.done]
+        new = [run for run in missing if not (self._folder(run) / "training.json").is_file()]
+        allowed = missing if len(new) <= self.left else [run for run in missing if run not in new[int(self.left) :]]
+        self.left -= len(new)
+        specs = [self._spec(run) for run in allowed]
+        with ProcessPoolExecutor(self.given.processes, mp_context=get_context("spawn")) as pool:
+            found = list(pool.map(train, specs, map(self._folder, allowed), repeat(self.given.device)))
+        for run, (status, facts) in zip(allowed, found, strict=True):
+            if status == "interrupted":
                 raise Unfinished
-            self.left -= 1
-            Console().print(f"{setting.name}: {arm}, rate {rate:g}, seed {seed}", highlight=False)
-        done = taut.train(self._spec(setting, arm, rate, seed), out, device=self.given.device)
-        if done.status == "interrupted":
+            if status == "failed":
+                raise SystemExit(f"{self._folder(run)}: {facts['reason']}; leave this rate out")
+            self.done[run] = facts
+        if len(allowed) < len(missing):
             raise Unfinished
-        if done.status == "failed":
-            raise SystemExit(f"{out}: {done.record['reason']}; leave this rate out")
-        for weights in out.glob("*.safetensors"):
-            # The record is what counts, and there are many runs.
-            weights.unlink()
-        facts = done.record
-        spent, guide = facts["spent"], facts["guide"] or {}
-        row = {
-            "setting": setting.name,
-            "arm": arm,
-            "rate": rate,
-            "seed": seed,
-            "loss": facts["evaluations"][-1]["loss"],
-        }
-        row |= {"parameters": facts["parameters"], "guided": guide.get("steps", 0), **spent}
-        if row not in self.rows:
-            self.rows.append(row)
-        return facts
 
-    def _spec(self, setting: Setting, arm: str, rate: float, seed: int) -> dict[str, Any]:
+    def _folder(self, run: Run) -> Path:
+        setting, arm, rate, seed = run
+        return self.folder / setting.name / f"{arm.replace(',', '').replace(' ', '-')}-rate{rate:g}-seed{seed}"
+
+    def _spec(self, run: Run) -> dict[str, Any]:
+        setting, arm, rate, seed = run
         spec: dict[str, Any] = {
             "model": setting.model,
             "tokenizer": str(self.tokenizer()),
@@ -125,8 +137,9 @@ class Bench:
         elif arm == "low rank, guided to dense FLOPs":
             spec["guide"] = {"mode": "matched_flops"}
         elif arm == "low rank, longer to dense FLOPs":
-            dense = self._run(setting, "dense", rate, seed)["spent"]["flops"]
-            spec["budget"] = {"flops": dense}
+            # The same for every rate and seed; the gate comes first.
+            dense = next(facts for run, facts in self.done.items() if run[:2] == (setting, "dense"))
+            spec["budget"] = {"flops": dense["spent"]["flops"]}
         return spec
 
     def tokenizer(self) -> Path:
@@ -136,6 +149,17 @@ class Bench:
             spec = TrainSpec.load({"model": "llama", "text": self.given.text, "budget": {"steps": 1}})
             byte_level(self.given.vocabulary, read_corpus(spec).learned).save_pretrained(folder)
         return folder
+
+
+def train(spec: dict[str, Any], out: Path, device: str) -> tuple[str, dict[str, Any]]:
+    """One run, or what it gave before. The weights go: the record is what counts, and there are many runs."""
+    torch.set_num_threads(1)
+    if not (out / "training.json").is_file():
+        print(f"{out.parent.name}: {out.name}", flush=True)
+    done = taut.train(spec, out, device=device)
+    for weights in out.glob("*.safetensors"):
+        weights.unlink()
+    return done.status, done.record
 
 
 def ahead(a: list[float], b: list[float]) -> tuple[float, float]:
@@ -165,13 +189,13 @@ def study(bench: Bench, given: Namespace) -> list[str]:
     """What was found, in sentences."""
     found: list[str] = []
     for setting in settings(given):
-        best = {arm: bench.best(setting, arm) for arm in GATE}
+        best = bench.best(setting, GATE)
         gap, error = ahead(best["dense"][1], best["low rank"][1])
         verdict = "binds" if gap > CLEAR * error else "does NOT bind"
         found.append(f"{setting.name}: feed-forward capacity {verdict}: dense ahead by {gap:.4f} ± {error:.4f}")
         if gap <= CLEAR * error:
             continue
-        best |= {arm: bench.best(setting, arm) for arm in ARMS if arm not in best}
+        best |= bench.best(setting, [arm for arm in ARMS if arm not in best])
         found += [tell(arm, *best[arm], best["low rank"][1]) for arm in ARMS]
         guided, rank, dense = (statistics.mean(best[arm][1]) for arm in (ARMS[3], ARMS[1], ARMS[0]))
         gap, error = ahead(best[ARMS[3]][1], best["low rank"][1])
@@ -202,6 +226,7 @@ def main() -> int:
         grow="inner",
         levels=2,
         limit=0,
+        processes=2,
     )
     if given.seeds < 2 or given.grow not in ("inner", "steps"):
         raise SystemExit("--seeds is at least 2 (3 for a record), --grow is inner or steps")
@@ -212,11 +237,11 @@ def main() -> int:
     bench = Bench(given, Path(given.folder).absolute())
     try:
         found = study(bench, given)
-    except Unfinished:
-        print(f"{len(bench.rows)} runs are kept in {bench.folder}; the same command goes on from there")
+    except (Unfinished, KeyboardInterrupt):
+        print(f"{len(bench.done)} runs are kept in {bench.folder}; the same command goes on from there")
         return 130
     notes = "; ".join(found) + f". Loss: nats a token of held-out text; FLOPs: {TRAINING} x forward, guides included"
-    return record("self_guided", CLAIM, bench.rows, None, notes, given.quick)
+    return record("self_guided", CLAIM, bench.rows(), None, notes, given.quick)
 
 
 if __name__ == "__main__":
