@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from decoding import CHUNKS, DECODERS, LENGTH, install, own, stepwise
+from transformers import DynamicCache, PreTrainedModel
 
 from taut.anatomy.locate import locate
-from taut.contract.tiny import FAMILIES, inputs, logits, padded_inputs, tiny
+from taut.contract.tiny import inputs, logits, padded_inputs, tiny
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite, MemorySite
 from taut.kernels import blocked
@@ -16,53 +16,20 @@ from taut.kernels.ring import Ring, RingCache
 from taut.methods.attention.local_global import LocalGlobal
 from taut.methods.memory.identity import Identity
 from taut.methods.memory.window_sink import WindowSink
-from taut.surgery.attend import install_attention, install_memory
+from taut.surgery.attend import install_attention
 
 SINKS, WINDOW = 2, 5
 METHOD = WindowSink.parse({"sinks": SINKS, "window": WINDOW})
-DECODERS = [name for name, family in FAMILIES.items() if family.attention == "sdpa" and family.decoder]
-LENGTH = 24
-CHUNKS = {
-    "one by one": [1] * LENGTH,
-    "long prompt": [14] + [1] * 10,
-    "growing": [3] + [1] * 21,
-    "in pieces": [3, 1, 1, 7, 1, 2, 9],
-}
 
 
 def _install(model: PreTrainedModel, method: WindowSink | Identity = METHOD):
-    site = next(site for site in locate(model).sites if isinstance(site, MemorySite))
-    return install_memory(model, method, site)
+    return install(model, method)
 
 
 def _local(model: PreTrainedModel, window: int):
     method = LocalGlobal.parse({"window": window, "global_tokens": 1})
     sites = [site for site in locate(model).sites if isinstance(site, AttentionSite)]
     return install_attention(model, {site.path: (method, site) for site in sites})
-
-
-def _own(cache: Cache) -> Cache:
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-
-
-def _stepwise(model: PreTrainedModel, chunks: list[int], past: Cache | None = None, **given: Tensor) -> tuple:
-    """Logits of all steps together, and the cache."""
-    key = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
-    ids, places = given.pop(key), given.pop("position_ids", None)
-    mask = given.pop("attention_mask", None) if key == "input_ids" else None
-    pieces, start = [], 0
-    with torch.no_grad():
-        for count in chunks:
-            step = {key: ids[:, start : start + count]}
-            if places is not None:
-                step["position_ids"] = places[:, start : start + count]
-            start += count
-            if mask is not None:
-                step["attention_mask"] = mask[:, :start]
-            output = model(**given, **step, past_key_values=past, use_cache=True)
-            past = output["past_key_values"]
-            pieces.append(output["logits"])
-    return torch.cat(pieces, 1), past
 
 
 @pytest.mark.parametrize(("sinks", "window"), [(0, 1), (0, 4), (2, 3), (3, 1)])
@@ -88,9 +55,9 @@ def test_steps_equal_one_pass(family: str, chunks: list[int]) -> None:
     _install(model)
     whole = logits(model, **given, use_cache=False)
     assert not torch.allclose(before, whole, atol=1e-3)
-    stepwise, past = _stepwise(model, chunks, **given)
-    assert (stepwise - whole).abs().max() <= 1e-12
-    for layer in _own(past).layers:
+    steps, past = stepwise(model, chunks, **given)
+    assert (steps - whole).abs().max() <= 1e-12
+    for layer in own(past).layers:
         assert layer.keys.shape[2] == layer.values.shape[2] == SINKS + WINDOW
     assert past.get_seq_length() == LENGTH
 
@@ -106,7 +73,7 @@ def test_left_padded_rows_equal_the_rows_alone(family: str, pads: int, chunks: l
     other = logits(model, input_ids=given["input_ids"][:1], use_cache=False)
     given["attention_mask"][1, :pads] = 0
     given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    together, _ = _stepwise(model, chunks, **given)
+    together, _ = stepwise(model, chunks, **given)
     assert (together[1:, pads:] - alone).abs().max() <= 1e-12
     assert (together[:1] - other).abs().max() <= 1e-12
 
@@ -119,8 +86,8 @@ def test_holes_in_the_mask_stay_hidden() -> None:
     changed = given["input_ids"].clone()
     changed[given["attention_mask"] == 0] = 7
     real = given["attention_mask"].bool()
-    one, _ = _stepwise(model, CHUNKS["long prompt"], **given)
-    two, _ = _stepwise(model, CHUNKS["long prompt"], **given | {"input_ids": changed})
+    one, _ = stepwise(model, CHUNKS["long prompt"], **given)
+    two, _ = stepwise(model, CHUNKS["long prompt"], **given | {"input_ids": changed})
     assert (one - two)[real].abs().max() <= 1e-12
 
 
@@ -133,9 +100,9 @@ def test_generate_obeys(family: str, beams: int) -> None:
     stock = model.generate(**given, **options)
     undo = _install(model)
     ours = model.generate(**given, **options, return_dict_in_generate=True)
-    assert isinstance(_own(ours.past_key_values), RingCache)
+    assert isinstance(own(ours.past_key_values), RingCache)
     assert torch.equal(ours.sequences, model.generate(**given, **options, use_cache=False))
-    assert all(layer.keys.shape[2] == SINKS + WINDOW for layer in _own(ours.past_key_values).layers)
+    assert all(layer.keys.shape[2] == SINKS + WINDOW for layer in own(ours.past_key_values).layers)
     undo()
     assert torch.equal(model.generate(**given, **options), stock)
 
@@ -171,11 +138,11 @@ def test_crop_equals_never_having_seen() -> None:
     wrong = torch.cat([ids[:, :14], (ids[:, 14:18] + 1) % 90, ids[:, 14:]], 1)
     cache = METHOD.cache(2)
     cache.activate_past_recording()
-    _, cache = _stepwise(model, [10, 8], cache, input_ids=wrong[:, :18])
+    _, cache = stepwise(model, [10, 8], cache, input_ids=wrong[:, :18])
     cache.crop(-4)
     assert cache.get_seq_length() == 14
     assert cache.layers[0].keys.shape[2] == SINKS + WINDOW
-    rest, _ = _stepwise(model, [1, 9], cache, input_ids=ids[:, 14:])
+    rest, _ = stepwise(model, [1, 9], cache, input_ids=ids[:, 14:])
     assert (rest - logits(model, input_ids=ids, use_cache=False)[:, 14:]).abs().max() <= 1e-12
 
 
@@ -183,9 +150,9 @@ def test_crop_before_anything_was_dropped() -> None:
     model = tiny("llama", dtype=torch.float64)
     _install(model)
     ids = inputs(model, length=12)["input_ids"]
-    _, cache = _stepwise(model, [6], input_ids=ids[:, :6])
+    _, cache = stepwise(model, [6], input_ids=ids[:, :6])
     cache.crop(-3)
-    rest, _ = _stepwise(model, [1, 8], cache, input_ids=ids[:, 3:])
+    rest, _ = stepwise(model, [1, 8], cache, input_ids=ids[:, 3:])
     assert (rest - logits(model, input_ids=ids, use_cache=False)[:, 3:]).abs().max() <= 1e-12
 
 
@@ -201,8 +168,8 @@ def test_composes_with_local_attention(family: str, window: int, monkeypatch: py
     both = logits(model, **given, use_cache=False)
     assert torch.allclose(local, both, atol=1e-12) == (window <= WINDOW)
     for chunks in CHUNKS.values():
-        stepwise, _ = _stepwise(model, chunks, **given)
-        assert (stepwise - both).abs().max() <= 1e-12
+        steps, _ = stepwise(model, chunks, **given)
+        assert (steps - both).abs().max() <= 1e-12
     undo_local()
     assert model.config._attn_implementation == "taut"
     undo()
@@ -215,7 +182,7 @@ def test_a_window_as_long_as_the_text_is_the_original() -> None:
     before = logits(model, **given)
     _install(model, WindowSink.parse({"sinks": 0, "window": LENGTH}))
     assert (logits(model, **given) - before).abs().max() <= 1e-12
-    assert (_stepwise(model, CHUNKS["growing"], **given)[0] - before).abs().max() <= 1e-12
+    assert (stepwise(model, CHUNKS["growing"], **given)[0] - before).abs().max() <= 1e-12
 
 
 def test_future_changes_nothing_to_the_bit() -> None:
@@ -227,7 +194,7 @@ def test_future_changes_nothing_to_the_bit() -> None:
     assert torch.equal(logits(model, input_ids=ids)[:, :15], logits(model, input_ids=later)[:, :15])
 
 
-def test_packed_sequences_have_sinks_of_their_own() -> None:
+def test_packed_sequences_have_sinks_of_theirown() -> None:
     model = tiny("llama", dtype=torch.float64)
     _install(model)
     ids = inputs(model, batch=1, length=LENGTH)["input_ids"]
@@ -269,9 +236,9 @@ def test_copies_of_model_and_cache_are_independent() -> None:
     twin = copy.deepcopy(model)
     ids = inputs(model, length=LENGTH)["input_ids"]
     whole = logits(model, input_ids=ids, use_cache=False)
-    _, prefix = _stepwise(twin, [10], input_ids=ids[:, :10])
+    _, prefix = stepwise(twin, [10], input_ids=ids[:, :10])
     for _ in range(2):
-        rest, _ = _stepwise(twin, [1] * 14, copy.deepcopy(prefix), input_ids=ids[:, 10:])
+        rest, _ = stepwise(twin, [1] * 14, copy.deepcopy(prefix), input_ids=ids[:, 10:])
         assert (rest - whole[:, 10:]).abs().max() <= 1e-12
 
 
@@ -311,7 +278,7 @@ def test_predicted_bytes_are_held() -> None:
     model = tiny("llama")
     site = next(site for site in locate(model, LENGTH).sites if isinstance(site, MemorySite))
     _install(model)
-    _, past = _stepwise(model, CHUNKS["long prompt"], input_ids=inputs(model, batch=1, length=LENGTH)["input_ids"])
+    _, past = stepwise(model, CHUNKS["long prompt"], input_ids=inputs(model, batch=1, length=LENGTH)["input_ids"])
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in past.layers)
     assert held == METHOD.predict(site).cache_bytes_per_token * LENGTH
 

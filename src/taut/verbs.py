@@ -11,7 +11,7 @@ from taut.core.registry import METHODS
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from taut.crossover import Crossovers
     from taut.ledger import Ledger
@@ -61,6 +61,7 @@ def apply(
     text: str | Path | None = "builtin",
     exclude: Sequence[str] = (),
     batches: "Iterable[dict[str, torch.Tensor]]" = (),
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     heal: int | dict[str, Any] = 0,
     dtype: "str | torch.dtype | None" = None,
     device: str = "cpu",
@@ -72,7 +73,8 @@ def apply(
 
     ``model`` in memory is changed in place and ``taut.undo`` restores it to the bit. A folder, Hub id, ``minilm`` or
     scratch spec is opened first; methods that calibrate then run ``text`` (``builtin``, a text file, or None) through
-    the original. In memory, give them ``batches`` of model inputs instead.
+    the original. In memory, give them ``batches`` of model inputs instead, and methods that read the vocabulary a
+    ``tokenizer``.
 
     ``heal`` is a number of steps, or choices by name (see ``taut.training.settings``), for training what was installed
     to answer as the original did, on the same text. With ``out`` a run that was cut off goes on when it is repeated.
@@ -86,7 +88,7 @@ def apply(
     if not isinstance(model, str | Path):
         if heal:
             raise TautError("apply: a model in memory is healed by taut.heal(model, original, ...)")
-        surgery.apply(model, Recipe.load(recipe), batches, seed=seed, progress=progress)
+        surgery.apply(model, Recipe.load(recipe), batches, tokenizer=tokenizer, seed=seed, progress=progress)
         if out is not None:
             surgery.save(model, out)
         return model

@@ -163,7 +163,7 @@ def _mask(view: View, pattern: Pattern, block: Block, query: Tensor) -> Tensor |
     because a row that sees nothing must not become NaN."""
     rows, spans = block
     columns = [slice(*span) for span in spans]
-    if view.rule is not None or any(view.padded(each) for each in columns):
+    if view.rule is not None or view.marks is not None or any(view.padded(each) for each in columns):
         return _additive(view, pattern, rows, columns, query)
     low = spans[-1][0]
     inner = low >= view.reach(pattern.settled) + (view.pattern.settled if view.pattern is not None else 0)

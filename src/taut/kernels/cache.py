@@ -1,10 +1,28 @@
-"""What a key-value cache of ours owes to the attention mask: the true position of every entry."""
+"""What a key-value cache of ours owes to the attention mask: where every entry stands in the text, and what it is."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """The T = ``queries`` new tokens of one forward pass.
+
+    ``ids`` (B, T), integer, are None where the caller gave vectors. ``real`` (B, T) bool is False for padding, None
+    when nothing is padded; ``starts`` (B,) are the positions of the rows' first real tokens, None when all are 0.
+    ``restarts`` (B or 1, T) bool is True where a packed sequence begins, None where nothing is packed.
+    """
+
+    queries: int
+    device: torch.device
+    ids: Tensor | None = None
+    real: Tensor | None = None
+    starts: Tensor | None = None
+    restarts: Tensor | None = None
 
 
 class PositionedCache(DynamicCache, ABC):
@@ -13,16 +31,25 @@ class PositionedCache(DynamicCache, ABC):
     The plug-in calls ``begin`` before each forward pass and ``finish`` after it. In between, ``key_positions``
     describes the keys that attention will see, (B or 1, S) int64 counted from each row's first real token, negative
     for an empty entry; None when they stand at 0 ... S - 1 of the text, padding included. ``starts`` (B,) are the
-    positions of the rows' first real tokens, None when all are 0.
+    positions of the rows' first real tokens, None when all are 0. ``marks`` are those of queries and keys, (B or 1, T)
+    and (B or 1, S), where the memory's pattern is a Marked one.
     """
 
     key_positions: Tensor | None = None
     starts: Tensor | None = None
+    marks: tuple[Tensor, Tensor] | None = None
 
     @abstractmethod
-    def begin(self, queries: int, starts: Tensor | None, device: torch.device) -> None:
-        """Announce ``queries`` new tokens, and where the rows' first real tokens stand."""
+    def begin(self, incoming: Incoming) -> None:
+        """Announce the new tokens."""
 
     @abstractmethod
     def finish(self) -> None:
         """The forward pass is over."""
+
+
+def gathered(held: Tensor, index: Tensor) -> Tensor:
+    """The columns ``index`` (B or 1, C) of ``held`` (B, H', S, K)."""
+    if index.shape[0] == 1:
+        return held.index_select(2, index[0])
+    return held.gather(2, index[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3]))

@@ -111,6 +111,18 @@ class Sink(Pattern):
         return self.count + self.window
 
 
+class Marked(Pattern):
+    """Abstract: causal, and it depends on what the tokens are, too. Each has a *mark*, an integer that its text alone
+    decides; ``View.marks`` brings them along."""
+
+    @abstractmethod
+    def between(self, query: Tensor, key: Tensor) -> Tensor:
+        """(..., Q) and (..., S) marks -> (..., Q, S) bool, causality aside."""
+
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        return Causal().allowed(query, key)
+
+
 class _Several(Pattern):
     """Abstract: a combination of ``members``, at least one."""
 
@@ -157,7 +169,8 @@ class View:
     real tokens, None when all are 0: patterns count from there, so that a left-padded row equals the row alone.
     ``causal``: j <= i. ``rule`` says more where the model does (packed sequences, its own sliding window), causality
     included. ``packed`` (B or 1, T) are positions that start anew in each packed sequence, and patterns count by them.
-    ``pattern`` is the memory's, ANDed with all of this. ``stock`` makes the mask that the model would have used by
+    ``pattern`` is the memory's, ANDed with all of this; ``marks`` of the queries (B or 1, T) and keys (B or 1, S) come
+    with it where it is a Marked one. ``stock`` makes the mask that the model would have used by
     itself: (B, 1, T, S) bool or float, or None. ``memo`` keeps masks that layers share.
     """
 
@@ -172,6 +185,7 @@ class View:
     key_positions: Tensor | None = None
     packed: Tensor | None = None
     pattern: Pattern | None = None
+    marks: tuple[Tensor, Tensor] | None = None
     rule: Rule | None = None
     stock: Callable[[], Tensor | None] | None = None
     memo: dict[Hashable, object] = field(default_factory=dict, repr=False)
@@ -214,6 +228,8 @@ class View:
                 seen = seen & each.allowed(self.packed[:, rows], self.packed[:, columns])
             elif each is not None:
                 seen = seen & each.allowed(query, key)
+        if self.marks is not None:
+            seen = seen & self.pattern.between(self.marks[0][:, rows], self.marks[1][:, columns])
         if self.padding is not None:
             seen = seen & self.padding[:, None, columns].to(device)
         if self.rule is not None:

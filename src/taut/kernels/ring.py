@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from taut.core.errors import TautError
-from taut.kernels.cache import PositionedCache
+from taut.kernels.cache import Incoming, PositionedCache, gathered
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class RingLayer(DynamicLayer):
         """Keep these columns of what is held."""
         self.pending = 0
         if index is not None:
-            self.keys, self.values = _gathered(self.keys, index), _gathered(self.values, index)
+            self.keys, self.values = gathered(self.keys, index), gathered(self.values, index)
 
     def get_seq_length(self) -> int:
         """Tokens seen, not entries held: positions stay the true ones."""
@@ -113,8 +113,9 @@ class RingCache(PositionedCache):
         self.ring = Ring(sinks, window)
         self.width = 0
 
-    def begin(self, queries: int, starts: Tensor | None, device: torch.device) -> None:
+    def begin(self, incoming: Incoming) -> None:
         layer, capacity = self.layers[0], self.ring.capacity
+        queries, starts, device = incoming.queries, incoming.starts, incoming.device
         self.starts = starts
         settled = layer.seen - layer.pending
         fresh = layer.pending + queries
@@ -190,10 +191,3 @@ def _written(held: Tensor, new: Tensor, turn: Turn) -> Tensor:
     if torch.is_grad_enabled() or (held.is_inference() and not torch.is_inference_mode_enabled()):
         return held.scatter(2, slot, new)
     return held.scatter_(2, slot, new)
-
-
-def _gathered(held: Tensor, index: Tensor) -> Tensor:
-    """The columns ``index`` (B or 1, C) of ``held`` (B, H', S, K)."""
-    if index.shape[0] == 1:
-        return held.index_select(2, index[0])
-    return held.gather(2, index[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3]))

@@ -228,6 +228,8 @@ class Method(ABC):
     spares_first_layer: ClassVar[bool] = False
     """Whether layer 0 of a feed-forward stack stays as it is when a recipe's entry does not name ``layers``."""
 
+    reads_tokenizer: ClassVar[bool] = False
+
     def __init__(self, knobs: Knobs | None = None) -> None:
         self.knobs = self.Knobs() if knobs is None else knobs
 
@@ -249,6 +251,11 @@ class Method(ABC):
             first = error.errors()[0]
             key = ".".join(str(step) for step in first["loc"]) or "knobs"
             raise TautError(f"{where}: {key} = {first['input']!r}: {first['msg']}") from None
+
+    def reads(self, tokenizer: Any) -> "Method":
+        """This method with what it needs to know of the model's tokenizer. Called where there is one, and only when
+        ``reads_tokenizer``."""
+        return self
 
     @abstractmethod
     def fits(self, site: Site) -> str | None:
@@ -355,6 +362,11 @@ class MemoryMethod(Method):
     def pattern(self) -> Any:
         """Who may see whom (kernels.patterns.Pattern), so that a full forward equals decoding step by step; None
         for everybody."""
+
+    def marks(self, incoming: Any) -> Any:
+        """The marks (B, T) of a text read at once, without a cache (kernels.cache.Incoming); None unless the pattern
+        is a Marked one. Raises TautError when they follow from ids and there are none."""
+        return None
 
     @abstractmethod
     def entries(self, site: MemorySite) -> int:

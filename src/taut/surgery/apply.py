@@ -5,11 +5,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import _plugin
 from taut.core.errors import TautError
@@ -30,6 +31,7 @@ def apply(
     recipe: Recipe | Plan,
     batches: Iterable[dict[str, torch.Tensor]] = (),
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     keep_originals: bool = True,
     original: str | None = None,
     seed: int = 0,
@@ -38,11 +40,11 @@ def apply(
     """Tighten ``model`` in place and return the plan.
 
     ``batches`` are model inputs (dicts of tensors) for the methods that calibrate; without them those methods fit
-    the weights alone. ``seed`` is for fits that start at random. With ``keep_originals`` the change can be undone to
-    the bit (and the dense weights stay in memory until then). Raises TautError as ``plan.make`` does, and when the
-    model is tightened already.
+    the weights alone. ``tokenizer`` is for methods that read the vocabulary, ``seed`` for fits that start at random.
+    With ``keep_originals`` the change can be undone to the bit (and the dense weights stay in memory until then).
+    Raises TautError as ``plan.make`` does, and when the model is tightened already.
     """
-    plan = recipe if isinstance(recipe, Plan) else make(model, recipe)
+    plan = recipe if isinstance(recipe, Plan) else make(model, recipe, tokenizer=lambda: tokenizer)
     needs = {step.site: step.method.needs for step in plan.steps if isinstance(step.method, PartMethod)}
     calibration = calibrate(model, needs, batches, seed)
     total, done = len(needs), 0
@@ -72,6 +74,7 @@ def tighten(
     recipe: Recipe,
     texts: Iterable[str] = (),
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -79,16 +82,17 @@ def tighten(
 ) -> tuple[PreTrainedModel, Plan]:
     """Open a model and apply a recipe to it: the plan is checked on the skeleton, before any weight is read.
 
-    ``texts`` are for calibration and used only by methods that calibrate, where the source has a tokenizer.
+    ``texts`` are for calibration and used only by methods that calibrate, where there is a ``tokenizer``: this one, or
+    the source's.
     """
-    make(open_skeleton(source), recipe)
+    known = cache(lambda: open_tokenizer(source) if tokenizer is None else tokenizer)
+    make(open_skeleton(source), recipe, tokenizer=known)
     model = open_model(source, dtype, device, seed)
-    plan = make(model, recipe)
+    plan = make(model, recipe, tokenizer=known)
     batches: Iterable[dict[str, torch.Tensor]] = ()
-    if any(isinstance(step.method, PartMethod) and step.method.needs for step in plan.steps):
-        tokenizer = open_tokenizer(source)
-        if tokenizer is not None:
-            batches = token_batches(tokenizer, texts, model)
+    calibrates = any(isinstance(step.method, PartMethod) and step.method.needs for step in plan.steps)
+    if calibrates and known() is not None:
+        batches = token_batches(known(), texts, model)
     apply(model, plan, batches, keep_originals=False, original=source.name, seed=seed, progress=progress)
     return model, plan
 

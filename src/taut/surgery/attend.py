@@ -1,6 +1,5 @@
 """The plug into transformers' attention: one registered function and one registered mask, both named ``taut``."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -13,12 +12,8 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    Cache,
-    DynamicCache,
-    EncoderDecoderCache,
     PreTrainedModel,
 )
-from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -27,11 +22,11 @@ from transformers.masking_utils import (
 )
 
 from taut.core.errors import TautError
-from taut.core.site import AttentionSite, MemorySite
+from taut.core.site import AttentionSite
 from taut.kernels import stock
 from taut.kernels.cache import PositionedCache
 from taut.kernels.patterns import Pattern, View
-from taut.methods.part import AttentionMethod, MemoryMethod
+from taut.methods.part import AttentionMethod
 
 NAME = "taut"
 METHOD = "taut_attention"
@@ -40,13 +35,14 @@ METHOD = "taut_attention"
 
 @dataclass(frozen=True)
 class Serving:
-    """The memory at work in the decoder that is running now."""
+    """The memory at work in the decoder that is running now. ``marks`` (B, T) where there is no cache to hold them."""
 
     pattern: Pattern | None
     cache: PositionedCache | None
+    marks: Tensor | None = None
 
 
-_serving: ContextVar[Serving | None] = ContextVar("serving", default=None)
+serving: ContextVar[Serving | None] = ContextVar("serving", default=None)
 
 
 def register() -> None:
@@ -111,8 +107,12 @@ def view(
         device=device,
         **others,
     )
-    serving = _serving.get() if causal else None
-    positions = serving.cache.key_positions if serving is not None and serving.cache is not None else None
+    memory = serving.get() if causal else None
+    cache = memory.cache if memory is not None else None
+    positions = cache.key_positions if cache is not None else None
+    marks = cache.marks if cache is not None else None
+    if memory is not None and memory.marks is not None:
+        marks = memory.marks, memory.marks
     starts = first_tokens(attention_mask)
     rule = None if mask_function in (causal_mask_function, bidirectional_mask_function) else mask_function
     if use_vmap:
@@ -130,7 +130,8 @@ def view(
         padding=_padding(attention_mask, kv_length, kv_offset, positions, starts),
         starts=starts,
         key_positions=positions,
-        pattern=serving.pattern if serving is not None else None,
+        pattern=memory.pattern if memory is not None else None,
+        marks=marks,
         rule=rule,
         stock=make,
     )
@@ -149,7 +150,7 @@ def install_attention(
 ) -> Callable[[], None]:
     """Give the attention modules at these paths their methods; returns what takes them out again."""
     modules = [model.get_submodule(path) for path in chosen]
-    release = _switch(model)
+    release = switch(model)
     for module, (method, _) in zip(modules, chosen.values(), strict=True):
         setattr(module, METHOD, method)
 
@@ -159,88 +160,6 @@ def install_attention(
         release()
 
     return undo
-
-
-def install_memory(model: PreTrainedModel, method: MemoryMethod, site: MemorySite) -> Callable[[], None]:
-    """Let the decoder at ``site.path`` use ``method``'s cache and pattern; returns what takes them out again."""
-    if method.pattern() is None and method.cache(site.layers) is None:
-        return lambda: None
-    base = model.get_submodule(site.path)
-    release = _switch(model)
-    before = base.register_forward_pre_hook(Memory(method, site.layers), with_kwargs=True, prepend=True)
-    after = base.register_forward_hook(_finish, always_call=True)
-
-    def undo() -> None:
-        before.remove()
-        after.remove()
-        release()
-
-    return undo
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The hook before a decoder's forward: an empty stock cache becomes one of ours."""
-
-    method: MemoryMethod
-    layers: int
-
-    def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        given = {**inspect.signature(base.forward).bind_partial(*args).arguments, **kwargs}
-        cache = self._cache(base, given.get("past_key_values"), given.get("use_cache"))
-        if cache is not None:
-            given["past_key_values"] = cache
-        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        positioned = own if isinstance(own, PositionedCache) else None
-        if positioned is not None:
-            tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-            mask = given.get("attention_mask")
-            if mask is not None and mask.dim() != 2:
-                raise TautError(
-                    f"{self.method.id}: give a (batch, length) attention_mask, not one of {mask.dim()} axes"
-                )
-            if mask is None and positioned.starts is not None:
-                raise TautError(
-                    f"{self.method.id}: the cache holds left-padded rows: pass the attention_mask every time"
-                )
-            positioned.begin(tokens.shape[1], first_tokens(mask), tokens.device)
-        _serving.set(Serving(self.method.pattern(), positioned))
-        return (), given
-
-    def _cache(self, base: nn.Module, given: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The cache for this call: ours, new or handed back, or None where the model keeps none."""
-        if given is None:
-            use_cache = base.config.use_cache if use_cache is None else use_cache
-            training = base.training and getattr(base, "gradient_checkpointing", False)
-            if not use_cache or training:
-                return None
-            ours = self.method.cache(self.layers)
-            return EncoderDecoderCache(ours, DynamicCache()) if base.config.is_encoder_decoder else ours
-        own = given.self_attention_cache if isinstance(given, EncoderDecoderCache) else given
-        ours = self.method.cache(self.layers)
-        if type(own) is type(ours):
-            return given
-        if type(own) is not DynamicCache or not all(isinstance(layer, DynamicLayer) for layer in own.layers):
-            raise TautError(
-                f"{self.method.id} brings its own cache: drop cache_implementation, or past_key_values of type "
-                f"{type(own).__name__}"
-            )
-        if own.get_seq_length() > 0:
-            raise TautError(
-                f"{self.method.id}: past_key_values already holds {own.get_seq_length()} tokens in a stock cache; "
-                "start with an empty one, or with none"
-            )
-        return (
-            EncoderDecoderCache(ours, given.cross_attention_cache) if isinstance(given, EncoderDecoderCache) else ours
-        )
-
-
-def _finish(base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """The hook after a decoder's forward."""
-    serving = _serving.get()
-    if serving is not None and serving.cache is not None:
-        serving.cache.finish()
-    _serving.set(None)
 
 
 @dataclass
@@ -254,7 +173,7 @@ class _Claim:
 _claims: WeakKeyDictionary[PreTrainedModel, _Claim] = WeakKeyDictionary()
 
 
-def _switch(model: PreTrainedModel) -> Callable[[], None]:
+def switch(model: PreTrainedModel) -> Callable[[], None]:
     """Run ``model`` on the ``taut`` implementation until every caller has called back."""
     register()
     if not model._supports_sdpa:

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite, LinearSite, MemorySite, TableSite
 from taut.methods.part import AttentionMethod, LinearPart, MemoryMethod, Part, PartMethod, TablePart
-from taut.surgery.attend import install_attention, install_memory
+from taut.surgery.attend import install_attention
+from taut.surgery.memory import install_memory
 from taut.surgery.plan import Step
 from taut.surgery.seal import unseal_state
 

@@ -1,10 +1,10 @@
 """What a recipe would do to a model, site by site, before anyone pays for it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.anatomy.locate import Anatomy, locate
 from taut.core.cost import Cost
@@ -80,10 +80,16 @@ class Plan:
         }
 
 
-def make(model: PreTrainedModel, recipe: Recipe, length: int | None = None) -> Plan:
+def make(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    length: int | None = None,
+    tokenizer: Callable[[], PreTrainedTokenizerBase | None] = lambda: None,
+) -> Plan:
     """Plan ``recipe`` for ``model``, which may be a skeleton on the meta device.
 
-    ``length`` is the declared n of attention and memory costs. Raises TautError for an unknown method or knob,
+    ``length`` is the declared n of attention and memory costs; ``tokenizer`` is asked for where a method reads the
+    model's vocabulary. Raises TautError for an unknown method or knob,
     overlapping layers, and an entry that fits no site (with the reason of each kind of refusal).
     """
     refuse_other_quantization(model.config)
@@ -95,7 +101,7 @@ def make(model: PreTrainedModel, recipe: Recipe, length: int | None = None) -> P
         for stack in {site.stack for site in sites}:
             recipe.check_overlap(slot, anatomy.layers.get(stack, 0))
         for entry in recipe.for_slot(slot):
-            steps, refused = _place(entry, sites, anatomy, recipe.source)
+            steps, refused = _place(entry, sites, anatomy, recipe.source, tokenizer)
             chosen |= {step.site.name: step for step in steps}
             untouched += refused
         if recipe.for_slot(slot):
@@ -141,13 +147,21 @@ def refuse_other_quantization(config: Any) -> None:
         raise TautError(f"the model already carries a quantization ({method}); {advice}")
 
 
-def _place(entry: Entry, sites: list[Site], anatomy: Anatomy, source: str) -> tuple[list[Step], list[tuple[str, str]]]:
+def _place(
+    entry: Entry,
+    sites: list[Site],
+    anatomy: Anatomy,
+    source: str,
+    tokenizer: Callable[[], PreTrainedTokenizerBase | None],
+) -> tuple[list[Step], list[tuple[str, str]]]:
     where = f"{source}: {entry.slot}"
     method_class = METHODS.get(entry.method_id)
     if entry.store is not None and "store" not in method_class.Knobs.model_fields:
         raise TautError(f"{where}: {entry.method_id} does not nest a store")
     nested = {"store": entry.store.to_dict()} if entry.store is not None else {}
     general = method_class.parse(entry.knobs | nested, entry.keep, where)
+    if general.reads_tokenizer and (known := tokenizer()) is not None:
+        general = general.reads(known)
     steps: list[Step] = []
     refused: list[tuple[str, str]] = []
     spared: list[tuple[str, str]] = []

@@ -69,7 +69,9 @@ def begin(spec: TrainSpec, source: Source, tokenizer: PreTrainedTokenizerBase, t
         raise TautError(f"{source.name}: a vocabulary of {vocabulary}, but the tokenizer has {len(tokenizer)} entries")
     if not spec.recipe:
         return open_model(source, torch.float32, seed=spec.seed)
-    model, _ = tighten(source, Recipe.load(spec.recipe), texts, dtype=torch.float32, seed=spec.seed)
+    model, _ = tighten(
+        source, Recipe.load(spec.recipe), texts, tokenizer=tokenizer, dtype=torch.float32, seed=spec.seed
+    )
     if source.scratch is not None:
         torch.manual_seed(spec.seed)
         _start_parts(model)

@@ -1,0 +1,119 @@
+"""A cache that keeps one entry of every closed segment: its anchor."""
+
+from typing import Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from taut.core.cost import Cost
+from taut.core.errors import TautError
+from taut.core.site import MemorySite, Site
+from taut.kernels.anchors import AnchorCache, Anchoring, Segments
+from taut.methods.part import Knobs, MemoryMethod
+
+NAMED = {"punctuation": (".", "!", "?")}
+
+
+class AnchorKnobs(Knobs):
+    anchors: tuple[str, ...] = Field(
+        (), description="strings that end a segment, each one token of the tokenizer, or: punctuation"
+    )
+    ids: tuple[int, ...] = Field((), description="the token ids of anchors; where strings are given, theirs")
+    every: int | None = Field(None, ge=1, description="an anchor every so many tokens, instead of strings or ids")
+    longest: int = Field(256, ge=0, description="a segment of so many tokens ends there; 0: however long it gets")
+    source_ends: tuple[str, ...] = Field(
+        (), description="all up to the first of these strings is kept whole; empty: nothing is"
+    )
+    source_ids: tuple[int, ...] = Field((), description="the token ids of source_ends")
+    segment: int = Field(25, ge=1, description="tokens of a segment on average; for predictions of cost alone")
+
+    @field_validator("anchors", "source_ends", mode="before")
+    @classmethod
+    def _several(cls, given: Any) -> Any:
+        return NAMED.get(given, (given,)) if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        ways = [name for name in ("anchors", "ids") if getattr(self, name)]
+        if self.every is not None and ways:
+            raise ValueError(f"give every or {ways[0]}, not both")
+        if self.every is None and not ways:
+            raise ValueError("give anchors, ids or every")
+        return self
+
+
+class Anchor(MemoryMethod):
+    """Text is cut into segments, each of which ends with an anchor. A token sees its own segment and the anchors before
+    it; an anchor sees its own segment alone; so nothing of a closed segment but its anchor is ever looked at again.
+
+    A model has to be trained under this mask (``taut train`` with this recipe) to put what matters into its anchors.
+    Full forward passes, training among them, use the same mask.
+    """
+
+    id = "memory.anchor"
+    summary = "one entry for each closed segment; models are trained to put into it what matters"
+    source = (
+        "Pang et al. 2024, Anchor-based Large Language Models (arXiv 2402.07616). Changed: tokens keep their true "
+        "positions, where the published code renumbers them by places in the cache; batches, beams, prompts in pieces; "
+        "a segment that never ends is closed at a bound; the first tokens may be kept whole"
+    )
+    Knobs = AnchorKnobs
+    reads_tokenizer = True
+    knobs: AnchorKnobs
+
+    def reads(self, tokenizer: Any) -> "Anchor":
+        """With the ids of its strings. Raises TautError for a string that is not one token."""
+        found = {
+            ids: _ids_of(strings, tokenizer)
+            for ids, strings in (("ids", self.knobs.anchors), ("source_ids", self.knobs.source_ends))
+            if strings and not getattr(self.knobs, ids)
+        }
+        return Anchor(self.knobs.model_copy(update=found)) if found else self
+
+    def fits(self, site: Site) -> str | None:
+        if not isinstance(site, MemorySite):
+            return "not a cache"
+        if site.softcap:
+            return f"the model caps its attention scores at {site.softcap:g}, which fused attention cannot do"
+        return None
+
+    def predict(self, site: MemorySite) -> Cost:
+        return Cost(cache_bytes_per_token=site.entry_bytes * self.entries(site) / site.length)
+
+    def cache(self, layers: int) -> AnchorCache:
+        return AnchorCache(layers, self.anchoring)
+
+    def pattern(self) -> Segments:
+        return Segments()
+
+    def marks(self, incoming: Any) -> Any:
+        return self.anchoring.marks(incoming, self.anchoring.start(incoming))[0]
+
+    def entries(self, site: MemorySite) -> int:
+        """Anchors and an open segment, when segments have ``every`` or, on average, ``segment`` tokens; a source, whose
+        length nobody knows, not counted."""
+        segment = self.knobs.every or self.knobs.segment
+        return min(site.length, site.length // segment + segment)
+
+    @property
+    def anchoring(self) -> Anchoring:
+        """Raises TautError while nobody has looked its strings up."""
+        if (self.knobs.anchors and not self.knobs.ids) or (self.knobs.source_ends and not self.knobs.source_ids):
+            raise TautError(f"{self.id}: its strings need a tokenizer: apply with tokenizer=, or give ids")
+        return Anchoring(self.knobs.ids, self.knobs.every or self.knobs.longest, self.knobs.source_ids)
+
+
+def _ids_of(strings: tuple[str, ...], tokenizer: Any) -> tuple[int, ...]:
+    """The ids of all tokens that read as one of ``strings``, spaces around them aside."""
+    texts: dict[str, list[int]] = {}
+    for index in range(len(tokenizer)):
+        texts.setdefault(tokenizer.decode([index]).strip(), []).append(index)
+    found: list[int] = []
+    for string in strings:
+        if string.strip() not in texts or not string.strip():
+            pieces = " ".join(repr(piece) for piece in tokenizer.tokenize(string))
+            raise TautError(
+                f"memory.anchor: {string!r} is not one token of this tokenizer but {pieces or 'none'}: choose one of "
+                "these, or add the string to the tokenizer's vocabulary"
+            )
+        found += texts[string.strip()]
+    return tuple(sorted(set(found)))

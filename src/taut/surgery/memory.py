@@ -1,0 +1,118 @@
+"""The memory of a decoder: a hook before its forward that brings in our cache, and one after it."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from taut.core.errors import TautError
+from taut.core.site import MemorySite
+from taut.kernels.cache import Incoming, PositionedCache
+from taut.kernels.patterns import Marked
+from taut.methods.part import MemoryMethod
+from taut.surgery.attend import Serving, first_tokens, serving, switch
+
+
+def install_memory(model: PreTrainedModel, method: MemoryMethod, site: MemorySite) -> Callable[[], None]:
+    """Let the decoder at ``site.path`` use ``method``'s cache and pattern; returns what takes them out again."""
+    if method.pattern() is None and method.cache(site.layers) is None:
+        return lambda: None
+    base = model.get_submodule(site.path)
+    release = switch(model)
+    before = base.register_forward_pre_hook(Memory(method, site.layers), with_kwargs=True, prepend=True)
+    after = base.register_forward_hook(_finish, always_call=True)
+
+    def undo() -> None:
+        before.remove()
+        after.remove()
+        release()
+
+    return undo
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The hook before a decoder's forward: an empty stock cache becomes one of ours."""
+
+    method: MemoryMethod
+    layers: int
+
+    def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        given = {**inspect.signature(base.forward).bind_partial(*args).arguments, **kwargs}
+        cache = self._cache(base, given.get("past_key_values"), given.get("use_cache"))
+        if cache is not None:
+            given["past_key_values"] = cache
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        positioned = own if isinstance(own, PositionedCache) else None
+        pattern = self.method.pattern()
+        marked = positioned is None and isinstance(pattern, Marked)
+        incoming = self._incoming(given) if positioned is not None or marked else None
+        if positioned is not None:
+            if given.get("attention_mask") is None and positioned.starts is not None:
+                raise TautError(
+                    f"{self.method.id}: the cache holds left-padded rows: pass the attention_mask every time"
+                )
+            positioned.begin(incoming)
+        marks = self.method.marks(incoming) if marked else None
+        serving.set(Serving(pattern, positioned, marks))
+        return (), given
+
+    def _incoming(self, given: dict[str, Any]) -> Incoming:
+        """The new tokens of this call."""
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        tokens = given.get("inputs_embeds") if ids is None else ids
+        if mask is not None and mask.dim() != 2:
+            raise TautError(f"{self.method.id}: give a (batch, length) attention_mask, not one of {mask.dim()} axes")
+        queries = tokens.shape[1]
+        real = None if mask is None or bool(mask[:, -queries:].all()) else mask[:, -queries:].bool()
+        return Incoming(
+            queries, tokens.device, ids, real, first_tokens(mask), _restarts(given.get("position_ids"), mask)
+        )
+
+    def _cache(self, base: nn.Module, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache for this call: ours, new or handed back, or None where the model keeps none."""
+        if given is None:
+            use_cache = base.config.use_cache if use_cache is None else use_cache
+            training = base.training and getattr(base, "gradient_checkpointing", False)
+            if not use_cache or training:
+                return None
+            ours = self.method.cache(self.layers)
+            return EncoderDecoderCache(ours, DynamicCache()) if base.config.is_encoder_decoder else ours
+        own = given.self_attention_cache if isinstance(given, EncoderDecoderCache) else given
+        ours = self.method.cache(self.layers)
+        if type(own) is type(ours):
+            return given
+        if type(own) is not DynamicCache or not all(isinstance(layer, DynamicLayer) for layer in own.layers):
+            raise TautError(
+                f"{self.method.id} brings its own cache: drop cache_implementation, or past_key_values of type "
+                f"{type(own).__name__}"
+            )
+        if own.get_seq_length() > 0:
+            raise TautError(
+                f"{self.method.id}: past_key_values already holds {own.get_seq_length()} tokens in a stock cache; "
+                "start with an empty one, or with none"
+            )
+        return (
+            EncoderDecoderCache(ours, given.cross_attention_cache) if isinstance(given, EncoderDecoderCache) else ours
+        )
+
+
+def _restarts(positions: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """(B or 1, T) positions -> where a packed sequence begins; None unless that is what they say."""
+    if positions is None or mask is not None or positions.dim() != 2:
+        return None
+    first = torch.cat([torch.zeros_like(positions[:, :1], dtype=torch.bool), positions.diff() != 1], 1)
+    return first if bool(first.any()) else None
+
+
+def _finish(base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """The hook after a decoder's forward."""
+    memory = serving.get()
+    if memory is not None and memory.cache is not None:
+        memory.cache.finish()
+    serving.set(None)
