@@ -31,9 +31,7 @@ ALLOWED = {
     "launch": {"core"},
 }
 TORCH_FREE = ("core", "ledger", "comparison", "reporting", "cli", "display", "launch", "__main__")
-FILES = sorted(
-    path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).as_posix() not in ("__init__.py", "verbs.py")
-)
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("__init__.py", "verbs"))
 
 
 def _imports(path: Path) -> set[str]:

@@ -17,6 +17,7 @@ from taut.kernels.patterns import Marked
 
 ANCHOR, WHOLE, STEP = 1, 2, 4
 """A mark is the number of the segment times STEP, plus what the token is: an anchor, one that is kept for good."""
+FOREIGN = "this cache drops entries, so it serves only the model whose recipe made it"
 NO_IDS = "anchors follow from token ids: give input_ids, not inputs_embeds"
 
 
@@ -112,7 +113,7 @@ class AnchorLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """(B, H', T, K) new keys and values -> (B, H', S, K), all that this pass attends to."""
         if not self.ready:
-            raise TautError("this cache drops entries, so it serves only the model whose recipe made it")
+            raise TautError(FOREIGN)
         keys, values = super().update(key_states, value_states)
         self.seen += key_states.shape[2]
         self.settle(self.index)
@@ -191,6 +192,8 @@ class AnchorCache(PositionedCache):
         marks, after = self.anchoring.marks(incoming, before)
         first = self.layers[0].seen - (0 if self.starts is None else self.starts.to(device)[:, None])
         positions = (first + torch.arange(incoming.queries, device=device)).expand(marks.shape)
+        if incoming.real is not None:
+            positions = positions.masked_fill(~incoming.real, -1)
         old = len(self.held)
         self.held = self.held.then(Held(positions, marks))
         self.key_positions, self.marks = self.held.positions, (marks, self.held.marks)
@@ -210,6 +213,8 @@ class AnchorCache(PositionedCache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Number of keys in this forward pass, and 0."""
+        if self.held is None:
+            raise TautError(FOREIGN)
         return len(self.held), 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -226,7 +231,8 @@ class AnchorCache(PositionedCache):
         for each in self.pending:
             part = min(kept, each.queries)
             kept -= part
-            _, after = self.anchoring.marks(_first(each, part), after)
+            if part:
+                _, after = self.anchoring.marks(_first(each, part), after)
         self.held = self.held.until(len(self.held) - count)
         for layer in self.layers:
             layer.seen -= count

@@ -1,6 +1,6 @@
 """A cache that keeps one entry of every closed segment: its anchor."""
 
-from typing import Any, Self
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,7 +15,7 @@ NAMED = {"punctuation": (".", "!", "?")}
 
 class AnchorKnobs(Knobs):
     anchors: tuple[str, ...] = Field(
-        (), description="strings that end a segment, each one token of the tokenizer, or: punctuation"
+        (), description="strings that end a segment, each one token of the tokenizer; none at all: punctuation"
     )
     ids: tuple[int, ...] = Field((), description="the token ids of anchors; where strings are given, theirs")
     every: int | None = Field(None, ge=1, description="an anchor every so many tokens, instead of strings or ids")
@@ -31,14 +31,14 @@ class AnchorKnobs(Knobs):
     def _several(cls, given: Any) -> Any:
         return NAMED.get(given, (given,)) if isinstance(given, str) else given
 
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        ways = [name for name in ("anchors", "ids") if getattr(self, name)]
-        if self.every is not None and ways:
+    @model_validator(mode="before")
+    @classmethod
+    def _some_way(cls, given: Any) -> Any:
+        """Punctuation unless something else is said."""
+        ways = [name for name in ("anchors", "ids") if given.get(name)]
+        if given.get("every") is not None and ways:
             raise ValueError(f"give every or {ways[0]}, not both")
-        if self.every is None and not ways:
-            raise ValueError("give anchors, ids or every")
-        return self
+        return given if ways or given.get("every") is not None else {**given, "anchors": "punctuation"}
 
 
 class Anchor(MemoryMethod):

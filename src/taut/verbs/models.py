@@ -1,4 +1,4 @@
-"""One function per verb, for ``taut.X`` and for the command line alike. No logic lives here: rooms do the work."""
+"""Looking into a model, changing one, training one."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -6,25 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
-from taut.core.record import Quantity, Score
 from taut.core.registry import METHODS
+from taut.verbs.given import Progress, RecipeLike, read_dtype, read_texts, use_threads
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from taut.crossover import Crossovers
-    from taut.ledger import Ledger
-    from taut.retrieval.encoder import Encoder
-    from taut.retrieval.index import Index
-    from taut.runner import Outcome
     from taut.surgery.plan import Plan
     from taut.training.loop import Moment
     from taut.training.run import Trained
     from taut.training.spec import TrainSpec
-
-Progress = Callable[[int, int], None]
-RecipeLike = str | Path | dict | Recipe
 
 
 def methods(kind: str | None = None) -> list[dict[str, Any]]:
@@ -93,8 +86,8 @@ def apply(
             surgery.save(model, out)
         return model
     source = resolve(model)
-    options = {"dtype": _dtype(dtype), "device": device, "seed": seed, "progress": progress}
-    texts = _texts(text, exclude)
+    options = {"dtype": read_dtype(dtype), "device": device, "seed": seed, "progress": progress}
+    texts = read_texts(text, exclude)
     if heal:
         from taut.training.heal import tighten_and_heal
 
@@ -186,7 +179,7 @@ def load(
     """Open a model, tightened or not: picks the class, and raises TautError for any missing or unexpected key."""
     from taut.surgery.source import open_model, resolve
 
-    return open_model(resolve(model), _dtype(dtype), device, seed)
+    return open_model(resolve(model), read_dtype(dtype), device, seed)
 
 
 def show(folder: str | Path) -> dict[str, Any]:
@@ -213,180 +206,3 @@ def footprint(model: "PreTrainedModel") -> str:
     from taut.trial import footprint as describe
 
     return describe(model)
-
-
-def evaluate(
-    model: "str | Path | PreTrainedModel",
-    task: str,
-    *,
-    data: str | Path | None = None,
-    tokenizer: Any = None,
-    reference: "str | Path | PreTrainedModel | None" = None,
-    seed: int = 0,
-    device: str = "cpu",
-    dtype: "str | torch.dtype | None" = None,
-    progress: Progress | None = None,
-    **options: Any,
-) -> tuple[Score, ...]:
-    """Scores of a model on one task, each beside its shortcut baselines. Raises TautError for wrong input."""
-    from taut.trial import evaluate as run
-
-    options = options if data is None else {**options, "data": str(data)}
-    return run(model, task, options, tokenizer, reference, seed, device, _dtype(dtype), progress)
-
-
-def measure(
-    model: "str | Path | PreTrainedModel",
-    *,
-    against: "str | Path | PreTrainedModel | None" = None,
-    device: str = "cpu",
-    dtype: "str | torch.dtype | None" = None,
-    seed: int = 0,
-    progress: Callable[[str], None] | None = None,
-    **options: Any,
-) -> dict[str, Quantity]:
-    """Size, FLOPs, latency, memory and energy of a model; with ``against``, interleaved ratios to another one."""
-    from taut.trial import measure as run
-
-    return run(model, against, options, device, _dtype(dtype), seed, progress)
-
-
-def vectors(
-    model: "str | Path | PreTrainedModel",
-    tokenizer: Any = None,
-    *,
-    pooling: str | None = None,
-    max_length: int | None = None,
-    dtype: "str | torch.dtype | None" = None,
-    device: str = "cpu",
-    seed: int = 0,
-) -> "Encoder":
-    """Sentence vectors of a model: ``encode(sentences, width)`` gives unit rows, ``index(documents, code)`` something
-    to search in. Pooling is what the model's folder says, else the mean. Raises TautError for wrong input."""
-    from taut.retrieval.encoder import open_encoder
-
-    return open_encoder(
-        model, tokenizer, pooling=pooling, max_length=max_length, dtype=_dtype(dtype), device=device, seed=seed
-    )
-
-
-def index(
-    model: "str | Path | PreTrainedModel",
-    documents: str | Path | Sequence[str],
-    out: str | Path | None = None,
-    *,
-    tokenizer: Any = None,
-    dtype: "str | torch.dtype | None" = None,
-    device: str = "cpu",
-    seed: int = 0,
-    progress: Progress | None = None,
-    **options: Any,
-) -> "Index":
-    """An index of documents by their sentence vectors; with ``out``, also written to that folder.
-
-    ``documents`` is a list, or the name of a text: its paragraphs, or its lines where none is blank. ``options``: code
-    (float, int8, binary, pq), width, rotate, bytes, finer. Raises TautError for wrong input.
-    """
-    from taut.retrieval.encoder import documents_of
-    from taut.surgery.apply import check_writable
-
-    if out is not None:
-        check_writable(Path(out).absolute())
-    texts = documents_of(documents) if isinstance(documents, str | Path) else documents
-    encoder = vectors(model, tokenizer, dtype=dtype, device=device, seed=seed)
-    built = encoder.index(texts, keep_texts=True, seed=seed, progress=progress, **options)
-    if out is not None:
-        built.save(out)
-    return built
-
-
-def search(
-    index: "str | Path | Index",
-    queries: Sequence[str],
-    k: int = 10,
-    *,
-    model: "str | Path | PreTrainedModel | None" = None,
-    tokenizer: Any = None,
-    dtype: "str | torch.dtype | None" = None,
-    device: str = "cpu",
-    candidates: int | None = None,
-) -> list[list[dict[str, Any]]]:
-    """The k nearest documents of each query, as ``score``, ``id`` and ``text``. ``model`` None is the one the index was
-    made with. Raises TautError for wrong input."""
-    from taut.retrieval.index import Index
-
-    opened = index if isinstance(index, Index) else Index.load(index)
-    encoder = vectors(model or opened.model, tokenizer, dtype=dtype, device=device)
-    return opened.describe(opened.search(encoder.encode(queries), k, candidates=candidates))
-
-
-def compare(
-    study: str | Path,
-    recipes: Sequence[str] = (),
-    *,
-    ledger: str | Path | None = None,
-    report: str | Path | None = None,
-    figures: str | Path | None = None,
-    only: Sequence[str] = (),
-    device: str | None = None,
-    threads: int | None = None,
-    **options: Any,
-) -> "Outcome":
-    """Run a study, resuming what the ledger holds, and draw the report.
-
-    ``study`` is a YAML file; or a MODEL, with ``recipes`` (files, names or a shipped set such as ``light``) and
-    further fields of a study as ``options`` (tasks, seeds, measure, limits, dtype). ``only`` names the recipes to run
-    (``dense`` and ``identity`` always are). The ledger is a folder, ``runs/NAME`` by default. Raises TautError for
-    wrong input, before anything runs.
-    """
-    from taut import runner
-
-    use_threads(threads)
-    outcome = runner.compare(study, recipes, ledger=ledger, only=only, device=device, threads=threads, **options)
-    if not outcome.interrupted and (report is not None or figures is not None):
-        draw(outcome.ledger, report, figures=figures)
-    return outcome
-
-
-def report(ledger: "Ledger | str | Path", out: str | Path | None, *, figures: str | Path | None = None) -> Path | None:
-    """Draw the report of a ledger: one self-contained page, and PNG figures with ``figures``."""
-    from taut.reporting.page import write
-
-    return write(ledger, out, figures)
-
-
-draw = report
-"""The verb under a second name, for ``compare``, whose option ``report`` hides it."""
-
-
-def check(method: str, families: Sequence[str] = (), knobs: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Run the contract suite on one method; a row per check and case: ``passed``, ``skipped`` or ``failed``, why."""
-    from taut.contract.suite import run
-
-    return run(method, tuple(families), knobs)
-
-
-def use_threads(threads: int | None) -> None:
-    """Processor threads for everything from here on; None leaves them as they are."""
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-def _texts(text: str | Path | None, exclude: Sequence[str] = ()) -> Iterable[str]:
-    from taut.data import Data, calibration_texts
-
-    taken = [Data(name, "all", tuple((row,) for row in calibration_texts(name))) for name in exclude]
-    return () if text is None else calibration_texts(text, taken)
-
-
-def _dtype(dtype: Any) -> Any:
-    import torch
-
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, str(dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise TautError(f"dtype = {dtype!r}: expected float32, bfloat16, float16 or float64")
-    return found

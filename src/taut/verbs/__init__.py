@@ -1,0 +1,41 @@
+"""One function per verb, for ``taut.X`` and for the command line alike. No logic lives here: rooms do the work."""
+
+from taut.verbs.given import use_threads
+from taut.verbs.models import (
+    apply,
+    calibrate,
+    export,
+    footprint,
+    heal,
+    load,
+    methods,
+    plan,
+    show,
+    train,
+    undo,
+)
+from taut.verbs.studies import check, compare, evaluate, measure, report
+from taut.verbs.vectors import index, search, vectors
+
+__all__ = (
+    "apply",
+    "calibrate",
+    "check",
+    "compare",
+    "evaluate",
+    "export",
+    "footprint",
+    "heal",
+    "index",
+    "load",
+    "measure",
+    "methods",
+    "plan",
+    "report",
+    "search",
+    "show",
+    "train",
+    "undo",
+    "use_threads",
+    "vectors",
+)

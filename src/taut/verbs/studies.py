@@ -1,0 +1,97 @@
+"""Judging models: scores, costs, studies, reports, contracts."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taut.core.record import Quantity, Score
+from taut.verbs.given import Progress, read_dtype, use_threads
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from taut.ledger import Ledger
+    from taut.runner import Outcome
+
+
+def evaluate(
+    model: "str | Path | PreTrainedModel",
+    task: str,
+    *,
+    data: str | Path | None = None,
+    tokenizer: Any = None,
+    reference: "str | Path | PreTrainedModel | None" = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: "str | torch.dtype | None" = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> tuple[Score, ...]:
+    """Scores of a model on one task, each beside its shortcut baselines. Raises TautError for wrong input."""
+    from taut.trial import evaluate as run
+
+    options = options if data is None else {**options, "data": str(data)}
+    return run(model, task, options, tokenizer, reference, seed, device, read_dtype(dtype), progress)
+
+
+def measure(
+    model: "str | Path | PreTrainedModel",
+    *,
+    against: "str | Path | PreTrainedModel | None" = None,
+    device: str = "cpu",
+    dtype: "str | torch.dtype | None" = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
+) -> dict[str, Quantity]:
+    """Size, FLOPs, latency, memory and energy of a model; with ``against``, interleaved ratios to another one."""
+    from taut.trial import measure as run
+
+    return run(model, against, options, device, read_dtype(dtype), seed, progress)
+
+
+def compare(
+    study: str | Path,
+    recipes: Sequence[str] = (),
+    *,
+    ledger: str | Path | None = None,
+    report: str | Path | None = None,
+    figures: str | Path | None = None,
+    only: Sequence[str] = (),
+    device: str | None = None,
+    threads: int | None = None,
+    **options: Any,
+) -> "Outcome":
+    """Run a study, resuming what the ledger holds, and draw the report.
+
+    ``study`` is a YAML file; or a MODEL, with ``recipes`` (files, names or a shipped set such as ``light``) and
+    further fields of a study as ``options`` (tasks, seeds, measure, limits, dtype). ``only`` names the recipes to run
+    (``dense`` and ``identity`` always are). The ledger is a folder, ``runs/NAME`` by default. Raises TautError for
+    wrong input, before anything runs.
+    """
+    from taut import runner
+
+    use_threads(threads)
+    outcome = runner.compare(study, recipes, ledger=ledger, only=only, device=device, threads=threads, **options)
+    if not outcome.interrupted and (report is not None or figures is not None):
+        draw(outcome.ledger, report, figures=figures)
+    return outcome
+
+
+def report(ledger: "Ledger | str | Path", out: str | Path | None, *, figures: str | Path | None = None) -> Path | None:
+    """Draw the report of a ledger: one self-contained page, and PNG figures with ``figures``."""
+    from taut.reporting.page import write
+
+    return write(ledger, out, figures)
+
+
+draw = report
+"""The verb under a second name, for ``compare``, whose option ``report`` hides it."""
+
+
+def check(method: str, families: Sequence[str] = (), knobs: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Run the contract suite on one method; a row per check and case: ``passed``, ``skipped`` or ``failed``, why."""
+    from taut.contract.suite import run
+
+    return run(method, tuple(families), knobs)

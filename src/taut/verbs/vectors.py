@@ -1,0 +1,83 @@
+"""Sentence vectors, and search in them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taut.verbs.given import Progress, read_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from taut.retrieval.encoder import Encoder
+    from taut.retrieval.index import Index
+
+
+def vectors(
+    model: "str | Path | PreTrainedModel",
+    tokenizer: Any = None,
+    *,
+    pooling: str | None = None,
+    max_length: int | None = None,
+    dtype: "str | torch.dtype | None" = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> "Encoder":
+    """Sentence vectors of a model: ``encode(sentences, width)`` gives unit rows, ``index(documents, code)`` something
+    to search in. Pooling is what the model's folder says, else the mean. Raises TautError for wrong input."""
+    from taut.retrieval.encoder import open_encoder
+
+    return open_encoder(
+        model, tokenizer, pooling=pooling, max_length=max_length, dtype=read_dtype(dtype), device=device, seed=seed
+    )
+
+
+def index(
+    model: "str | Path | PreTrainedModel",
+    documents: str | Path | Sequence[str],
+    out: str | Path | None = None,
+    *,
+    tokenizer: Any = None,
+    dtype: "str | torch.dtype | None" = None,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+    **options: Any,
+) -> "Index":
+    """An index of documents by their sentence vectors; with ``out``, also written to that folder.
+
+    ``documents`` is a list, or the name of a text: its paragraphs, or its lines where none is blank. ``options``: code
+    (float, int8, binary, pq), width, rotate, bytes, finer. Raises TautError for wrong input.
+    """
+    from taut.retrieval.encoder import documents_of
+    from taut.surgery.apply import check_writable
+
+    if out is not None:
+        check_writable(Path(out).absolute())
+    texts = documents_of(documents) if isinstance(documents, str | Path) else documents
+    encoder = vectors(model, tokenizer, dtype=dtype, device=device, seed=seed)
+    built = encoder.index(texts, keep_texts=True, seed=seed, progress=progress, **options)
+    if out is not None:
+        built.save(out)
+    return built
+
+
+def search(
+    index: "str | Path | Index",
+    queries: Sequence[str],
+    k: int = 10,
+    *,
+    model: "str | Path | PreTrainedModel | None" = None,
+    tokenizer: Any = None,
+    dtype: "str | torch.dtype | None" = None,
+    device: str = "cpu",
+    candidates: int | None = None,
+) -> list[list[dict[str, Any]]]:
+    """The k nearest documents of each query, as ``score``, ``id`` and ``text``. ``model`` None is the one the index was
+    made with. Raises TautError for wrong input."""
+    from taut.retrieval.index import Index
+
+    opened = index if isinstance(index, Index) else Index.load(index)
+    encoder = vectors(model or opened.model, tokenizer, dtype=dtype, device=device)
+    return opened.describe(opened.search(encoder.encode(queries), k, candidates=candidates))
