@@ -18,6 +18,7 @@ ALLOWED = {
     "tasks": {"core", "data"},
     "retrieval": {"core", "data", "kernels", "surgery", "tasks"},
     "training": {"core", "data", "anatomy", "methods", "surgery"},
+    "generation": {"core", "kernels", "anatomy", "surgery"},
     "contract": {"core", "kernels", "anatomy", "methods", "surgery", "training"},
     "comparison": {"core", "ledger"},
     "reporting": {"core", "ledger", "comparison"},

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from taut.cli import models, studies, tools, vectors
+from taut.cli import models, studies, text, tools, vectors
 from taut.cli.app import app
 from taut.core.errors import TautError
 
-__all__ = ["app", "main", "models", "studies", "tools", "vectors"]
+__all__ = ["app", "main", "models", "studies", "text", "tools", "vectors"]
 
 
 def main() -> None:

@@ -243,6 +243,16 @@ class AnchorCache(PositionedCache):
         for layer in self.layers:
             layer.settle(index)
 
+    def state(self) -> dict[str, Tensor]:
+        held = {"positions": self.held.positions, "marks": self.held.marks}
+        return held | vars(self.open) | {"seen": torch.tensor(self.layers[0].seen)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.held = Held(state["positions"], state["marks"])
+        self.open = Open(state["segment"], state["length"], state["source"])
+        for layer in self.layers:
+            layer.seen = int(state["seen"])
+
     def reset(self) -> None:
         super().reset()
         self.held = self.open = None

@@ -47,6 +47,14 @@ class PositionedCache(DynamicCache, ABC):
     def finish(self) -> None:
         """The forward pass is over."""
 
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """What a file needs besides the keys and values of each layer, between two forward passes."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from ``state``, once the layers have their keys and values."""
+
 
 def gathered(held: Tensor, index: Tensor) -> Tensor:
     """The columns ``index`` (B or 1, C) of ``held`` (B, H', S, K)."""

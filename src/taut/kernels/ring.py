@@ -138,6 +138,13 @@ class RingCache(PositionedCache):
         for each in self.layers:
             each.turn = None
 
+    def state(self) -> dict[str, Tensor]:
+        return {"seen": torch.tensor(self.layers[0].seen)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for layer in self.layers:
+            layer.seen = int(state["seen"])
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Number of keys in this forward pass, and 0."""
         return self.width, 0

@@ -15,6 +15,7 @@ from taut.verbs.models import (
     undo,
 )
 from taut.verbs.studies import check, compare, evaluate, measure, report
+from taut.verbs.text import generate, prefix
 from taut.verbs.vectors import index, search, vectors
 
 __all__ = (
@@ -25,12 +26,14 @@ __all__ = (
     "evaluate",
     "export",
     "footprint",
+    "generate",
     "heal",
     "index",
     "load",
     "measure",
     "methods",
     "plan",
+    "prefix",
     "report",
     "search",
     "show",

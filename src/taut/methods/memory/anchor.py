@@ -103,17 +103,17 @@ class Anchor(MemoryMethod):
 
 
 def _ids_of(strings: tuple[str, ...], tokenizer: Any) -> tuple[int, ...]:
-    """The ids of all tokens that read as one of ``strings``, spaces around them aside."""
+    """The ids of all tokens that read as one of ``strings``, spaces around them aside. Of a named set those that the
+    vocabulary has, at least one; of others each must be there."""
     texts: dict[str, list[int]] = {}
     for index in range(len(tokenizer)):
         texts.setdefault(tokenizer.decode([index]).strip(), []).append(index)
-    found: list[int] = []
-    for string in strings:
-        if string.strip() not in texts or not string.strip():
-            pieces = " ".join(repr(piece) for piece in tokenizer.tokenize(string))
-            raise TautError(
-                f"memory.anchor: {string!r} is not one token of this tokenizer but {pieces or 'none'}: choose one of "
-                "these, or add the string to the tokenizer's vocabulary"
-            )
-        found += texts[string.strip()]
-    return tuple(sorted(set(found)))
+    wanted = [string.strip() for string in strings]
+    missing = [string for string in wanted if not string or string not in texts]
+    if missing and (strings not in NAMED.values() or len(missing) == len(wanted)):
+        pieces = ", ".join(repr(piece) for piece in tokenizer.tokenize(missing[0]))
+        raise TautError(
+            f"memory.anchor: {missing[0]!r} is not one token of this tokenizer but {pieces or 'none'}: choose one of "
+            "these, or add the string to the tokenizer's vocabulary"
+        )
+    return tuple(sorted({index for string in wanted for index in texts.get(string, ())}))

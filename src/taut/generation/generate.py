@@ -1,0 +1,127 @@
+"""A decoder's continuation of a prompt, piece by piece, and what it cost."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from taut.anatomy.locate import locate
+from taut.core.errors import TautError
+from taut.core.site import MemorySite
+from taut.generation.prefix import Prefix, check_length, empty_cache
+
+
+@dataclass(frozen=True)
+class Generated:
+    """``text`` that follows the prompt and its ``ids`` (N,). ``first_seconds`` passed until the first token,
+    ``seconds`` in all; ``cache_bytes`` are the keys and values held at the end, ``full_cache_bytes`` those of a cache
+    that drops nothing."""
+
+    text: str
+    ids: Tensor
+    prompt_tokens: int
+    prefix_tokens: int
+    first_seconds: float
+    seconds: float
+    cache_bytes: int
+    full_cache_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the tokens after the first; None when there was one only."""
+        later = len(self.ids) - 1
+        return later / (self.seconds - self.first_seconds) if later > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For scripts."""
+        numbers = {name: value for name, value in vars(self).items() if name != "ids"}
+        return numbers | {"tokens": len(self.ids), "tokens_per_second": self.tokens_per_second}
+
+    def sentence(self) -> str:
+        """For people."""
+        rate = f"{self.tokens_per_second:.1f} tokens/s, " if self.tokens_per_second else ""
+        share = self.cache_bytes / self.full_cache_bytes
+        before = f"{self.prefix_tokens} from the prefix + " if self.prefix_tokens else ""
+        return (
+            f"{len(self.ids)} tokens after {before}{self.prompt_tokens}, first after {self.first_seconds:.2f} s, {rate}"
+            f"cache {self.cache_bytes:,} bytes: {share:.1%} of the {self.full_cache_bytes:,} of a full one"
+        )
+
+
+class _Pieces(TextStreamer):
+    """Hands finished pieces of text on, and notes when the first token came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.tell = tell
+        self.first: float | None = None
+
+    def put(self, value: Tensor) -> None:
+        # The prompt comes first.
+        if not self.next_tokens_are_prompt and self.first is None:
+            self.first = time.perf_counter()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.tell(text)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    prefix: Prefix | None = None,
+    tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda piece: None,
+) -> Generated:
+    """At most ``tokens`` tokens that follow ``prefix`` and ``prompt``, the likeliest one each time at ``temperature``
+    0. ``tell`` hears finished pieces of text at once.
+
+    Raises TautError for an empty prompt, one beyond the model's positions, and a model that is no decoder.
+    """
+    begins = prefix is None
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=begins).input_ids.to(model.device)
+    if not prompt or not ids.shape[1]:
+        raise TautError("the prompt is empty: give at least one token")
+    earlier = 0 if prefix is None else len(prefix.ids)
+    check_length(model, earlier + ids.shape[1] + tokens)
+    pieces = _Pieces(tokenizer, tell)
+    chosen: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": tokens}
+    if temperature > 0:
+        torch.manual_seed(seed)
+        chosen["temperature"] = temperature
+    whole = ids if prefix is None else prefix.before(ids)
+    started = time.perf_counter()
+    found = model.generate(
+        whole,
+        attention_mask=torch.ones_like(whole),
+        past_key_values=empty_cache(model) if prefix is None else prefix.cache(),
+        streamer=pieces,
+        return_dict_in_generate=True,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **chosen,
+    )
+    seconds = time.perf_counter() - started
+    new = found.sequences[0, whole.shape[1] :]
+    cache = found.past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    site = next(site for site in locate(model).sites if isinstance(site, MemorySite))
+    first = (pieces.first or time.perf_counter()) - started
+    return Generated(
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        ids=new,
+        prompt_tokens=ids.shape[1],
+        prefix_tokens=earlier,
+        first_seconds=first,
+        seconds=seconds,
+        cache_bytes=held,
+        full_cache_bytes=site.entry_bytes * cache.get_seq_length(),
+    )
