@@ -185,6 +185,12 @@ def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     assert losses == unbroken
 
 
+def test_a_run_that_learned_nothing_binds_nobody(tmp_path: Path) -> None:
+    lost = train(small(tmp_path, learning_rate=1e9), tmp_path / "out")
+    assert (lost.status, newest(tmp_path / "out.state")) == ("failed", None)
+    assert train(small(tmp_path), tmp_path / "out").status == "done"
+
+
 def test_a_loss_that_runs_away_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin, total, steps = LanguageModelling.begin, LanguageModelling.total, []
 

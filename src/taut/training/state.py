@@ -26,6 +26,9 @@ def claim(state: Path, spec: TrainSpec, text: str) -> None:
     """Make the folder, or take over what an earlier run of the same spec left; what was cut off is removed. ``text`` is
     the hash of what is learned from. Raises TautError for another run's folder."""
     check(state, spec, text)
+    if state.is_dir() and newest(state) is None:
+        # Nothing was learned there: neither its spec nor its tokenizer binds anybody.
+        shutil.rmtree(state, ignore_errors=True)
     state.mkdir(parents=True, exist_ok=True)
     # Under its name only when it is whole: a kill may come at any time.
     fresh = state / f"{RUN}.new"
@@ -35,8 +38,8 @@ def claim(state: Path, spec: TrainSpec, text: str) -> None:
 
 
 def check(state: Path, spec: TrainSpec, text: str) -> None:
-    """Raises TautError when the folder belongs to another run, naming the difference."""
-    if not (state / RUN).is_file():
+    """Raises TautError when the folder belongs to another run that has learned something, naming the difference."""
+    if not (state / RUN).is_file() or newest(state) is None:
         return
     other = json.loads((state / RUN).read_text())
     change = spec.change(other["spec"])
