@@ -12,11 +12,12 @@ from tiny_tokenizer import SIZE, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import taut
 from taut import data
 from taut.contract.tiny import tiny
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.tasks import agreement, perplexity
+from taut.tasks import agreement, loss_by_position, perplexity
 from taut.tasks._language import causal_windows, masked_windows, same_length_batches, tokenize
 
 TEXT = "The statement is executed once. An exception is raised if no handler is found; naïve code fails.\n" * 4
@@ -219,3 +220,51 @@ def test_a_real_decoder_knows_its_stories():
     assert token.quantity.value == pytest.approx(4.06, abs=0.02)
     assert byte.quantity.value == pytest.approx(0.96, abs=0.01)
     assert token.baselines["unigram"] > 100
+
+
+# loss_by_position
+
+
+def test_loss_by_position_by_hand(tmp_path: Path):
+    subject, tokenizer = model("llama"), tiny_tokenizer()
+    options = {"data": text_file(tmp_path, TEXT * 3), "max_length": 40}
+    found = values(loss_by_position.LossByPosition.parse(options).evaluate(subject, tokenizer))
+    ids = tokenizer(TEXT * 3, add_special_tokens=False)["input_ids"]
+    nats = []
+    for start in range(0, len(ids) - 38, 39):
+        row = torch.tensor([[tokenizer.bos_token_id, *ids[start : start + 39]]])
+        scores = subject(row).logits[0, :-1].detach().double()
+        nats.append(nn.functional.cross_entropy(scores, row[0, 1:], reduction="none"))
+    table = torch.stack(nats)
+    first, second = table[:, :15].mean(), table[:, 15:31].mean()
+    assert found["loss_at_1_to_15"] == pytest.approx(float(first), abs=1e-5)
+    assert found["loss_at_16_to_31"] == pytest.approx(float(second), abs=1e-5)
+    assert found["gain_of_last_doubling"] == pytest.approx(float(first - second), abs=1e-5)
+    assert len(found) == 3
+
+
+def test_loss_by_position_keeps_falling_only_where_context_is_seen(tmp_path: Path):
+    """A model that copies from far back gains by context; under a short window it does not."""
+    subject = model("llama", max_position_embeddings=128)
+    options = {"data": text_file(tmp_path, TEXT * 8), "max_length": 128}
+    tokenizer = tiny_tokenizer()
+    ids = torch.tensor([tokenizer(TEXT * 8, add_special_tokens=False)["input_ids"][: 127 * 6]]).view(6, 127)
+    rows = torch.cat([torch.full((6, 1), tokenizer.bos_token_id), ids], 1)
+    optimizer = torch.optim.Adam(subject.parameters(), 1e-2)
+    subject.train()
+    for _ in range(60):
+        optimizer.zero_grad()
+        subject(rows, labels=rows).loss.backward()
+        optimizer.step()
+    whole = values(loss_by_position.LossByPosition.parse(options).evaluate(subject, tokenizer))
+    short = taut.apply(subject, {"memory": {"method": "window_sink", "sinks": 0, "window": 2}})
+    cut = values(loss_by_position.LossByPosition.parse(options).evaluate(short, tokenizer))
+    assert whole["loss_at_64_to_127"] < cut["loss_at_64_to_127"]
+
+
+def test_loss_by_position_says_what_it_needs(tmp_path: Path):
+    task = loss_by_position.LossByPosition.parse({"data": text_file(tmp_path, TEXT[:90])})
+    with pytest.raises(TautError, match="two of each at least"):
+        task.evaluate(model("llama"), tiny_tokenizer())
+    assert "does not predict the next token" in task.fits(model("bert"))
+    assert loss_by_position.places(100) == [(1, 16), (16, 32), (32, 64)]

@@ -1,0 +1,112 @@
+"""How a language model's loss falls with the context that it has: does it use what lies far back?"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taut import data
+from taut.core.errors import TautError
+from taut.core.record import Score
+from taut.tasks import task
+from taut.tasks._encode import usable_length
+from taut.tasks._language import causal_windows, logits, surprise, tokenize
+from taut.tasks.task import Progress, Task, kind
+
+FIRST = 16
+"""Tokens of context at most in the first range; every further range ends at twice the context."""
+
+
+class Knobs(task.Knobs):
+    """Options of loss_by_position."""
+
+    data: str = Field("python_topics", description="running text")
+    limit: int | None = Field(100_000, ge=1, description="characters, from the start of the text")
+    batch_size: int = Field(8, ge=1, le=4096, description="windows run at once; does not change the score")
+    max_length: int = Field(512, ge=2 * FIRST, description="tokens of a window, all read from its first one on")
+
+
+class LossByPosition(Task):
+    """The text is cut into windows side by side, each read from its own first token, so a token's place is its context.
+    The mean loss of each range of places, and by how much the last doubling of context lowers it.
+    """
+
+    id = "loss_by_position"
+    summary = "loss of tokens with much and with little context: whether what lies far back is used"
+    Knobs: ClassVar[type[Knobs]] = Knobs
+
+    def fits(self, model: PreTrainedModel) -> str | None:
+        found = kind(model)
+        return None if found == "causal" else f"{type(model).__name__} does not predict the next token ({found})"
+
+    def evaluated(self) -> data.Data:
+        return data.paragraphs(self.knobs.data, self.knobs.split, self.knobs.limit)
+
+    def scores(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        progress: Progress,
+        reference: PreTrainedModel | None,
+    ) -> tuple[Score, ...]:
+        source = data.text(self.knobs.data, self.knobs.split, self.knobs.limit)
+        tokens = tokenize(tokenizer, source.rows[0][0])
+        length = usable_length(model, tokenizer, self.knobs.max_length)
+        opening = int(tokenizer.bos_token_id is not None)
+        windows = causal_windows(tokens, tokenizer.bos_token_id, length, length - opening)
+        rows = [window.ids for window in windows if len(window.ids) == length]
+        ranges = places(length)
+        if len(rows) < 2 or len(ranges) < 2:
+            raise TautError(
+                f"task {self.id}: {len(tokens.ids)} tokens in windows of {length} give {len(rows)} windows and "
+                f"{len(ranges)} ranges of places: two of each at least; change max_length, or take a longer text"
+            )
+        losses = self._losses(model, rows, progress)
+        facts = source.facts(len(rows))
+        how = f"{len(rows)} windows of {length} tokens side by side, {'BOS first' if opening else 'no BOS'}"
+        found = [
+            self.score(
+                f"loss_at_{first}_to_{last - 1}",
+                "nats a token",
+                f"{how}; tokens with {first} to {last - 1} tokens before them; samples: the mean of each window",
+                losses[:, first - 1 : last - 1].mean(1).tolist(),
+                "lower",
+                facts,
+            )
+            for first, last in ranges
+        ]
+        before, after = (losses[:, first - 1 : last - 1].mean(1) for first, last in ranges[-2:])
+        found.append(
+            self.score(
+                "gain_of_last_doubling",
+                "nats a token",
+                f"{how}; loss of the last range but one minus that of the last",
+                (before - after).tolist(),
+                "higher",
+                facts,
+            )
+        )
+        return tuple(found)
+
+    @torch.inference_mode()
+    def _losses(self, model: PreTrainedModel, rows: Sequence[Sequence[int]], progress: Progress) -> torch.Tensor:
+        """(N, length - 1) float64 nats of every token but the first of each window."""
+        found: list[torch.Tensor] = []
+        size = self.knobs.batch_size
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            for scores, ids in zip(logits(model, batch), batch, strict=True):
+                found.append(surprise(scores[:-1], ids[1:]))
+            progress(len(found), len(rows))
+        return torch.stack(found)
+
+
+def places(length: int) -> list[tuple[int, int]]:
+    """Ranges of places (first, last exclusive) in a window: 1 to 15, 16 to 31, 32 to 63, ..., whole ones only."""
+    ends = [FIRST]
+    while 2 * ends[-1] <= length:
+        ends.append(2 * ends[-1])
+    return list(zip([1, *ends[:-1]], ends, strict=True))
