@@ -268,3 +268,18 @@ def test_loss_by_position_says_what_it_needs(tmp_path: Path):
         task.evaluate(model("llama"), tiny_tokenizer())
     assert "does not predict the next token" in task.fits(model("bert"))
     assert loss_by_position.places(100) == [(1, 16), (16, 32), (32, 64)]
+
+
+@pytest.mark.parametrize(
+    "memory", [None, {"method": "window_sink", "sinks": 1, "window": 6}, {"method": "anchor", "every": 5}]
+)
+@pytest.mark.parametrize("cached", [1, 7])
+def test_through_the_cache_or_at_once_is_the_same(memory: dict | None, cached: int, tmp_path: Path):
+    subject = tiny("llama", vocab_size=SIZE, dtype=torch.float64)
+    if memory:
+        taut.apply(subject, {"memory": memory})
+    options = {"data": text_file(tmp_path, TEXT[:150]), "max_length": 40}
+    for task in (perplexity.Perplexity, loss_by_position.LossByPosition):
+        at_once = values(task.parse(options).evaluate(subject, tiny_tokenizer()))
+        pieces = values(task.parse(options | {"cached": cached}).evaluate(subject, tiny_tokenizer()))
+        assert pieces == pytest.approx(at_once, rel=1e-6)

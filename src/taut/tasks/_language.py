@@ -9,6 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.core.errors import TautError
 
+CACHED = "read so many tokens at a time through the cache, as generation does: for memories that choose what they keep"
+"""What the option ``cached`` of a task says."""
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -107,10 +110,19 @@ def same_length_batches(windows: Sequence[Window], size: int) -> Iterator[list[i
         yield batch
 
 
-def logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """B rows of T ids -> (B, T, V) in the model's dtype. No cache: it would cost memory and is never read."""
+def logits(model: PreTrainedModel, rows: Sequence[Sequence[int]], cached: int | None = None) -> Tensor:
+    """B rows of T ids -> (B, T, V) in the model's dtype. In one pass without a cache, which would cost memory and never
+    be read; or ``cached`` tokens at a time through the cache, as generation does it."""
     table = torch.tensor(rows, device=model.device)
-    return model(input_ids=table, use_cache=False).logits if model.can_generate() else model(input_ids=table).logits
+    if cached is None:
+        given = {"use_cache": False} if model.can_generate() else {}
+        return model(input_ids=table, **given).logits
+    pieces, past = [], None
+    for piece in table.split(cached, dim=1):
+        answer = model(input_ids=piece, past_key_values=past, use_cache=True)
+        past = answer.past_key_values
+        pieces.append(answer.logits)
+    return torch.cat(pieces, 1)
 
 
 def surprise(scores: Tensor, targets: Sequence[int]) -> Tensor:

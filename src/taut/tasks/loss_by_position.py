@@ -12,7 +12,7 @@ from taut.core.errors import TautError
 from taut.core.record import Score
 from taut.tasks import task
 from taut.tasks._encode import usable_length
-from taut.tasks._language import causal_windows, logits, surprise, tokenize
+from taut.tasks._language import CACHED, causal_windows, logits, surprise, tokenize
 from taut.tasks.task import Progress, Task, kind
 
 FIRST = 16
@@ -26,6 +26,7 @@ class Knobs(task.Knobs):
     limit: int | None = Field(100_000, ge=1, description="characters, from the start of the text")
     batch_size: int = Field(8, ge=1, le=4096, description="windows run at once; does not change the score")
     max_length: int = Field(512, ge=2 * FIRST, description="tokens of a window, all read from its first one on")
+    cached: int | None = Field(None, ge=1, description=CACHED)
 
 
 class LossByPosition(Task):
@@ -67,6 +68,7 @@ class LossByPosition(Task):
         losses = self._losses(model, rows, progress)
         facts = source.facts(len(rows))
         how = f"{len(rows)} windows of {length} tokens side by side, {'BOS first' if opening else 'no BOS'}"
+        how += f", {self.knobs.cached} at a time through the cache" if self.knobs.cached else ""
         found = [
             self.score(
                 f"loss_at_{first}_to_{last - 1}",
@@ -98,7 +100,7 @@ class LossByPosition(Task):
         size = self.knobs.batch_size
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
-            for scores, ids in zip(logits(model, batch), batch, strict=True):
+            for scores, ids in zip(logits(model, batch, self.knobs.cached), batch, strict=True):
                 found.append(surprise(scores[:-1], ids[1:]))
             progress(len(found), len(rows))
         return torch.stack(found)

@@ -14,6 +14,7 @@ from taut.core.record import Score
 from taut.tasks import task
 from taut.tasks._encode import usable_length
 from taut.tasks._language import (
+    CACHED,
     Window,
     causal_windows,
     logits,
@@ -35,6 +36,7 @@ class Knobs(task.Knobs):
     limit: int | None = Field(None, ge=1, description="characters, from the start of the text; 100,000 (masked: 2,000)")
     batch_size: int = Field(8, ge=1, le=4096, description="windows run at once; does not change the score")
     stride: int | None = Field(None, ge=1, description="tokens from window to window; half a window when left out")
+    cached: int | None = Field(None, ge=1, description=CACHED)
     together: int = Field(1, ge=1, description="tokens masked in one pass; 1 is the published pseudo-perplexity")
 
 
@@ -118,14 +120,16 @@ class Perplexity(Task):
         if not causal:
             return f"{self.knobs.together} masked at a time"
         opening = "no BOS, first token not scored" if tokenizer.bos_token_id is None else "BOS first"
-        return f"stride {self.knobs.stride or 'half a window'}, {opening}"
+        cached = f", {self.knobs.cached} at a time through the cache" if self.knobs.cached else ""
+        return f"stride {self.knobs.stride or 'half a window'}, {opening}{cached}"
 
     @torch.inference_mode()
     def _causal(self, model: PreTrainedModel, windows: Sequence[Window], progress: Progress) -> list[float]:
         """Nats of the scored tokens of each window."""
         nats: list[float] = []
         for batch in same_length_batches(windows, self.knobs.batch_size):
-            for row, index in zip(logits(model, [windows[i].ids for i in batch]), batch, strict=True):
+            rows = [windows[index].ids for index in batch]
+            for row, index in zip(logits(model, rows, self.knobs.cached), batch, strict=True):
                 scored = windows[index].scored
                 targets = windows[index].ids[scored]
                 nats.append(float(surprise(row[scored.start - 1 : scored.stop - 1], targets).sum()))
