@@ -159,6 +159,11 @@ class RingCache(PositionedCache):
                 each.keys, each.values = each.keys[:, :, :-count], each.values[:, :, :-count]
             each.settle(index)
 
+    def detach(self) -> None:
+        """Let no gradient reach what is held: what comes next takes it as given."""
+        for each in self.layers:
+            each.keys, each.values = each.keys.detach(), each.values.detach()
+
     def _counts(self, seen: int, device: torch.device) -> Tensor:
         """How many real tokens each row has among the first ``seen``: (B or 1,)."""
         if self.starts is None:
