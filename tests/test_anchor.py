@@ -316,5 +316,7 @@ def test_gradients_flow_with_and_without_a_cache() -> None:
 
 def test_anchoring_needs_nothing_but_the_text() -> None:
     assert Anchoring().longest == 0
-    marks = Anchoring(ids=(7,)).marks(incoming(torch.tensor([[1, 7, 2]])), Anchoring().start(incoming(torch.ones(1, 1))))
+    marks = Anchoring(ids=(7,)).marks(
+        incoming(torch.tensor([[1, 7, 2]])), Anchoring().start(incoming(torch.ones(1, 1)))
+    )
     assert marks[0].tolist() == [[0, 1, 4]]

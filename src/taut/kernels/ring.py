@@ -91,6 +91,11 @@ class RingLayer(DynamicLayer):
         if index is not None:
             self.keys, self.values = gathered(self.keys, index), gathered(self.values, index)
 
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Hold these (B, H', C, K) columns instead."""
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
     def get_seq_length(self) -> int:
         """Tokens seen, not entries held: positions stay the true ones."""
         return self.seen
@@ -119,8 +124,8 @@ class RingCache(PositionedCache):
         self.starts = starts
         settled = layer.seen - layer.pending
         fresh = layer.pending + queries
-        earliest, latest = (0, 0) if starts is None else (int(starts.min()), int(starts.max()))
-        columns = max(0, min(capacity, settled - earliest))
+        latest = 0 if starts is None else int(starts.max())
+        columns = self._columns
         if fresh == 1 and columns == capacity and latest <= settled and not layer.record_past:
             after = self._counts(settled + 1, device)
             turn = Turn(1, slot=self.ring.column(after - 1))
@@ -164,6 +169,18 @@ class RingCache(PositionedCache):
         for each in self.layers:
             each.keys, each.values = each.keys.detach(), each.values.detach()
 
+    def recount(self, seen: int) -> None:
+        """Go on as if the rows had begun so much later that ``seen`` tokens have come. A row that begins anew then has
+        padding until here, and what it held counts for nothing."""
+        for each in self.layers:
+            each.seen = seen
+
+    @property
+    def _columns(self) -> int:
+        """How many the layers have by now, fewer than the ring's while it fills; pending tokens stand behind them."""
+        layer = self.layers[0]
+        return layer.keys.shape[2] - layer.pending if layer.is_initialized else 0
+
     def _counts(self, seen: int, device: torch.device) -> Tensor:
         """How many real tokens each row has among the first ``seen``: (B or 1,)."""
         if self.starts is None:
@@ -182,12 +199,11 @@ class RingCache(PositionedCache):
         if self.starts is None and total <= capacity:
             return None
         earliest = 0 if self.starts is None else int(self.starts.min())
-        columns = max(0, min(capacity, settled - earliest))
         position = self.ring.held(self._counts(total, device), max(0, min(capacity, total - earliest)))
         column = torch.arange(position.shape[1], device=device)
         first = settled - (0 if self.starts is None else self.starts.to(device)[:, None])
         is_new = position >= self._counts(settled, device)[:, None]
-        return torch.where(is_new, columns + position - first, column)
+        return torch.where(is_new, self._columns + position - first, column)
 
 
 def _written(held: Tensor, new: Tensor, turn: Turn) -> Tensor:

@@ -33,6 +33,7 @@ class SegmentRecurrence(MemoryMethod):
     )
     Knobs = SegmentRecurrenceKnobs
     dial = "memory"
+    carried = True
     knobs: SegmentRecurrenceKnobs
 
     def fits(self, site: Site) -> str | None:
