@@ -1,5 +1,8 @@
 """Lanes: rows of a batch go on where those of the batch before ended, in training and in evaluation."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -212,3 +215,20 @@ def test_lanes_without_a_memory_are_refused(tmp_path: Path) -> None:
     for recipe in ({}, {"feedforward": {"method": "low_rank", "keep": 0.5}}, {"memory": "identity"}):
         with pytest.raises(TautError, match=r"give the recipe a bounded memory, such as memory: \{method: segment"):
             train(small(tmp_path, lanes=True, recipe=recipe, model=LLAMA), tmp_path / "out")
+
+
+@pytest.mark.full
+def test_two_processes_read_the_same_lanes(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    content = small(tmp_path, recipe=MEMORY, lanes=True, pack=False, save={"steps": 3})
+    spec.write_text(json.dumps(content))
+    launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29619", "-m", "taut", "train")
+    command = [sys.executable, *launch, str(spec), "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "two" / "training.json").read_text())
+    one = train(spec, tmp_path / "one").record
+    assert two["processes"] == 2
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    found, expected = ([entry["loss"] for entry in record["evaluations"]] for record in (two, one))
+    assert found == pytest.approx(expected, abs=1e-5)
