@@ -245,3 +245,13 @@ def test_predicted_bytes_are_held() -> None:
     _, past = stepwise(model, CHUNKS["long prompt"], input_ids=inputs(model, batch=1, length=LENGTH)["input_ids"])
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in past.layers)
     assert held == METHOD.predict(site).cache_bytes_per_token * LENGTH
+
+
+def test_a_cache_reset_is_as_new() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    install(model, METHOD)
+    ids = inputs(model, length=LENGTH)["input_ids"]
+    whole = logits(model, input_ids=ids, use_cache=False)
+    _, cache = stepwise(model, CHUNKS["in pieces"], input_ids=ids.flip(1))
+    cache.reset()
+    assert (stepwise(model, CHUNKS["growing"], cache, input_ids=ids)[0] - whole).abs().max() <= 1e-12

@@ -23,7 +23,7 @@ LONG = 1 << 40
 
 
 class Bounded(Protocol):
-    """What a lane needs of a cache; ``taut.kernels.ring`` says what it means."""
+    """What a lane needs of a cache; ``taut.kernels.counted`` says what it means."""
 
     layers: Sequence[Any]
 
