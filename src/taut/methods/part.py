@@ -356,6 +356,8 @@ class MemoryMethod(Method):
 
     carried: ClassVar[bool] = False
     """Whether training may carry the cache from one batch to the next (``lanes: true``)."""
+    makes_keys: ClassVar[bool] = False
+    """Whether the cache makes keys of its own, so that a pass that is to keep none gets one, too."""
 
     @abstractmethod
     def cache(self, layers: int) -> Any:
