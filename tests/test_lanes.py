@@ -217,6 +217,18 @@ def test_lanes_without_a_memory_are_refused(tmp_path: Path) -> None:
             train(small(tmp_path, lanes=True, recipe=recipe, model=LLAMA), tmp_path / "out")
 
 
+def test_learned_positions_bound_a_lane(tmp_path: Path) -> None:
+    model = "gpt2:n_embd=32,n_layer=2,n_head=4,n_positions=40"
+    recipe = {"memory": {"method": "window_sink", "sinks": 2, "window": 60}}
+    done = train(small(tmp_path, model=model, recipe=recipe, lanes=True, budget={"steps": 4}), tmp_path / "out")
+    # Rows of 16: a third one would go beyond 40 positions, so two see 40 keys at most and the next one begins anew.
+    plain = train(small(tmp_path, model=model.replace("40", "64"), budget={"steps": 4}), tmp_path / "plain")
+    scores = 3 * 2 * 4 * 32
+    costs = [each.record["flops_per_token"]["model"] for each in (done, plain)]
+    assert costs[0] - costs[1] == scores * (40 - 16)
+    assert done.record["losses"][0] == pytest.approx(plain.record["losses"][0], rel=0.1)
+
+
 @pytest.mark.full
 def test_two_processes_read_the_same_lanes(tmp_path: Path) -> None:
     spec = tmp_path / "spec.yaml"

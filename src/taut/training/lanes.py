@@ -63,6 +63,10 @@ class Lanes:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         return cls(lambda: method.cache(site.layers), method.entries(replace(site, length=LONG)), positions)
 
+    def keys(self, length: int) -> int:
+        """How many keys a row of ``length`` tokens looks at, at most: its own and what its lane remembers."""
+        return min(length + self.entries, self.positions or LONG)
+
     def anew(self) -> "Lanes":
         """Others of the same model."""
         return Lanes(self.empty, self.entries, self.positions)

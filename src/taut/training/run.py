@@ -183,8 +183,7 @@ class _Run:
             parts = guided_parts(self.model, spec.guide.slots)
             self.guides = Guides(parts, spec.guide.stochastic, spec.seed, self.rank)
         self.lanes = Lanes.of(self.model) if spec.lanes else None
-        # What a lane remembers is looked at, too.
-        seen = spec.length + (0 if self.lanes is None else self.lanes.entries)
+        seen = spec.length if self.lanes is None else self.lanes.keys(spec.length)
         self.costs = costs_of(self.model, seen, self.guides)
         self.course = plan_course(spec, self.costs)
         positions = self.course.total * spec.batch
