@@ -5,6 +5,7 @@ import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from taut.kernels.patterns import AllOf, AnyOf, Causal, Global, Pattern, Sink, View, Window
+from taut.kernels.recurrence import Recurrence
 
 CPU = torch.device("cpu")
 PATTERNS = (
@@ -22,8 +23,14 @@ PATTERNS = (
     Sink(2, 1),
     Sink(3, 4),
     Sink(30, 4),
+    Recurrence(1, 0),
+    Recurrence(4, 0),
+    Recurrence(4, 3),
+    Recurrence(3, 7),
+    Recurrence(5, 40),
     AnyOf((Window(3, causal=False), Global(2))),
     AllOf((Causal(), AnyOf((Window(3), Global(2))))),
+    AllOf((Recurrence(4, 3), Recurrence(6, 8))),
 )
 
 
@@ -39,6 +46,8 @@ def _by_hand(pattern: Pattern, i: int, j: int) -> bool:
             return i < count or j < count
         case Sink(count, window):
             return j <= i and (j < count or i - j < window)
+        case Recurrence(segment, memory):
+            return j <= i and j >= i // segment * segment - memory
         case AnyOf(members):
             return any(_by_hand(member, i, j) for member in members)
         case AllOf(members):
@@ -59,10 +68,17 @@ def test_pattern_is_its_formula(pattern: Pattern) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_settled_blocks_look_alike(pattern: Pattern) -> None:
     start = pattern.settled
-    first, second = (torch.arange(6) + start + offset for offset in (0, 9))
+    first, second = (torch.arange(6) + start + offset for offset in (0, 9 * pattern.period))
     assert torch.equal(pattern.allowed(first, first), pattern.allowed(second, second))
     leading = torch.arange(3)
     assert torch.equal(pattern.allowed(first + 3, leading)[0], pattern.allowed(second + 3, leading)[0])
+
+
+@pytest.mark.parametrize("pattern", [each for each in PATTERNS if each.band is not None], ids=str)
+def test_a_band_holds_all_that_is_seen(pattern: Pattern) -> None:
+    positions = torch.arange(60)
+    outside = ~Sink(pattern.band[1], pattern.band[0]).allowed(positions, positions)
+    assert not (pattern.allowed(positions, positions) & outside).any()
 
 
 def test_sink_is_window_or_first_tokens_in_a_decoder() -> None:

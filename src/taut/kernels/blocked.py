@@ -4,6 +4,7 @@ Source: the patterns of Longformer (Beltagy et al. 2020, 2004.05150) and BigBird
 loop over slices is ours. It needs no compiler and no gather, and it trains, on the CPU too.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taut.kernels.patterns import AnyOf, Global, Pattern, Sink, View, Window
+from taut.kernels.patterns import AnyOf, Causal, Global, Pattern, Sink, View, Window
 
 CPU_ROWS = 64
 """Queries per block: fewer cost more calls, more only add masked keys."""
@@ -166,8 +167,10 @@ def _mask(view: View, pattern: Pattern, block: Block, query: Tensor) -> Tensor |
     if view.rule is not None or view.marks is not None or any(view.padded(each) for each in columns):
         return _additive(view, pattern, rows, columns, query)
     low = spans[-1][0]
-    inner = low >= view.reach(pattern.settled) + (view.pattern.settled if view.pattern is not None else 0)
-    place = rows.start - low if inner else (rows.start, low)
+    memory = view.pattern or Causal()
+    inner = low >= view.reach(pattern.settled) + memory.settled
+    turn = rows.start % math.lcm(pattern.period, memory.period)
+    place = (rows.start - low, turn) if inner else (rows.start, low)
     memo = (pattern, inner, place, rows.stop - rows.start, *(high - low for low, high in spans), query.dtype)
     if memo not in view.memo:
         view.memo[memo] = _additive(view, pattern, rows, columns, query)

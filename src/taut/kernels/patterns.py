@@ -1,5 +1,6 @@
 """Who may see whom, as data: patterns over positions, and the view that a model hands to its attention function."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -29,8 +30,18 @@ class Pattern(ABC):
     @property
     @abstractmethod
     def settled(self) -> int:
-        """From this position on, what a query sees depends on the distance alone, but for keys that are seen always
-        or never. Blocks beyond it share one mask."""
+        """From this position on, what a query sees depends on the distance and on its place modulo ``period`` alone,
+        but for keys that are seen always or never. Blocks beyond it share masks."""
+
+    @property
+    def period(self) -> int:
+        return 1
+
+    @property
+    def band(self) -> tuple[int, int] | None:
+        """A sliding window and a number of first tokens that together hold all that a causal query sees, None where
+        there are none: inside them a block kernel finds everything."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,10 @@ class Sink(Pattern):
     def settled(self) -> int:
         return self.count + self.window
 
+    @property
+    def band(self) -> tuple[int, int]:
+        return self.window, self.count
+
 
 class Marked(Pattern):
     """Abstract: causal, and it depends on what the tokens are, too. Each has a *mark*, an integer that its text alone
@@ -131,6 +146,10 @@ class _Several(Pattern):
     @property
     def settled(self) -> int:
         return max(member.settled for member in self.members)
+
+    @property
+    def period(self) -> int:
+        return math.lcm(*(member.period for member in self.members))
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from taut.core.errors import TautError
-from taut.kernels.cache import Incoming, PositionedCache, gathered
+from taut.kernels.cache import Incoming, gathered
+from taut.kernels.counted import CountedCache, CountedLayer
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,8 @@ class Turn:
     index: Tensor | None = None
 
 
-class RingLayer(DynamicLayer):
-    """One layer's entries. ``seen`` counts all tokens; the last ``pending`` are not yet in the ring (recorded, because
-    assisted decoding may take them back)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.turn: Turn | None = None
-        self.seen = self.pending = 0
-        self.record_past = False
-
-    def activate_past_recording(self) -> None:
-        self.record_past = True
+class RingLayer(CountedLayer):
+    """One layer's ring, and pending tokens behind it."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -73,7 +63,7 @@ class RingLayer(DynamicLayer):
             raise TautError("this cache drops entries, so it serves only the model whose recipe made it")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        turn = self.turn
+        turn: Turn = self.turn
         self.seen += turn.queries
         if turn.slot is not None:
             self.keys, self.values = _written(self.keys, key_states, turn), _written(self.values, value_states, turn)
@@ -85,33 +75,19 @@ class RingLayer(DynamicLayer):
             self.settle(turn.index)
         return keys, values
 
-    def settle(self, index: Tensor | None) -> None:
-        """Keep these columns of what is held."""
+    def settle(self, kept: Tensor | None) -> None:
+        """Keep these columns of what is held, (B or 1, C), or all."""
         self.pending = 0
-        if index is not None:
-            self.keys, self.values = gathered(self.keys, index), gathered(self.values, index)
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, not entries held: positions stay the true ones."""
-        return self.seen
-
-    def reset(self) -> None:
-        super().reset()
-        self.turn, self.seen, self.pending = None, 0, 0
+        if kept is not None:
+            self.keys, self.values = gathered(self.keys, kept), gathered(self.values, kept)
 
 
-class RingCache(PositionedCache):
-    """The first ``sinks`` tokens of each row and its latest ``window``: at most their sum, in each of ``layers``.
-
-    Assisted decoding takes tokens back. That works when the cache is handed to ``generate`` empty (then it is told to
-    record them); otherwise only until something was dropped, and raises TautError after that.
-    """
+class RingCache(CountedCache):
+    """The first ``sinks`` tokens of each row and its latest ``window``: at most their sum, in each of ``layers``."""
 
     def __init__(self, layers: int, sinks: int, window: int) -> None:
-        super().__init__()
-        self.layers, self.layer_class_to_replicate = [RingLayer() for _ in range(layers)], None
+        super().__init__([RingLayer() for _ in range(layers)])
         self.ring = Ring(sinks, window)
-        self.width = 0
 
     def begin(self, incoming: Incoming) -> None:
         layer, capacity = self.layers[0], self.ring.capacity
@@ -119,77 +95,39 @@ class RingCache(PositionedCache):
         self.starts = starts
         settled = layer.seen - layer.pending
         fresh = layer.pending + queries
-        earliest, latest = (0, 0) if starts is None else (int(starts.min()), int(starts.max()))
-        columns = max(0, min(capacity, settled - earliest))
+        latest = 0 if starts is None else int(starts.max())
+        columns = self.columns
         if fresh == 1 and columns == capacity and latest <= settled and not layer.record_past:
-            after = self._counts(settled + 1, device)
+            after = self.counts(settled + 1, device)
             turn = Turn(1, slot=self.ring.column(after - 1))
             self.key_positions = self.ring.held(after, columns)
         else:
-            turn = Turn(queries, index=self._kept(settled, fresh, device))
+            turn = Turn(queries, index=self.kept(settled, fresh, device))
             contiguous = settled == 0 or (starts is None and settled <= capacity)
             self.key_positions = None if contiguous else self._positions(settled, columns, fresh, device)
         self.width = columns + (0 if turn.slot is not None else fresh)
         for each in self.layers:
             each.turn = turn
 
-    def finish(self) -> None:
-        self.key_positions = None
-        for each in self.layers:
-            each.turn = None
+    @property
+    def dropped(self) -> bool:
+        return self.layers[0].seen > self.ring.capacity
 
-    def state(self) -> dict[str, Tensor]:
-        return {"seen": torch.tensor(self.layers[0].seen)}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        for layer in self.layers:
-            layer.seen = int(state["seen"])
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Number of keys in this forward pass, and 0."""
-        return self.width, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens, and let go of what was recorded for that."""
-        layer, count = self.layers[0], abs(tokens_to_remove)
-        kept = layer.pending - count
-        if kept < 0 and (self.starts is not None or layer.seen > self.ring.capacity):
-            raise TautError(
-                f"crop({tokens_to_remove}): the cache has dropped what it would need to take {count} tokens back. For "
-                "assisted decoding, pass an empty cache of this recipe as past_key_values"
-            )
-        settled = layer.seen - layer.pending
-        index = self._kept(settled, kept, layer.device) if kept > 0 else None
-        for each in self.layers:
-            each.seen -= count
-            if count:
-                each.keys, each.values = each.keys[:, :, :-count], each.values[:, :, :-count]
-            each.settle(index)
-
-    def _counts(self, seen: int, device: torch.device) -> Tensor:
-        """How many real tokens each row has among the first ``seen``: (B or 1,)."""
-        if self.starts is None:
-            return torch.tensor([seen], device=device)
-        return (seen - self.starts.to(device)).clamp(min=0)
-
-    def _positions(self, settled: int, columns: int, fresh: int, device: torch.device) -> Tensor:
-        """Of ``columns`` columns of the ring and ``fresh`` tokens behind them: (B or 1, columns + fresh)."""
-        first = torch.tensor([settled], device=device) - (0 if self.starts is None else self.starts.to(device))
-        new = first[:, None] + torch.arange(fresh, device=device)
-        return torch.cat([self.ring.held(self._counts(settled, device), columns), new], 1)
-
-    def _kept(self, settled: int, fresh: int, device: torch.device) -> Tensor | None:
-        """Where the ring finds its entries once ``fresh`` tokens behind it are taken in; None when all stay put."""
+    def kept(self, settled: int, fresh: int, device: torch.device) -> Tensor | None:
+        """Where the ring finds its entries, (B or 1, C); None when all stay put."""
         total, capacity = settled + fresh, self.ring.capacity
         if self.starts is None and total <= capacity:
             return None
         earliest = 0 if self.starts is None else int(self.starts.min())
-        columns = max(0, min(capacity, settled - earliest))
-        position = self.ring.held(self._counts(total, device), max(0, min(capacity, total - earliest)))
+        position = self.ring.held(self.counts(total, device), max(0, min(capacity, total - earliest)))
         column = torch.arange(position.shape[1], device=device)
-        first = settled - (0 if self.starts is None else self.starts.to(device)[:, None])
-        is_new = position >= self._counts(settled, device)[:, None]
-        return torch.where(is_new, columns + position - first, column)
+        is_new = position >= self.counts(settled, device)[:, None]
+        return torch.where(is_new, self.columns + position - self.since(settled, device)[:, None], column)
+
+    def _positions(self, settled: int, columns: int, fresh: int, device: torch.device) -> Tensor:
+        """Of ``columns`` columns of the ring and ``fresh`` tokens behind them: (B or 1, columns + fresh)."""
+        new = self.since(settled, device)[:, None] + torch.arange(fresh, device=device)
+        return torch.cat([self.ring.held(self.counts(settled, device), columns), new], 1)
 
 
 def _written(held: Tensor, new: Tensor, turn: Turn) -> Tensor:

@@ -6,14 +6,15 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from taut.kernels import blocked
-from taut.kernels.patterns import Sink, View
+from taut.kernels.patterns import View
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, view: View, **options: Any) -> Tensor:
     """(B, H, T, K), (B, H', S, K), (B, H', S, K) -> (B, T, H, K), to the bit what the ``sdpa`` implementation gives
-    when ``view`` is plain. Under a sink pattern long inputs go through the blocked kernel instead of a T x S mask."""
-    pattern = view.pattern
-    if isinstance(pattern, Sink) and view.causal and view.key_positions is None and view.keys > pattern.window:
+    when ``view`` is plain. Under a pattern with a band long inputs go through the blocked kernel instead of a T x S
+    mask."""
+    band = None if view.pattern is None else view.pattern.band
+    if band is not None and view.causal and view.key_positions is None and view.keys > band[0]:
         chosen = {name: options[name] for name in ("scaling", "dropout", "position_bias") if name in options}
-        return blocked.attend(query, key, value, view, window=pattern.window, first=pattern.count, **chosen)
+        return blocked.attend(query, key, value, view, window=band[0], first=band[1], **chosen)
     return sdpa_attention_forward(module, query, key, value, view.dense(query.device), **options)[0]

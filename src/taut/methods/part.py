@@ -354,6 +354,11 @@ class AttentionMethod(Method):
 class MemoryMethod(Method):
     """Abstract: replaces the KV cache of a decoder (MemorySite) and says which keys stay visible."""
 
+    carried: ClassVar[bool] = False
+    """Whether training may carry the cache from one batch to the next (``lanes: true``)."""
+    makes_keys: ClassVar[bool] = False
+    """Whether the cache makes keys of its own, so that a pass that is to keep none gets one, too."""
+
     @abstractmethod
     def cache(self, layers: int) -> Any:
         """A fresh transformers.Cache, one layer object per decoder layer."""

@@ -35,11 +35,13 @@ METHOD = "taut_attention"
 
 @dataclass(frozen=True)
 class Serving:
-    """The memory at work in the decoder that is running now. ``marks`` (B, T) where there is no cache to hold them."""
+    """The memory at work in the decoder that is running now. ``marks`` (B, T) where there is no cache to hold them;
+    ``handed_out`` is False where nobody asked for the cache."""
 
     pattern: Pattern | None
     cache: PositionedCache | None
     marks: Tensor | None = None
+    handed_out: bool = True
 
 
 serving: ContextVar[Serving | None] = ContextVar("serving", default=None)

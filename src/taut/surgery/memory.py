@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import ModelOutput
 
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
@@ -44,7 +45,8 @@ class Memory:
 
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         given = {**inspect.signature(base.forward).bind_partial(*args).arguments, **kwargs}
-        cache = self._cache(base, given.get("past_key_values"), given.get("use_cache"))
+        asked = self._asked(base, given.get("past_key_values"), given.get("use_cache"))
+        cache = self._cache(base, given.get("past_key_values")) if asked or self.method.makes_keys else None
         if cache is not None:
             given["past_key_values"] = cache
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
@@ -59,7 +61,7 @@ class Memory:
                 )
             positioned.begin(incoming)
         marks = self.method.marks(incoming) if marked else None
-        serving.set(Serving(pattern, positioned, marks))
+        serving.set(Serving(pattern, positioned, marks, handed_out=asked))
         return (), given
 
     def _incoming(self, given: dict[str, Any]) -> Incoming:
@@ -74,13 +76,17 @@ class Memory:
             queries, tokens.device, ids, real, first_tokens(mask), _restarts(given.get("position_ids"), mask)
         )
 
-    def _cache(self, base: nn.Module, given: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The cache for this call: ours, new or handed back, or None where the model keeps none."""
+    def _asked(self, base: nn.Module, given: Cache | None, use_cache: bool | None) -> bool:
+        """Whether the model is to keep what it reads."""
+        use_cache = base.config.use_cache if use_cache is None else use_cache
+        checkpointing = base.training and getattr(base, "gradient_checkpointing", False)
+        if checkpointing and self.method.makes_keys:
+            raise TautError(f"{self.method.id}: gradient checkpointing would fill its cache twice; switch it off")
+        return given is not None or bool(use_cache and not checkpointing)
+
+    def _cache(self, base: nn.Module, given: Cache | None) -> Cache:
+        """The cache for this call: ours, new or handed back."""
         if given is None:
-            use_cache = base.config.use_cache if use_cache is None else use_cache
-            training = base.training and getattr(base, "gradient_checkpointing", False)
-            if not use_cache or training:
-                return None
             ours = self.method.cache(self.layers)
             return EncoderDecoderCache(ours, DynamicCache()) if base.config.is_encoder_decoder else ours
         own = given.self_attention_cache if isinstance(given, EncoderDecoderCache) else given
@@ -110,9 +116,14 @@ def _restarts(positions: Tensor | None, mask: Tensor | None) -> Tensor | None:
     return first if bool(first.any()) else None
 
 
-def _finish(base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """The hook after a decoder's forward."""
+def _finish(base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """The hook after a decoder's forward. A cache that nobody asked for is not handed out."""
     memory = serving.get()
     if memory is not None and memory.cache is not None:
         memory.cache.finish()
     serving.set(None)
+    if memory is None or memory.handed_out:
+        return output
+    if isinstance(output, ModelOutput):
+        return type(output)(**{name: each for name, each in output.items() if name != "past_key_values"})
+    return tuple(each for each in output if not isinstance(each, Cache)) if isinstance(output, tuple) else output

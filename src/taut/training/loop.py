@@ -26,7 +26,7 @@ from taut.training.spec import TrainSpec
 from taut.training.task import Diverged, LanguageModelling
 from taut.training.trainer import SHARE
 
-GUIDES, SPENT = "guides.safetensors", "spent.json"
+GUIDES, SPENT, LANES = "guides.safetensors", "spent.json", "lanes-{}-of-{}.safetensors"
 """What lies in a checkpoint beside the model and what Trainer puts there."""
 TWICE = 0.5
 """Seconds from which on a second ctrl-C is one: torchrun passes on what the terminal has sent to all already."""
@@ -213,6 +213,12 @@ class TaskTrainer(Trainer):
         not finite."""
         started = time.monotonic()
         self.task.check_finite()
+        if self.task.lanes is not None:
+            path = self._lanes_in(output_dir or self.args.output_dir)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(self.task.lanes.state_dict(), path)
+            if self.args.world_size > 1:
+                torch.distributed.barrier()
         spent = together(self.args, self.task, self.watch.spent)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
@@ -223,9 +229,15 @@ class TaskTrainer(Trainer):
         self.watch.wait = self.watch.wait and max(self.watch.wait, SHARE * (time.monotonic() - started))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The model was opened from the checkpoint; its guides lie beside it."""
+        """The model was opened from the checkpoint; its guides lie beside it, and so does what its lanes carry, unless
+        there were more or fewer processes: then lanes begin anew."""
         if self.task.guides is not None:
             self.task.guides.load_state_dict(load_file(Path(resume_from_checkpoint) / GUIDES))
+        if self.task.lanes is not None and self._lanes_in(resume_from_checkpoint).is_file():
+            self.task.lanes.load_state_dict(load_file(self._lanes_in(resume_from_checkpoint)), self.args.device)
+
+    def _lanes_in(self, folder: str) -> Path:
+        return Path(folder) / LANES.format(self.args.process_index, max(1, self.args.world_size))
 
 
 @torch.no_grad()
@@ -233,19 +245,32 @@ def held_out_loss(task: LanguageModelling, rows: Rows, masking: Masking | None, 
     """Nats a target, over all processes' shares of the rows; float64 sums."""
     training = task.training
     task.eval()
-    size, world = args.per_device_train_batch_size, max(1, args.world_size)
-    mine = range(args.process_index, len(rows), world)
+    lanes = task.lanes.anew() if task.lanes is not None else None
     sums = torch.zeros(2, dtype=torch.float64, device=args.device)
-    for start in range(0, len(mine), size):
-        batch = stack([example(rows, index, masking, index) for index in mine[start : start + size]])
+    for indices in _held_batches(rows, args):
+        batch = stack([example(rows, index, masking, index) for index in indices])
+        if lanes is not None:
+            lanes.begin()
+            batch["fresh"] = torch.tensor([not rows.follows(index) for index in indices])
         batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-        sums[0] += task.total(**batch).double()
+        sums[0] += task.total(**batch, lanes=lanes).double()
         sums[1] += (batch["labels"] >= 0).sum()
     task.train(training)
-    if world > 1:
+    if args.world_size > 1:
         torch.distributed.all_reduce(sums)
     total, count = sums.tolist()
     return total / count
+
+
+def _held_batches(rows: Rows, args: TrainingArguments) -> list[list[int]]:
+    """This process's share of the rows, in batches; lanes in their order, each batch the next row of each."""
+    size, world = args.per_device_train_batch_size, max(1, args.world_size)
+    if rows.lanes:
+        mine = range(args.process_index, rows.lanes, world)
+        groups = [mine[start : start + size] for start in range(0, len(mine), size)]
+        return [[lane * rows.steps + step for lane in group] for group in groups for step in range(rows.steps)]
+    mine = range(args.process_index, len(rows), world)
+    return [list(mine[start : start + size]) for start in range(0, len(mine), size)]
 
 
 def agreed(args: TrainingArguments, seconds: float, *flags: bool) -> tuple[float, ...]:

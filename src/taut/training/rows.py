@@ -22,11 +22,14 @@ EPOCHS_APART = 1_000_003
 @dataclass(frozen=True)
 class Rows:
     """Token ids (N, T) int32, and which of them are real, (N, T) bool (None: all). ``framed``: a special token stands
-    at both ends of what is real, and is never asked for."""
+    at both ends of what is real, and is never asked for. With ``lanes`` rows follow each other: each of so many lanes
+    reads its share of them in order, and ``first`` (N,) bool are those that begin a text."""
 
     ids: Tensor
     real: Tensor | None = None
     framed: bool = False
+    lanes: int = 0
+    first: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -35,37 +38,58 @@ class Rows:
     def tokens(self) -> int:
         return self.ids.numel() if self.real is None else int(self.real.sum())
 
+    @property
+    def steps(self) -> int:
+        """Rows of a lane; what is left over is not read."""
+        return len(self) // self.lanes
+
+    def follows(self, index: int) -> bool:
+        """Whether this row goes on where the one before it ended."""
+        return self.first is not None and 0 < index < len(self) and not self.first[index]
+
 
 def token_rows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, spec: TrainSpec, masked: bool) -> Rows:
     """Documents as rows of ``length`` ids. Packed, they follow each other with an end-of-text token between, and the
-    last incomplete row is dropped; otherwise each of their paragraphs is a row, cut or padded. Rows of masked models
-    are framed as the tokenizer frames a text."""
+    last incomplete row is dropped; otherwise each of their paragraphs is a row, cut or padded, or, in lanes, each of
+    them begins a row and its last one is padded. Rows of masked models are framed as the tokenizer frames a text."""
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     frame = masked and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
-    texts = list(documents) if spec.pack else pieces_of(documents)
+    texts = list(documents) if spec.pack or spec.lanes else pieces_of(documents)
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     inner = spec.length - (2 if frame else 0)
     if spec.pack:
         stream = [token for ids in encoded for token in ([*ids, end] if end is not None else ids)]
-        pieces = [stream[at : at + inner] for at in range(0, len(stream) - inner + 1, inner)]
+        streams = [stream[: len(stream) // inner * inner]]
     else:
-        pieces = [([*ids, end] if end is not None and not frame else ids)[:inner] for ids in encoded if ids]
+        streams = [[*ids, end] if end is not None and not frame else ids for ids in encoded if ids]
+        streams = streams if spec.lanes else [ids[:inner] for ids in streams]
+    cut = [(ids[at : at + inner], at == 0) for ids in streams for at in range(0, len(ids), inner)]
     if frame:
-        pieces = [[tokenizer.cls_token_id, *piece, tokenizer.sep_token_id] for piece in pieces]
-    pieces = [piece for piece in pieces if len(piece) > 1]
-    if spec.pack or not pieces:
-        return Rows(torch.tensor(pieces, dtype=torch.int32).reshape(-1, spec.length), None, frame)
+        cut = [([tokenizer.cls_token_id, *piece, tokenizer.sep_token_id], first) for piece, first in cut]
+    cut = [(piece, first) for piece, first in cut if len(piece) > 1]
     padding = tokenizer.pad_token_id or 0
-    widths = torch.tensor([len(piece) for piece in pieces])
-    padded = [[*piece, *[padding] * (spec.length - len(piece))] for piece in pieces]
-    return Rows(torch.tensor(padded, dtype=torch.int32), torch.arange(spec.length) < widths[:, None], frame)
+    padded = [[*piece, *[padding] * (spec.length - len(piece))] for piece, _ in cut]
+    ids = torch.tensor(padded, dtype=torch.int32).reshape(-1, spec.length)
+    lanes, first = (spec.batch, torch.tensor([first for _, first in cut])) if spec.lanes else (0, None)
+    if spec.pack or not cut:
+        return Rows(ids, None, frame, lanes, first)
+    widths = torch.tensor([len(piece) for piece, _ in cut])
+    return Rows(ids, torch.arange(spec.length) < widths[:, None], frame, lanes, first)
 
 
 def spread(rows: Rows, tokens: int) -> Rows:
-    """Of many rows as many as hold about ``tokens`` ids, evenly spread; at least one."""
+    """Of many rows as many as hold about ``tokens`` ids, evenly spread; at least one. Of lanes, what stands at the
+    beginning of each."""
     count = min(len(rows), max(1, tokens // rows.ids.shape[1]))
-    chosen = torch.linspace(0, len(rows) - 1, count).round().long()
-    return Rows(rows.ids[chosen], None if rows.real is None else rows.real[chosen], rows.framed)
+    if not rows.lanes:
+        chosen = torch.linspace(0, len(rows) - 1, count).round().long()
+        return Rows(rows.ids[chosen], None if rows.real is None else rows.real[chosen], rows.framed)
+    lanes = min(len(rows), rows.lanes)
+    starts = torch.arange(lanes) * (len(rows) // lanes)
+    steps = torch.arange(min(len(rows) // lanes, math.ceil(count / lanes)))
+    chosen = (starts[:, None] + steps).flatten()
+    first = rows.first[chosen] | (steps == 0).repeat(lanes)
+    return Rows(rows.ids[chosen], None if rows.real is None else rows.real[chosen], rows.framed, lanes, first)
 
 
 @dataclass(frozen=True)
@@ -81,7 +105,8 @@ class Stream(Dataset):
     """Rows in the order of training, ``positions`` of them: every epoch has all rows once, in an order of its own.
 
     What stands at a position follows from its number and the seed alone. ``batch_of`` says which batch of ``batch``
-    rows a step reads.
+    rows a step reads. Rows in lanes have one order, that of the text, and each says whether its lane begins anew:
+    ``fresh``.
     """
 
     def __init__(
@@ -106,15 +131,25 @@ class Stream(Dataset):
             return steps * self.batch * self.rows.ids.shape[1]
         widths = self.rows.real.sum(1)
         numbers = (self.batch_of(step) * self.batch + row for step in range(steps) for row in range(self.batch))
-        places = (divmod(number, len(widths)) for number in numbers)
-        return sum(int(widths[self._ordered(epoch)[index]]) for epoch, index in places)
+        return sum(int(widths[self._row(number)]) for number in numbers)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         step, place = divmod(position, self.batch)
         number = self.batch_of(step) * self.batch + place
+        row = self._row(number)
+        found = example(self.rows, row, self.masking, self.seed * EPOCHS_APART + number)
+        if self.rows.lanes:
+            goes_on = step > 0 and self._row((self.batch_of(step - 1)) * self.batch + place) == row - 1
+            found["fresh"] = torch.tensor(not (goes_on and self.rows.follows(row)))
+        return found
+
+    def _row(self, number: int) -> int:
+        """Which row has this number in the order of training."""
+        if self.rows.lanes:
+            batch, lane = divmod(number, self.batch)
+            return lane * self.rows.steps + batch % self.rows.steps
         epoch, index = divmod(number, len(self.rows))
-        row = int(self._ordered(epoch)[index])
-        return example(self.rows, row, self.masking, self.seed * EPOCHS_APART + number)
+        return int(self._ordered(epoch)[index])
 
     def _ordered(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
@@ -125,12 +160,15 @@ class Stream(Dataset):
 
 def example(rows: Rows, index: int, masking: Masking | None, draw: int) -> dict[str, Tensor]:
     """One row as the model reads it: ``input_ids`` and ``labels`` (T,) int64, each label at the position that predicts
-    it; ``attention_mask`` where rows are padded. The number ``draw`` decides what is hidden."""
+    it; ``attention_mask`` where rows are padded. The number ``draw`` decides what is hidden. In lanes the last position
+    predicts the first token of the next row."""
     ids = rows.ids[index].long()
     real = torch.ones_like(ids, dtype=torch.bool) if rows.real is None else rows.real[index]
     if masking is None:
         labels = torch.full_like(ids, IGNORED)
         labels[:-1] = torch.where(real[1:], ids[1:], IGNORED)
+        if rows.follows(index + 1):
+            labels[-1] = rows.ids[index + 1, 0]
     else:
         ids, labels = _hidden(ids, real, rows.framed, masking, draw)
     found = {"input_ids": ids, "labels": labels}

@@ -17,6 +17,7 @@ from taut.surgery.source import open_skeleton
 from taut.training.budget import Costs, costs_of, plan_course
 from taut.training.corpus import Corpus, read_corpus
 from taut.training.guide import Guides, guided_parts
+from taut.training.lanes import Lanes
 from taut.training.loop import Spent, Stop, TaskTrainer, Tell, Watch, make_optimizer, make_schedule
 from taut.training.record import RECORD, Status, general_facts, guide_facts, loss_facts, spent_facts
 from taut.training.rows import Masking, Rows, Stream, spread, token_rows
@@ -105,6 +106,7 @@ class _Run:
     held: Rows
     model: PreTrainedModel
     guides: Guides | None
+    lanes: Lanes | None
     costs: Costs
     course: Course
 
@@ -121,7 +123,7 @@ class _Run:
 
     def go(self) -> Trained:
         status, reason, logged = "done", None, history(self.last)
-        task = LanguageModelling(self.model, self.guides, self._guide_weight, self.spec.seed, self.rank)
+        task = LanguageModelling(self.model, self.guides, self._guide_weight, self.spec.seed, self.rank, self.lanes)
         if not self.spent.finished:
             stop = Stop()
             trainer = self._trainer(task, Watch(task, self.spec, self.spent, stop, self.progress))
@@ -180,7 +182,9 @@ class _Run:
         if spec.guide is not None:
             parts = guided_parts(self.model, spec.guide.slots)
             self.guides = Guides(parts, spec.guide.stochastic, spec.seed, self.rank)
-        self.costs = costs_of(self.model, spec.length, self.guides)
+        self.lanes = Lanes.of(self.model) if spec.lanes else None
+        seen = spec.length if self.lanes is None else self.lanes.keys(spec.length)
+        self.costs = costs_of(self.model, seen, self.guides)
         self.course = plan_course(spec, self.costs)
         positions = self.course.total * spec.batch
         self.stream = Stream(self.rows, positions, spec.batch, spec.seed, self.masking, self.course.batch_of)

@@ -96,6 +96,9 @@ class TrainSpec(Strict):
     length: int = Field(256, ge=4, description="tokens of a row")
     pack: bool = Field(True, description="documents end to end, cut into full rows; or a padded row for each paragraph")
     batch: int = Field(8, ge=1, description="rows of a step, all processes together")
+    lanes: bool = Field(
+        False, description="each row goes on where the same row of the batch before ended, and keeps its memory"
+    )
     accumulate: int = Field(1, ge=1, description="pieces that a process computes its share of a step in")
     objective: Objective = Field("auto", description="causal: the next token; masked: hidden ones; auto: by the model")
     masked: float = Field(0.15, gt=0, lt=1, description="share of the tokens of a row that masked training hides")

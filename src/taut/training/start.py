@@ -11,10 +11,11 @@ from taut.anatomy.locate import locate
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import AttentionSite
-from taut.methods.part import PartMethod
+from taut.methods.part import MemoryMethod, PartMethod
 from taut.surgery.apply import steps_of, tighten
 from taut.surgery.plan import make
 from taut.surgery.source import Source, open_model, open_skeleton, resolve
+from taut.training.lanes import NO_MEMORY
 from taut.training.spec import TrainSpec
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -24,7 +25,7 @@ def settle(spec: TrainSpec) -> tuple[Source, bool]:
     """Where the model comes from, and whether it learns from hidden tokens. Only the config is read.
 
     Raises TautError for an encoder-decoder, a model without a head over its vocabulary, an objective that does not suit
-    its attention, rows longer than its positions, and a recipe that fits nowhere.
+    its attention, rows longer than its positions, a recipe that fits nowhere, and lanes without a memory.
     """
     source = resolve(spec.model)
     skeleton = open_skeleton(source)
@@ -50,8 +51,10 @@ def settle(spec: TrainSpec) -> tuple[Source, bool]:
     positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and spec.length > positions:
         raise TautError(f"length = {spec.length}: {source.name} has {positions} positions")
-    if spec.recipe:
-        make(skeleton, Recipe.load(spec.recipe))
+    plan = make(skeleton, Recipe.load(spec.recipe)) if spec.recipe else None
+    methods = [] if plan is None else [step.method for step in plan.steps]
+    if spec.lanes and not any(isinstance(method, MemoryMethod) and method.carried for method in methods):
+        raise TautError(NO_MEMORY)
     return source, masked
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from taut.core.errors import TautError
 from taut.methods.part import Part
 from taut.training.guide import Guides
+from taut.training.lanes import Lanes
 from taut.training.losses import IGNORED
 
 STEPS_APART = 1 << 16
@@ -34,9 +35,10 @@ class LanguageModelling(nn.Module):
         weight_at: Callable[[int], float] = lambda step: 0.0,
         seed: int = 0,
         rank: int = 0,
+        lanes: Lanes | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.guides = model, guides
+        self.model, self.guides, self.lanes = model, guides, lanes
         self.weight_at, self.seed, self.rank = weight_at, seed, rank
         self._parts = [module for module in model.modules() if isinstance(module, Part)]
 
@@ -47,6 +49,8 @@ class LanguageModelling(nn.Module):
         torch.manual_seed(draw * RANKS_APART + self.rank)
         for part in self._parts:
             part.draws = draw
+        if self.lanes is not None:
+            self.lanes.begin()
         if self.guides is not None:
             self.guides.begin(step, self.weight_at(step))
 
@@ -55,20 +59,31 @@ class LanguageModelling(nn.Module):
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None = None,
+        fresh: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """Ids and labels (B, T) int64, a label for the very position it belongs to, ``IGNORED`` where none; a mask
-        (B, T) where rows are padded. ``loss``: the cross-entropies' sum in nats over ``num_items_in_batch`` targets (of
-        this batch, for None), float32 scalar."""
+        (B, T) where rows are padded; with lanes, where one begins anew: (B,) bool. ``loss``: the cross-entropies' sum
+        in nats over ``num_items_in_batch`` targets (of this batch, for None), float32 scalar."""
         if self.guides is not None:
             self.guides.next_piece()
-        total = self.total(input_ids, labels, attention_mask)
+        total = self.total(input_ids, labels, attention_mask, fresh, self.lanes)
         count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
 
-    def total(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def total(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        fresh: Tensor | None = None,
+        lanes: Lanes | None = None,
+    ) -> Tensor:
         """The sum of the cross-entropies of all targets, float32 scalar."""
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        if lanes is None:
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        else:
+            logits = lanes.read(self.model, input_ids, attention_mask, fresh)
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def check_finite(self) -> None:

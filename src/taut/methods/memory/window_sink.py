@@ -30,6 +30,7 @@ class WindowSink(MemoryMethod):
     )
     Knobs = WindowSinkKnobs
     dial = "window"
+    carried = True
     knobs: WindowSinkKnobs
 
     def fits(self, site: Site) -> str | None:

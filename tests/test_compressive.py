@@ -1,0 +1,292 @@
+"""memory.compressive: two queues that move by the number of tokens read, against a slow reference without a cache."""
+
+from collections import deque
+
+import pytest
+import torch
+from decoding import CHUNKS, DECODERS, LENGTH, install, own, stepwise
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from taut.contract.tiny import inputs, logits, padded_inputs, tiny
+from taut.core.errors import TautError
+from taut.core.site import MemorySite
+from taut.kernels.cache import Incoming
+from taut.kernels.compressed import CompressedCache, Compression
+from taut.methods.memory.compressive import Compressive
+from taut.methods.memory.segment_recurrence import SegmentRecurrence
+
+CPU = torch.device("cpu")
+METHOD = Compressive.parse({"segment": 4, "memory": 3, "compressed": 2, "rate": 3})
+METHODS = {
+    "mean": METHOD,
+    "max": Compressive.parse({"segment": 4, "memory": 3, "compressed": 2, "rate": 3, "pool": "max"}),
+    "sliding": Compressive.parse({"segment": 1, "memory": 2, "compressed": 3, "rate": 2}),
+    "all of it": Compressive.parse({"segment": 5, "memory": 0, "compressed": 9, "rate": 4}),
+    "nothing compressed": Compressive.parse({"segment": 3, "memory": 4, "compressed": 0, "rate": 2}),
+}
+
+
+def most(method: Compressive) -> int:
+    return method.pattern().most
+
+
+def visible(i: int, knobs) -> tuple[list[int], list[int]]:
+    """The groups and the tokens that a query at i sees, straight from the definition."""
+    groups = max(0, i // knobs.segment * knobs.segment - knobs.memory) // knobs.rate
+    return list(range(max(0, groups - knobs.compressed), groups)), list(range(groups * knobs.rate, i + 1))
+
+
+def slow_reference(model: PreTrainedModel, method: Compressive, ids: Tensor) -> Tensor:
+    """Logits of a pass without any cache of ours: every query gathers and compresses what it sees by itself."""
+    knobs = method.knobs
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, scaling: float, **rest: object
+    ) -> tuple[Tensor, None]:
+        share = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+        out = []
+        for i in range(query.shape[2]):
+            groups, tokens = visible(i, knobs)
+            seen = []
+            for held in (key, value):
+                parts = [held[:, :, g * knobs.rate : (g + 1) * knobs.rate] for g in groups]
+                pooled = [part.mean(2) if knobs.pool == "mean" else part.max(2).values for part in parts]
+                seen.append(torch.stack([*pooled, *(held[:, :, j] for j in tokens)], 2))
+            scores = torch.einsum("bhk,bhsk->bhs", query[:, :, i], seen[0]) * scaling
+            out.append(torch.einsum("bhs,bhsk->bhk", scores.softmax(-1), seen[1]))
+        return torch.stack(out, 1), None
+
+    AttentionInterface.register("slow_compressive", attend)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "slow_compressive"
+    try:
+        return logits(model, input_ids=ids, use_cache=False)
+    finally:
+        model.config._attn_implementation = before
+        del AttentionInterface._global_mapping["slow_compressive"]
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_queues_are_first_in_first_out(method: Compressive, chunks: list[int]) -> None:
+    knobs = method.knobs
+    cache = CompressedCache(1, method.pattern(), "max")
+    recent: list[int] = []
+    older: deque[int] = deque(maxlen=knobs.compressed)
+    evicted = read = 0
+    for count in chunks:
+        new = torch.arange(read, read + count).double().reshape(1, 1, -1, 1)
+        cache.begin(Incoming(count, CPU))
+        cache.layers[0].update(new, new)
+        cache.finish()
+        for token in range(read, read + count):
+            recent.append(token)
+            while (token + 1) % knobs.segment == 0 and len(recent) >= knobs.memory + knobs.rate:
+                # Of integers that count tokens, the greatest of a group is its last one.
+                older.append(recent[knobs.rate - 1])
+                recent, evicted = recent[knobs.rate :], evicted + knobs.rate
+        read += count
+        assert cache.layers[0].keys.flatten().tolist() == [*older, *recent]
+        border = read // knobs.segment * knobs.segment
+        assert evicted // knobs.rate == max(0, border - knobs.memory) // knobs.rate
+        assert len(older) == min(evicted // knobs.rate, knobs.compressed)
+        assert len(older) + len(recent) < most(method)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "qwen3"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_equals_the_slow_reference(family: str, method: Compressive) -> None:
+    model = tiny(family, dtype=torch.float64)
+    ids = inputs(model, length=LENGTH)["input_ids"]
+    before = logits(model, input_ids=ids)
+    expected = slow_reference(model, method, ids)
+    assert (before - expected).abs().max() > 1e-3
+    install(model, method)
+    assert (logits(model, input_ids=ids, use_cache=False) - expected).abs().max() <= 1e-12
+    for chunks in CHUNKS.values():
+        assert (stepwise(model, chunks, input_ids=ids)[0] - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_steps_equal_one_pass(family: str, chunks: list[int]) -> None:
+    model = tiny(family, dtype=torch.float64)
+    given = inputs(model, length=LENGTH)
+    before = logits(model, **given, use_cache=False)
+    install(model, METHOD)
+    whole = logits(model, **given, use_cache=False)
+    assert not torch.allclose(before, whole, atol=1e-3)
+    steps, past = stepwise(model, chunks, **given)
+    assert (steps - whole).abs().max() <= 1e-12
+    assert all(layer.keys.shape[2] < most(METHOD) for layer in own(past).layers)
+    assert past.get_seq_length() == LENGTH
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("pads", [1, 6, 17])
+@pytest.mark.parametrize("chunks", [[LENGTH], *CHUNKS.values()], ids=["one pass", *CHUNKS])
+def test_left_padded_rows_equal_the_rows_alone(family: str, pads: int, chunks: list[int]) -> None:
+    model = tiny(family, dtype=torch.float64)
+    install(model, METHOD)
+    given = inputs(model, length=LENGTH)
+    alone = logits(model, input_ids=given["input_ids"][1:, pads:], use_cache=False)
+    other = logits(model, input_ids=given["input_ids"][:1], use_cache=False)
+    given["attention_mask"][1, :pads] = 0
+    given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    together, _ = stepwise(model, chunks, **given)
+    assert (together[1:, pads:] - alone).abs().max() <= 1e-12
+    assert (together[:1] - other).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_one_into_one_is_a_longer_memory(pool: str) -> None:
+    model = tiny("llama", dtype=torch.float64)
+    given = inputs(model, length=LENGTH)
+    full = logits(model, **given)
+    undo = install(model, SegmentRecurrence.parse({"segment": 4, "memory": 8}))
+    recurrence = logits(model, **given, use_cache=False)
+    undo()
+    for compressed, expected in ((5, recurrence), (LENGTH, full)):
+        knobs = {"segment": 4, "memory": 3, "compressed": compressed, "rate": 1, "pool": pool}
+        undo = install(model, Compressive.parse(knobs))
+        assert (logits(model, **given, use_cache=False) - expected).abs().max() <= 1e-12
+        assert (stepwise(model, CHUNKS["in pieces"], **given)[0] - expected).abs().max() <= 1e-12
+        undo()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bart", "t5"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_obeys(family: str, beams: int) -> None:
+    model = tiny(family)
+    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
+    options = {"max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False, "num_beams": beams}
+    stock = model.generate(**given, **options)
+    undo = install(model, METHOD)
+    ours = model.generate(**given, **options, return_dict_in_generate=True)
+    assert isinstance(own(ours.past_key_values), CompressedCache)
+    assert torch.equal(ours.sequences, model.generate(**given, **options, use_cache=False))
+    undo()
+    assert torch.equal(model.generate(**given, **options), stock)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_assisted_decoding_takes_tokens_back(family: str) -> None:
+    model = tiny(family)
+    install(model, METHOD)
+    given, options = inputs(model, batch=1), {"max_new_tokens": 14, "do_sample": False}
+    plain = model.generate(**given, **options)
+    cache = METHOD.cache(2)
+    assert torch.equal(plain, model.generate(**given, **options, prompt_lookup_num_tokens=3, past_key_values=cache))
+    with pytest.raises(TautError, match="pass an empty cache of this recipe"):
+        model.generate(**given, **options, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 8])
+def test_crop_over_a_compression_equals_never_having_seen(cut: int) -> None:
+    model = tiny("llama", dtype=torch.float64)
+    install(model, METHOD)
+    ids = inputs(model, length=LENGTH)["input_ids"]
+    kept = 18 - cut
+    wrong = torch.cat([ids[:, :kept], (ids[:, kept:18] + 1) % 90], 1)
+    cache = METHOD.cache(2)
+    cache.activate_past_recording()
+    _, cache = stepwise(model, [10], cache, input_ids=wrong[:, :10])
+    cache.crop(0)
+    assert cache.layers[0].compressed > 0
+    _, cache = stepwise(model, [5, 3], cache, input_ids=wrong[:, 10:])
+    cache.crop(-cut)
+    assert cache.get_seq_length() == kept
+    rest, _ = stepwise(model, [1, LENGTH - kept - 1], cache, input_ids=ids[:, kept:])
+    assert (rest - logits(model, input_ids=ids, use_cache=False)[:, kept:]).abs().max() <= 1e-12
+
+
+def test_a_cache_reset_is_as_new() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    install(model, METHOD)
+    ids = inputs(model, length=LENGTH)["input_ids"]
+    whole = logits(model, input_ids=ids, use_cache=False)
+    _, cache = stepwise(model, CHUNKS["in pieces"], input_ids=ids.flip(1))
+    cache.reset()
+    assert (stepwise(model, CHUNKS["growing"], cache, input_ids=ids)[0] - whole).abs().max() <= 1e-12
+
+
+def test_a_token_reaches_the_end_through_what_it_is_compressed_into() -> None:
+    model = tiny("llama", dtype=torch.float64, num_hidden_layers=1)
+    ids = inputs(model, batch=1, length=LENGTH)["input_ids"]
+
+    def reached(method: Compressive | SegmentRecurrence) -> list[bool]:
+        undo = install(model, method)
+        given = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=given, use_cache=False)["logits"][0, -1].square().sum().backward()
+        undo()
+        return (given.grad[0].abs().sum(1) > 0).tolist()
+
+    # The last query, at 23, is of the segment from 20: 17 tokens have left, 5 groups of 3 are compressed, 2 are seen.
+    assert reached(METHOD) == [False] * 9 + [True] * 15
+    assert reached(SegmentRecurrence.parse({"segment": 4, "memory": 3})) == [False] * 17 + [True] * 7
+
+
+def test_positions_of_other_tokens_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T5 adds a bias by distance, so there the position of a compressed entry matters by itself."""
+    model = tiny("t5", dtype=torch.float64)
+    given = inputs(model, length=LENGTH)
+    install(model, METHOD)
+    whole = logits(model, **given, use_cache=False)
+    begin = CompressedCache.begin
+
+    def shifted(cache: CompressedCache, incoming: Incoming) -> None:
+        begin(cache, incoming)
+        if cache.key_positions is not None:
+            cache.key_positions = torch.where(cache.marks[1] & 1 == 1, 0, cache.key_positions)
+
+    monkeypatch.setattr(CompressedCache, "begin", shifted)
+    assert (stepwise(model, CHUNKS["in pieces"], **given)[0] - whole).abs().max() > 1e-3
+
+
+def test_what_cannot_be_served_is_told() -> None:
+    model = tiny("llama")
+    given = inputs(model, batch=1)
+    install(model, METHOD)
+    with pytest.raises(TautError, match="packed sequences would be compressed together"):
+        model(input_ids=given["input_ids"], position_ids=(torch.arange(12) % 7)[None], use_cache=False)
+    with pytest.raises(TautError, match="serves only the model"):
+        tiny("llama")(**given, past_key_values=METHOD.cache(2))
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(TautError, match="gradient checkpointing would fill its cache twice"):
+        model(**given)
+    with pytest.raises(TautError, match="rate = 0"):
+        Compressive.parse({"rate": 0})
+    with pytest.raises(TautError, match="pool = 'median'"):
+        Compressive.parse({"pool": "median"})
+
+
+def test_cost_and_keep() -> None:
+    site = MemorySite(slot="memory", path="model", layers=2, key_heads=2, head_width=8, position="rope", length=100)
+    assert METHOD.entries(site) == Compression(4, 3, 2, 3).most == 4 + 3 + 2 + 2
+    assert METHOD.predict(site).cache_bytes_per_token == site.dense().cache_bytes_per_token * 0.11
+    general = Compressive.parse({"segment": 10, "compressed": 15, "rate": 4}, 0.5)
+    assert general.solve(site, 0.5).entries(site) == 50
+    with pytest.raises(TautError, match=r"the least keep is 0\.2800"):
+        general.solve(site, 0.2)
+
+
+def test_gradients_flow_through_the_compression() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    install(model, METHOD)
+    ids = inputs(model, length=LENGTH)["input_ids"]
+    direction = torch.randn(2, LENGTH, model.config.vocab_size, generator=torch.Generator().manual_seed(1)).double()
+
+    def gradients(cuts: tuple[int, ...]) -> dict[str, Tensor]:
+        model.zero_grad()
+        past, total, start = None, 0.0, 0
+        for stop in cuts:
+            output = model(input_ids=ids[:, start:stop], past_key_values=past, use_cache=len(cuts) > 1)
+            past, start = output.get("past_key_values"), stop
+            total = total + (output["logits"] * direction[:, stop - output["logits"].shape[1] : stop]).sum()
+        total.backward()
+        return {name: each.grad.clone() for name, each in model.named_parameters()}
+
+    whole, pieces = gradients((LENGTH,)), gradients((9, 10, 15, LENGTH))
+    assert all(torch.allclose(pieces[name], whole[name], atol=1e-9, rtol=1e-9) for name in whole)

@@ -1,0 +1,257 @@
+"""memory.segment_recurrence: what the segment and its memory allow, whatever way the tokens come in."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from decoding import CHUNKS, DECODERS, LENGTH, install, own, stepwise
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import taut
+from taut.anatomy.locate import locate
+from taut.contract.tiny import inputs, logits, padded_inputs, tiny
+from taut.core.errors import TautError
+from taut.core.site import MemorySite
+from taut.kernels import blocked
+from taut.kernels.patterns import View
+from taut.kernels.recurrence import Recurrence
+from taut.methods.memory.segment_recurrence import SegmentRecurrence
+
+SEGMENT, MEMORY = 4, 3
+METHOD = SegmentRecurrence.parse({"segment": SEGMENT, "memory": MEMORY})
+
+
+def method(segment: int, memory: int) -> SegmentRecurrence:
+    return SegmentRecurrence.parse({"segment": segment, "memory": memory})
+
+
+def explicit(length: int, segment: int, memory: int) -> Tensor:
+    """(1, 1, length, length) bool, entry by entry."""
+    rows = [[i // segment * segment - memory <= j <= i for j in range(length)] for i in range(length)]
+    return torch.tensor(rows)[None, None]
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_steps_equal_one_pass(family: str, chunks: list[int]) -> None:
+    model = tiny(family, dtype=torch.float64)
+    given = inputs(model, length=LENGTH)
+    before = logits(model, **given, use_cache=False)
+    install(model, METHOD)
+    whole = logits(model, **given, use_cache=False)
+    assert not torch.allclose(before, whole, atol=1e-3)
+    steps, past = stepwise(model, chunks, **given)
+    assert (steps - whole).abs().max() <= 1e-12
+    for layer in own(past).layers:
+        assert layer.keys.shape[2] == layer.values.shape[2] == SEGMENT + MEMORY
+    assert past.get_seq_length() == LENGTH
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "qwen3", "t5"])
+@pytest.mark.parametrize("memory", [0, 4, 8, 12])
+def test_equals_the_model_under_the_explicit_mask(family: str, memory: int) -> None:
+    model = tiny(family, dtype=torch.float64)
+    given = inputs(model, length=LENGTH)
+    name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
+    masked = logits(model, **given | {name: explicit(LENGTH, SEGMENT, memory)}, use_cache=False)
+    install(model, method(SEGMENT, memory))
+    assert (logits(model, **given, use_cache=False) - masked).abs().max() <= 1e-12
+    assert (stepwise(model, CHUNKS["in pieces"], **given)[0] - masked).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("segment", [1, 7])
+def test_unlimited_memory_is_full_attention(depth: int, segment: int) -> None:
+    model = tiny("llama", dtype=torch.float64, num_hidden_layers=depth)
+    given = inputs(model, length=LENGTH)
+    full = logits(model, **given, use_cache=False)
+    install(model, method(segment, LENGTH))
+    assert (logits(model, **given, use_cache=False) - full).abs().max() <= 1e-12
+    for chunks in CHUNKS.values():
+        assert (stepwise(model, chunks, **given)[0] - full).abs().max() <= 1e-12
+
+
+def test_positions_counted_in_the_cache_would_be_wrong() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    given = inputs(model, length=LENGTH)
+    install(model, METHOD)
+    whole = logits(model, **given, use_cache=False)
+    shifted = given | {"position_ids": (torch.arange(LENGTH) % (SEGMENT + MEMORY)).expand(2, -1)}
+    assert (stepwise(model, [1] * LENGTH, **shifted)[0] - whole).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_reach_grows_as_layers_times_segment(layers: int) -> None:
+    segment, segments = 8, 8
+    model = tiny("llama", dtype=torch.float64, num_hidden_layers=layers)
+    install(model, method(segment, segment))
+    ids = inputs(model, batch=1, length=segment * segments)["input_ids"]
+    given = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=given, use_cache=False)["logits"][0, -1].square().sum().backward()
+    reached = given.grad[0].abs().sum(1) > 0
+    assert int(reached.sum()) == (layers + 1) * segment
+    assert bool(reached[-(layers + 1) * segment :].all())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("pads", [1, 6, 17])
+@pytest.mark.parametrize("chunks", [[LENGTH], *CHUNKS.values()], ids=["one pass", *CHUNKS])
+def test_left_padded_rows_equal_the_rows_alone(family: str, pads: int, chunks: list[int]) -> None:
+    model = tiny(family, dtype=torch.float64)
+    install(model, METHOD)
+    given = inputs(model, length=LENGTH)
+    alone = logits(model, input_ids=given["input_ids"][1:, pads:], use_cache=False)
+    other = logits(model, input_ids=given["input_ids"][:1], use_cache=False)
+    given["attention_mask"][1, :pads] = 0
+    given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    together, _ = stepwise(model, chunks, **given)
+    assert (together[1:, pads:] - alone).abs().max() <= 1e-12
+    assert (together[:1] - other).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bart", "t5"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_obeys(family: str, beams: int) -> None:
+    model = tiny(family)
+    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
+    options = {"max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False, "num_beams": beams}
+    stock = model.generate(**given, **options)
+    undo = install(model, METHOD)
+    ours = model.generate(**given, **options, return_dict_in_generate=True)
+    assert torch.equal(ours.sequences, model.generate(**given, **options, use_cache=False))
+    assert all(layer.keys.shape[2] == SEGMENT + MEMORY for layer in own(ours.past_key_values).layers)
+    undo()
+    assert torch.equal(model.generate(**given, **options), stock)
+
+
+def test_assisted_decoding_takes_tokens_back() -> None:
+    model = tiny("llama")
+    install(model, METHOD)
+    given, options = inputs(model, batch=1), {"max_new_tokens": 14, "do_sample": False}
+    plain = model.generate(**given, **options)
+    cache = METHOD.cache(2)
+    assert torch.equal(plain, model.generate(**given, **options, prompt_lookup_num_tokens=3, past_key_values=cache))
+
+
+def test_crop_over_a_border_equals_never_having_seen() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    install(model, METHOD)
+    ids = inputs(model, length=LENGTH)["input_ids"]
+    wrong = torch.cat([ids[:, :14], (ids[:, 14:18] + 1) % 90], 1)
+    cache = METHOD.cache(2)
+    cache.activate_past_recording()
+    _, cache = stepwise(model, [10, 8], cache, input_ids=wrong)
+    cache.crop(-4)
+    rest, _ = stepwise(model, [1, 9], cache, input_ids=ids[:, 14:])
+    assert (rest - logits(model, input_ids=ids, use_cache=False)[:, 14:]).abs().max() <= 1e-12
+
+
+def test_memory_may_be_longer_where_the_model_is_used(tmp_path: Path) -> None:
+    model = tiny("llama", dtype=torch.float64)
+    given = inputs(model, length=LENGTH)
+    masked = logits(model, **given | {"attention_mask": explicit(LENGTH, SEGMENT, 11)}, use_cache=False)
+    taut.apply(model, {"memory": {"method": "segment_recurrence", "segment": SEGMENT, "memory": MEMORY}})
+    model.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    assert json.loads(config)["quantization_config"]
+    (tmp_path / "config.json").write_text(config.replace(f'"memory": {MEMORY}', '"memory": 11'))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert (logits(again, **given, use_cache=False) - masked).abs().max() <= 1e-12
+    assert (stepwise(again, CHUNKS["growing"], **given)[0] - masked).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(("segment", "memory"), [(8, 5), (16, 0), (3, 20)])
+@pytest.mark.parametrize("pads", [0, 9])
+def test_long_text_goes_through_the_block_kernel(
+    segment: int, memory: int, pads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked, "CPU_ROWS", 16)
+    model = tiny("llama", dtype=torch.float64)
+    given = inputs(model, length=120)
+    given["attention_mask"][1, :pads] = 0
+    install(model, method(segment, memory))
+    calls = []
+    attend = blocked.attend
+    monkeypatch.setattr(blocked, "attend", lambda *args, **named: calls.append(args) or attend(*args, **named))
+    whole = logits(model, **given, use_cache=False)
+    assert len(calls) == 2
+    pattern = Recurrence(segment, memory)
+    monkeypatch.setattr(Recurrence, "band", None)
+    dense = logits(model, **given, use_cache=False)
+    real = given["attention_mask"].bool()
+    assert len(calls) == 2
+    assert (whole - dense)[real].abs().max() <= 1e-12
+    assert View(1, 120, 120, causal=True, pattern=pattern).dense(torch.device("cpu")).sum() == pattern.pairs(120)
+
+
+def test_blocks_share_masks() -> None:
+    model = tiny("llama", max_position_embeddings=4096)
+    install(model, method(64, 64))
+    seen: list[View] = []
+    attend = blocked.attend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "attend", lambda *args, **named: seen.append(args[3]) or attend(*args, **named))
+        logits(model, **inputs(model, batch=1, length=2048), use_cache=False)
+    assert seen[0] is seen[1]
+    assert len(seen[0].memo) <= 8  # Of 32 blocks.
+
+
+def _gradients(model: PreTrainedModel, ids: Tensor, cuts: tuple[int, ...], detach: bool) -> dict[str, Tensor]:
+    """Of <logits, fixed random> when the text comes in pieces with the memory carried on."""
+    direction = torch.randn(*ids.shape, model.config.vocab_size, generator=torch.Generator().manual_seed(1)).double()
+    model.zero_grad()
+    past, total, start = None, 0.0, 0
+    for stop in cuts:
+        output = model(input_ids=ids[:, start:stop], past_key_values=past, use_cache=True)
+        past, total = output["past_key_values"], total + (output["logits"] * direction[:, start:stop]).sum()
+        start = stop
+        if detach:
+            past.detach()
+            assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in past.layers)
+    total.backward()
+    return {name: each.grad.clone() for name, each in model.named_parameters()}
+
+
+def test_gradients_end_where_the_memory_is_detached() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    install(model, METHOD)
+    ids = inputs(model, length=12)["input_ids"]
+    whole = _gradients(model, ids, (12,), False)
+    joined = _gradients(model, ids, (4, 8, 12), False)
+    apart = _gradients(model, ids, (4, 8, 12), True)
+    assert all(torch.allclose(joined[name], whole[name], atol=1e-9, rtol=0) for name in whole)
+    assert max((apart[name] - whole[name]).abs().max() for name in whole) > 1e-2
+
+
+def test_cost_and_keep() -> None:
+    site = MemorySite(slot="memory", path="model", layers=2, key_heads=2, head_width=8, position="rope", length=100)
+    assert METHOD.entries(site) == 7
+    assert METHOD.predict(site).cache_bytes_per_token == site.dense().cache_bytes_per_token * 0.07
+    general = SegmentRecurrence.parse({"segment": 10}, 0.5)
+    assert general.solve(site, 0.5).knobs.memory == 40
+    assert general.solve(site, 0.1).knobs.memory == 0
+    with pytest.raises(TautError, match=r"the least keep is 0\.1000"):
+        general.solve(site, 0.09)
+    with pytest.raises(TautError, match="segment = 0"):
+        method(0, 4)
+
+
+def test_predicted_bytes_are_held() -> None:
+    model = tiny("llama")
+    site = next(site for site in locate(model, LENGTH).sites if isinstance(site, MemorySite))
+    install(model, METHOD)
+    _, past = stepwise(model, CHUNKS["long prompt"], input_ids=inputs(model, batch=1, length=LENGTH)["input_ids"])
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in past.layers)
+    assert held == METHOD.predict(site).cache_bytes_per_token * LENGTH
+
+
+def test_a_cache_reset_is_as_new() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    install(model, METHOD)
+    ids = inputs(model, length=LENGTH)["input_ids"]
+    whole = logits(model, input_ids=ids, use_cache=False)
+    _, cache = stepwise(model, CHUNKS["in pieces"], input_ids=ids.flip(1))
+    cache.reset()
+    assert (stepwise(model, CHUNKS["growing"], cache, input_ids=ids)[0] - whole).abs().max() <= 1e-12
