@@ -2,10 +2,13 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+
+from taut.kernels.patterns import View
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,16 @@ class PositionedCache(DynamicCache, ABC):
     key_positions: Tensor | None = None
     starts: Tensor | None = None
     marks: tuple[Tensor, Tensor] | None = None
+    placed: ClassVar[bool] = True
+    """Whether ``key_positions`` are true: else they say of earlier tokens only whether there is an entry."""
 
     @abstractmethod
     def begin(self, incoming: Incoming) -> None:
         """Announce the new tokens."""
+
+    def attended(self, layer: int, query: Tensor, keys: Tensor, view: View, scaling: float) -> None:
+        """The plug-in calls this after each self-attention: queries (B, H, T, K) have seen the keys (B, H', S, K) that
+        ``update`` gave. Does nothing unless a cache wants to know."""
 
     @abstractmethod
     def finish(self) -> None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from taut.core.errors import TautError
 from taut.kernels.cache import Incoming, PositionedCache, gathered
+from taut.kernels.stored import RowStore, StoredLayer, rounded
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class Turn:
     index: Tensor | None = None
 
 
-class RingLayer(DynamicLayer):
+class RingLayer(StoredLayer):
     """One layer's entries. ``seen`` counts all tokens; the last ``pending`` are not yet in the ring (recorded, because
     assisted decoding may take them back)."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, store: RowStore | None = None) -> None:
+        super().__init__(store)
         self.turn: Turn | None = None
         self.seen = self.pending = 0
         self.record_past = False
@@ -76,14 +76,23 @@ class RingLayer(DynamicLayer):
         turn = self.turn
         self.seen += turn.queries
         if turn.slot is not None:
-            self.keys, self.values = _written(self.keys, key_states, turn), _written(self.values, value_states, turn)
-            return self.keys, self.values
+            self.keys, keys = self._over(self.keys, key_states, turn)
+            self.values, values = self._over(self.values, value_states, turn)
+            return keys, values
         keys, values = super().update(key_states, value_states)
         if self.record_past:
             self.pending += turn.queries
         else:
             self.settle(turn.index)
         return keys, values
+
+    def _over(self, held: Tensor, states: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        """What is held once the one entry ``states`` is in its slot, and what that stands for."""
+        held = _written(held, self.to_hold(states), turn)
+        seen = self.to_attend(held, states)
+        if self.store is not None and torch.is_grad_enabled():
+            seen = _written(seen, rounded(states, self.store), turn)
+        return held, seen
 
     def settle(self, index: Tensor | None) -> None:
         """Keep these columns of what is held."""
@@ -107,9 +116,9 @@ class RingCache(PositionedCache):
     record them); otherwise only until something was dropped, and raises TautError after that.
     """
 
-    def __init__(self, layers: int, sinks: int, window: int) -> None:
+    def __init__(self, layers: int, sinks: int, window: int, store: RowStore | None = None) -> None:
         super().__init__()
-        self.layers, self.layer_class_to_replicate = [RingLayer() for _ in range(layers)], None
+        self.layers, self.layer_class_to_replicate = [RingLayer(store) for _ in range(layers)], None
         self.ring = Ring(sinks, window)
         self.width = 0
 

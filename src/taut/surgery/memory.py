@@ -59,7 +59,8 @@ class Memory:
                 )
             positioned.begin(incoming)
         marks = self.method.marks(incoming) if marked else None
-        serving.set(Serving(pattern, positioned, marks))
+        # A cache of ours rounds what it takes in; without one, attention does.
+        serving.set(Serving(pattern, positioned, marks, self.method.store if cache is None else None))
         return (), given
 
     def _incoming(self, given: dict[str, Any]) -> Incoming:
