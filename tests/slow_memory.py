@@ -1,4 +1,4 @@
-"""Attention of a whole text at once, under masks that a slow rule gives every layer and head: what caches must equal."""
+"""Attention of a whole text at once, under masks that a slow rule gives every layer and head: what caches equal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +66,7 @@ class Evicting:
 
 @contextmanager
 def slowly(model: PreTrainedModel, rule: Rule, store: Store | None = None) -> Iterator[None]:
-    """Causal attention of ``model`` follows ``rule``, on keys and values rounded as ``store`` says; the rest sees all."""
+    """Causal attention of ``model`` follows ``rule``, on keys and values rounded as ``store`` says; others see all."""
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **options: Any

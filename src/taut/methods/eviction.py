@@ -56,9 +56,7 @@ class EvictionMethod(MemoryMethod):
         if site.position == "bias":
             return "the model biases scores by distance, and every head would hold entries at other distances"
         if site.window:
-            return (
-                f"layers of the model see a window of {site.window}, and heads would hold entries from beyond it"
-            )
+            return f"layers of the model see a window of {site.window}, and heads would hold entries from beyond it"
         return None
 
     def solve(self, site: MemorySite, keep: float) -> Self:

@@ -12,8 +12,8 @@ class KeyNorm(EvictionMethod):
     summary = "bounded; every head keeps the entries with the smallest keys"
     source = (
         "Devoto et al. 2024, A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (2406.11430). "
-        "Changed: every layer is compressed, where the paper leaves the first two whole, and the latest tokens stay in "
-        "any case; norms that bfloat16 cannot tell apart are equal, and of equals the later entry stays"
+        "Changed: every layer is compressed, the first ones too; the latest tokens stay in any case; norms "
+        "that bfloat16 cannot tell apart are equal, and of equals the later entry stays"
     )
 
     @property
