@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from taut.core.errors import TautError
-from taut.kernels.cache import Incoming, PositionedCache
+from taut.kernels.cache import Incoming, PositionedCache, gathered
 from taut.kernels.patterns import WHOLE, View
 from taut.kernels.stored import RowStore, StoredLayer
 
@@ -156,9 +156,7 @@ class EvictionLayer(StoredLayer):
     def settle(self, cut: Cut) -> None:
         index = cut.index(self.scores)
         self.scores = self.scores.gather(2, index)
-        rows = index[..., None]
-        self.keys = self.keys.gather(2, rows.expand(-1, -1, -1, self.keys.shape[3]))
-        self.values = self.values.gather(2, rows.expand(-1, -1, -1, self.values.shape[3]))
+        self.keys, self.values = gathered(self.keys, index), gathered(self.values, index)
 
     def forget(self, count: int) -> None:
         """Take the last ``count`` tokens back."""
