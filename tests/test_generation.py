@@ -21,6 +21,8 @@ RECIPES = {
     "none": {},
     "anchor": {"memory": {"method": "anchor", "ids": list(range(3, 60)), "longest": 9}},
     "window_sink": {"memory": {"method": "window_sink", "sinks": 2, "window": 6}},
+    "segments": {"memory": {"method": "segment_recurrence", "segment": 4, "memory": 3}},
+    "compressive": {"memory": {"method": "compressive", "segment": 3, "memory": 2, "compressed": 2, "rate": 2}},
 }
 
 

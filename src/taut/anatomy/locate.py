@@ -242,6 +242,7 @@ class _Search:
             head_width=head_width,
             position=stack.position,
             length=self.length,
+            window=min((site.window for site in layers if site.window), default=None),
             softcap=getattr(self.config, "attn_logit_softcapping", None),
         )
 

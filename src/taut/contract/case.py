@@ -15,6 +15,7 @@ from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.registry import METHODS
 from taut.core.slot import KIND_OF_SLOT
+from taut.methods.part import MemoryMethod
 from taut.surgery.apply import apply
 from taut.surgery.plan import Plan, make
 
@@ -77,6 +78,11 @@ class Case:
     def need_decoder(self) -> None:
         if not self.decoder:
             raise Skip("an encoder has no past and no future")
+
+    def need_equal_steps(self, model: PreTrainedModel) -> None:
+        for step in model.hf_quantizer.surgery.steps:
+            if isinstance(step.method, MemoryMethod) and step.method.unequal:
+                raise Skip(step.method.unequal)
 
     def answer(self, model: PreTrainedModel, **options: Any) -> Tensor:
         return logits(model, **inputs(model, **options))

@@ -108,13 +108,15 @@ class AttentionSite(Site):
 class MemorySite(Site):
     """The decoder's KV cache: ``layers`` layers, ``key_heads`` heads of width ``head_width``, ``length`` positions.
 
-    ``softcap``: the model's cap on its attention scores, if any (Gemma 2)."""
+    ``window`` is the model's own sliding window in any layer, if any, and ``softcap`` its cap on the scores (Gemma 2).
+    """
 
     layers: int
     key_heads: int
     head_width: int
     position: str
     length: int
+    window: int | None = None
     softcap: float | None = None
 
     @property

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from taut.core.errors import TautError
 from taut.kernels.cache import Incoming, PositionedCache, gathered
 from taut.kernels.patterns import Marked
+from taut.kernels.stored import RowStore, StoredLayer
 
 ANCHOR, WHOLE, STEP = 1, 2, 4
 """A mark is the number of the segment times STEP, plus what the token is: an anchor, one that is kept for good."""
@@ -98,11 +98,11 @@ class Anchoring:
         return marks, after
 
 
-class AnchorLayer(DynamicLayer):
+class AnchorLayer(StoredLayer):
     """One layer's entries, oldest first."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, store: RowStore | None) -> None:
+        super().__init__(store)
         self.ready = False
         self.seen = 0
         self.index: Tensor | None = None
@@ -166,9 +166,9 @@ class AnchorCache(PositionedCache):
     back raises TautError.
     """
 
-    def __init__(self, layers: int, anchoring: Anchoring) -> None:
+    def __init__(self, layers: int, anchoring: Anchoring, store: RowStore | None = None) -> None:
         super().__init__()
-        self.layers, self.layer_class_to_replicate = [AnchorLayer() for _ in range(layers)], None
+        self.layers, self.layer_class_to_replicate = [AnchorLayer(store) for _ in range(layers)], None
         self.anchoring = anchoring
         self.held: Held | None = None
         self.open: Open | None = None

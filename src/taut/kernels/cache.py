@@ -2,10 +2,13 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+
+from taut.kernels.patterns import View
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,16 @@ class PositionedCache(DynamicCache, ABC):
     key_positions: Tensor | None = None
     starts: Tensor | None = None
     marks: tuple[Tensor, Tensor] | None = None
+    placed: ClassVar[bool] = True
+    """Whether ``key_positions`` are true: else they say of earlier tokens only whether there is an entry."""
 
     @abstractmethod
     def begin(self, incoming: Incoming) -> None:
         """Announce the new tokens."""
+
+    def attended(self, layer: int, query: Tensor, keys: Tensor, view: View, scaling: float) -> None:
+        """The plug-in calls this after each self-attention: queries (B, H, T, K) have seen the keys (B, H', S, K) that
+        ``update`` gave. Does nothing unless a cache wants to know."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -57,7 +66,11 @@ class PositionedCache(DynamicCache, ABC):
 
 
 def gathered(held: Tensor, index: Tensor) -> Tensor:
-    """The columns ``index`` (B or 1, C) of ``held`` (B, H', S, K)."""
-    if index.shape[0] == 1:
+    """The columns ``index`` of ``held`` (B, H', S, K): (B or 1, C), or (B, H', C) where every head has its own."""
+    if index.shape[0] == 1 and index.dim() == 2:
         return held.index_select(2, index[0])
-    return held.gather(2, index[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3]))
+    batch, heads, columns, width = held.shape
+    first = torch.arange(0, batch * heads * columns, columns, device=held.device).view(batch, heads, 1)
+    rows = first + (index if index.dim() == 3 else index[:, None])
+    # A gather looks every single number up; this copies rows.
+    return held.reshape(-1, width).index_select(0, rows.view(-1)).view(batch, heads, -1, width)

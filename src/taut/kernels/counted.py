@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from taut.core.errors import TautError
 from taut.kernels.cache import PositionedCache
+from taut.kernels.stored import RowStore, StoredLayer
 
 
-class CountedLayer(DynamicLayer, ABC):
+class CountedLayer(StoredLayer, ABC):
     """Abstract: one layer's entries. ``seen`` counts all tokens; the last ``pending`` are held as they came, behind the
     others (recorded, because assisted decoding may take them back). ``turn`` says what the pass that is running does
     with its new entries."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, store: RowStore | None = None) -> None:
+        super().__init__(store)
         self.turn: Any = None
         self.seen = self.pending = 0
         self.record_past = False

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from taut.core.errors import TautError
+
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query, key) indices, broadcasting against each other -> bool: the mask function of transformers."""
 
@@ -184,6 +186,8 @@ class View:
 
     T = ``queries`` stand at positions ``query_start``, ...; S = ``keys`` stand at ``key_start``, ... or, where a cache
     has gaps, at ``key_positions`` (B or 1, S), counted from each row's first real token; negative marks an empty entry.
+    ``placed`` is False where such a cache knows of its entries only that they are there: asking for a distance then
+    raises TautError.
     ``padding`` (B, S) bool is True for real tokens, None when all are. ``starts`` (B,) are the positions of the first
     real tokens, None when all are 0: patterns count from there, so that a left-padded row equals the row alone.
     ``causal``: j <= i. ``rule`` says more where the model does (packed sequences, its own sliding window), causality
@@ -202,6 +206,7 @@ class View:
     padding: Tensor | None = None
     starts: Tensor | None = None
     key_positions: Tensor | None = None
+    placed: bool = True
     packed: Tensor | None = None
     pattern: Pattern | None = None
     marks: tuple[Tensor, Tensor] | None = None
@@ -237,6 +242,8 @@ class View:
 
     def block(self, rows: slice, columns: slice, device: torch.device, pattern: Pattern | None = None) -> Tensor:
         """The part of the mask for these queries and keys: (B or 1, 1, t, s) bool."""
+        if pattern is not None or self.rule is not None:
+            self._need_places()
         query = self._shifted(torch.arange(self.queries, device=device)[rows] + self.query_start)
         key = self._keys(device)[..., columns]
         seen = key[..., None, :] >= 0 if self.key_positions is not None else torch.ones((), dtype=torch.bool).to(device)
@@ -258,6 +265,7 @@ class View:
 
     def distances(self, device: torch.device) -> Tensor:
         """Position of the key minus position of the query, (B or 1, T, S); empty entries give anything."""
+        self._need_places()
         query = self._shifted(torch.arange(self.queries, device=device) + self.query_start)
         return self._keys(device)[:, None, :] - query[:, :, None]
 
@@ -285,6 +293,13 @@ class View:
         square = self.queries == self.keys or self.queries == 1
         aligned = self.query_start + self.queries == self.key_start + self.keys
         return self.padding is None and self.rule is None and (not self.causal or (square and aligned))
+
+    def _need_places(self) -> None:
+        if not self.placed and self.key_positions is not None:
+            raise TautError(
+                "every head of this cache holds other tokens, so no window and no distance can be measured in it: use "
+                "it with full attention (no attention.local_global, no window of the model's own)"
+            )
 
     def _keys(self, device: torch.device) -> Tensor:
         if self.key_positions is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from taut.core.errors import TautError
 from taut.kernels.cache import Incoming, gathered
 from taut.kernels.counted import CountedCache, CountedLayer
+from taut.kernels.stored import RowStore, rounded
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,23 @@ class RingLayer(CountedLayer):
         turn: Turn = self.turn
         self.seen += turn.queries
         if turn.slot is not None:
-            self.keys, self.values = _written(self.keys, key_states, turn), _written(self.values, value_states, turn)
-            return self.keys, self.values
+            self.keys, keys = self._over(self.keys, key_states, turn)
+            self.values, values = self._over(self.values, value_states, turn)
+            return keys, values
         keys, values = super().update(key_states, value_states)
         if self.record_past:
             self.pending += turn.queries
         else:
             self.settle(turn.index)
         return keys, values
+
+    def _over(self, held: Tensor, states: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        """What is held once the one entry ``states`` is in its slot, and what that stands for."""
+        held = _written(held, self.to_hold(states), turn)
+        seen = self.to_attend(held, states)
+        if self.store is not None and torch.is_grad_enabled():
+            seen = _written(seen, rounded(states, self.store), turn)
+        return held, seen
 
     def settle(self, kept: Tensor | None) -> None:
         """Keep these columns of what is held, (B or 1, C), or all."""
@@ -85,8 +95,8 @@ class RingLayer(CountedLayer):
 class RingCache(CountedCache):
     """The first ``sinks`` tokens of each row and its latest ``window``: at most their sum, in each of ``layers``."""
 
-    def __init__(self, layers: int, sinks: int, window: int) -> None:
-        super().__init__([RingLayer() for _ in range(layers)])
+    def __init__(self, layers: int, sinks: int, window: int, store: RowStore | None = None) -> None:
+        super().__init__([RingLayer(store) for _ in range(layers)])
         self.ring = Ring(sinks, window)
 
     def begin(self, incoming: Incoming) -> None:

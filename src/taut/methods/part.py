@@ -229,6 +229,9 @@ class Method(ABC):
     """Whether layer 0 of a feed-forward stack stays as it is when a recipe's entry does not name ``layers``."""
 
     reads_tokenizer: ClassVar[bool] = False
+    approximate: ClassVar[float] = 0.0
+    """How far, relative, rounding of activations may take an answer from that of an equivalent computed otherwise (a
+    part's dense form, the same text in other pieces); 0 where none are rounded."""
 
     def __init__(self, knobs: Knobs | None = None) -> None:
         self.knobs = self.Knobs() if knobs is None else knobs
@@ -286,9 +289,6 @@ class PartMethod(Method):
     """The fields of Calibration that ``fit`` makes use of, ``seed`` aside."""
     uncounted: ClassVar[str | None] = None
     """Why PyTorch's FLOP counter cannot see this part's kernel; None when it can, and then the two must agree."""
-    approximate: ClassVar[float] = 0.0
-    """How far, relative, rounding of activations may take a part's answer from that of its own dense equivalent; 0
-    where none are rounded."""
 
     @abstractmethod
     def build(self, site: Any, device: torch.device, dtype: torch.dtype) -> Part:
@@ -358,6 +358,24 @@ class MemoryMethod(Method):
     """Whether training may carry the cache from one batch to the next (``lanes: true``)."""
     makes_keys: ClassVar[bool] = False
     """Whether the cache makes keys of its own, so that a pass that is to keep none gets one, too."""
+    unequal: ClassVar[str | None] = None
+    """Why a text read in steps is not answered as in one pass without a cache; None when it is, and then both must
+    agree."""
+
+    @property
+    def store(self) -> Store | None:
+        """How keys and values are kept, and rounded in passes without a cache too; None: as they come."""
+        return None
+
+    @property
+    def approximate(self) -> float:
+        """Rounding may turn the last bit of a float into another code of the store."""
+        return 0.0 if self.store is None else 2.0**-self.store.bits
+
+    def entry_bytes(self, site: MemorySite) -> int:
+        """Bytes of the keys and values of one position as they are kept, all layers together; exact."""
+        rows = 2 * site.layers * site.key_heads
+        return site.entry_bytes if self.store is None else rows * self.store.bytes((site.head_width,))
 
     @abstractmethod
     def cache(self, layers: int) -> Any:

@@ -1,10 +1,10 @@
 """``store:`` in a recipe: the factors, cores or codebooks of a part, themselves in few bits."""
 
 import math
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from taut.kernels.rowwise import RowFormat, lookup, pack, unpack
@@ -62,3 +62,11 @@ class Store(Knobs):
 def stored_bytes(shape: tuple[int, ...], store: Store | None, width_in_bytes: int) -> int:
     """Bytes of a tensor that a part holds: dense at ``width_in_bytes`` a number, or packed."""
     return math.prod(shape) * width_in_bytes if store is None else store.bytes(shape)
+
+
+def _unsearched(given: Any) -> Any:
+    return {"clip": False, **given} if isinstance(given, dict) else given
+
+
+CacheStore = Annotated[Store | None, BeforeValidator(_unsearched)]
+"""The ``store`` of a memory. A cache packs at every step, so no range is searched for unless ``clip`` is asked for."""

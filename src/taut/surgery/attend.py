@@ -26,7 +26,9 @@ from taut.core.site import AttentionSite
 from taut.kernels import stock
 from taut.kernels.cache import PositionedCache
 from taut.kernels.patterns import Pattern, View
+from taut.kernels.stored import rounded
 from taut.methods.part import AttentionMethod
+from taut.methods.store import Store
 
 NAME = "taut"
 METHOD = "taut_attention"
@@ -35,12 +37,16 @@ METHOD = "taut_attention"
 
 @dataclass(frozen=True)
 class Serving:
-    """The memory at work in the decoder that is running now. ``marks`` (B, T) where there is no cache to hold them;
-    ``handed_out`` is False where nobody asked for the cache."""
+    """The memory at work in the decoder that is running now.
+
+    ``marks`` (B, T) where there is no cache to hold them, and a ``store`` where there is none to round keys and values.
+    ``handed_out`` is False where nobody asked for the cache.
+    """
 
     pattern: Pattern | None
     cache: PositionedCache | None
     marks: Tensor | None = None
+    store: Store | None = None
     handed_out: bool = True
 
 
@@ -63,12 +69,22 @@ def attention(
     seen = _packed(seen, options.get("position_ids"))
     if seen.key_positions is not None and "position_bias" in options:
         options["position_bias"] = _bias(module, seen)
+    memory = serving.get() if seen.causal else None
+    if memory is not None and memory.store is not None:
+        key, value = rounded(key, memory.store), rounded(value, memory.store)
     if method is None:
-        return stock.attend(module, query, key, value, seen, **options), None
-    if options.get("softcap") is not None:
+        out = stock.attend(module, query, key, value, seen, **options)
+    elif options.get("softcap") is not None:
         raise TautError(f"{method.id}: the model caps its attention scores (softcap), which fused kernels cannot do")
-    known = {name: options[name] for name in ("scaling", "dropout", "position_bias") if name in options}
-    return method.attend(module, query, key, value, seen, **known).contiguous(), None
+    else:
+        known = {name: options[name] for name in ("scaling", "dropout", "position_bias") if name in options}
+        out = method.attend(module, query, key, value, seen, **known).contiguous()
+    if memory is not None and memory.cache is not None:
+        scaling = options.get("scaling")
+        memory.cache.attended(
+            module.layer_idx, query, key, seen, query.shape[-1] ** -0.5 if scaling is None else scaling
+        )
+    return out, None
 
 
 def view(
@@ -132,6 +148,7 @@ def view(
         padding=_padding(attention_mask, kv_length, kv_offset, positions, starts),
         starts=starts,
         key_positions=positions,
+        placed=cache is None or cache.placed,
         pattern=memory.pattern if memory is not None else None,
         marks=marks,
         rule=rule,

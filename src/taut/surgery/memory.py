@@ -61,7 +61,9 @@ class Memory:
                 )
             positioned.begin(incoming)
         marks = self.method.marks(incoming) if marked else None
-        serving.set(Serving(pattern, positioned, marks, handed_out=asked))
+        # A cache of ours rounds what it takes in; without one, attention does.
+        store = self.method.store if cache is None else None
+        serving.set(Serving(pattern, positioned, marks, store, handed_out=asked))
         return (), given
 
     def _incoming(self, given: dict[str, Any]) -> Incoming:

@@ -9,6 +9,7 @@ from taut.core.errors import TautError
 from taut.core.site import MemorySite, Site
 from taut.kernels.anchors import AnchorCache, Anchoring, Segments
 from taut.methods.part import Knobs, MemoryMethod
+from taut.methods.store import CacheStore, Store
 
 NAMED = {"punctuation": (".", "!", "?")}
 
@@ -25,6 +26,8 @@ class AnchorKnobs(Knobs):
     )
     source_ids: tuple[int, ...] = Field((), description="the token ids of source_ends")
     segment: int = Field(25, ge=1, description="tokens of a segment on average; for predictions of cost alone")
+
+    store: CacheStore = Field(None, description="keep keys and values in few bits")
 
     @field_validator("anchors", "source_ends", mode="before")
     @classmethod
@@ -76,11 +79,15 @@ class Anchor(MemoryMethod):
             return f"the model caps its attention scores at {site.softcap:g}, which fused attention cannot do"
         return None
 
+    @property
+    def store(self) -> Store | None:
+        return self.knobs.store
+
     def predict(self, site: MemorySite) -> Cost:
-        return Cost(cache_bytes_per_token=site.entry_bytes * self.entries(site) / site.length)
+        return Cost(cache_bytes_per_token=self.entry_bytes(site) * self.entries(site) / site.length)
 
     def cache(self, layers: int) -> AnchorCache:
-        return AnchorCache(layers, self.anchoring)
+        return AnchorCache(layers, self.anchoring, self.knobs.store)
 
     def pattern(self) -> Segments:
         return Segments()

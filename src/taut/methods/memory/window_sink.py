@@ -8,11 +8,13 @@ from taut.core.site import MemorySite, Site
 from taut.kernels.patterns import Sink
 from taut.kernels.ring import RingCache
 from taut.methods.part import Knobs, MemoryMethod
+from taut.methods.store import CacheStore, Store
 
 
 class WindowSinkKnobs(Knobs):
     sinks: int = Field(4, ge=0, description="first tokens that are never dropped")
     window: int = Field(1024, ge=1, description="latest tokens that are kept, the current one included")
+    store: CacheStore = Field(None, description="how keys and values are kept; none: as they come")
 
 
 class WindowSink(MemoryMethod):
@@ -51,10 +53,14 @@ class WindowSink(MemoryMethod):
         return WindowSink(self.knobs.model_copy(update={"window": window}))
 
     def predict(self, site: MemorySite) -> Cost:
-        return Cost(cache_bytes_per_token=site.entry_bytes * self.entries(site) / site.length)
+        return Cost(cache_bytes_per_token=self.entry_bytes(site) * self.entries(site) / site.length)
 
     def cache(self, layers: int) -> RingCache:
-        return RingCache(layers, self.knobs.sinks, self.knobs.window)
+        return RingCache(layers, self.knobs.sinks, self.knobs.window, self.knobs.store)
+
+    @property
+    def store(self) -> Store | None:
+        return self.knobs.store
 
     def pattern(self) -> Sink:
         return Sink(self.knobs.sinks, self.knobs.window)

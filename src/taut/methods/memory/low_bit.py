@@ -1,0 +1,58 @@
+"""The whole cache, in few bits."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from taut.core.cost import Cost
+from taut.core.site import MemorySite, Site
+from taut.kernels.stored import StoredCache
+from taut.methods.part import Knobs, MemoryMethod
+from taut.methods.store import Store
+
+
+class LowBitKnobs(Knobs):
+    bits: Literal[8, 6, 4, 3, 2] = Field(8, description="bits of a number")
+    group: int | None = Field(None, ge=2, description="how many numbers of a key or value share a scale; none: all")
+    clip: bool = Field(False, description="search each scale for the least squared error; slow at every step")
+
+
+class LowBit(MemoryMethod):
+    """Keeps all keys and values as integers, each key and each value of each head with a scale and a bias of its own.
+
+    They are rounded before attention sees them, new ones too, so what is attended is what is held; passes without a
+    cache round alike. Gradients pass as if nothing had been rounded.
+    """
+
+    id = "memory.low_bit"
+    summary = "the whole cache in 8, 4 or fewer bits a number"
+    source = (
+        "Sheng et al. 2023, FlexGen (arXiv 2303.06865), group-wise quantised caches; Liu et al. 2024, KIVI (arXiv "
+        "2402.02750). Changed: keys share scales within a token, as values do, where KIVI's share them along tokens; "
+        "no recent tokens stay in full precision, so every way to cut the text gives the same"
+    )
+    Knobs = LowBitKnobs
+    knobs: LowBitKnobs
+
+    def fits(self, site: Site) -> str | None:
+        if not isinstance(site, MemorySite):
+            return "not a cache"
+        if site.softcap:
+            return f"the model caps its attention scores at {site.softcap:g}, which fused attention cannot do"
+        return None
+
+    def predict(self, site: MemorySite) -> Cost:
+        return Cost(cache_bytes_per_token=float(self.entry_bytes(site)))
+
+    @property
+    def store(self) -> Store:
+        return Store(bits=self.knobs.bits, group=self.knobs.group, clip=self.knobs.clip)
+
+    def cache(self, layers: int) -> StoredCache:
+        return StoredCache(layers, self.store)
+
+    def pattern(self) -> None:
+        """None: everybody sees everybody."""
+
+    def entries(self, site: MemorySite) -> int:
+        return site.length

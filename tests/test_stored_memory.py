@@ -1,0 +1,184 @@
+"""memory.low_bit, and ``store:`` of a bounded cache: what is attended is what is held, however the text comes in."""
+
+import copy
+
+import pytest
+import torch
+from decoding import CHUNKS, DECODERS, LENGTH, install, own, stepwise
+from slow_memory import slowly
+from torch import Tensor
+
+from taut.anatomy.locate import locate
+from taut.contract.tiny import inputs, logits, padded_inputs, tiny
+from taut.core.errors import TautError
+from taut.core.recipe import Recipe
+from taut.core.site import MemorySite
+from taut.kernels.patterns import Causal, Pattern
+from taut.kernels.ring import RingCache
+from taut.kernels.stored import StoredCache, expanded, packed, rounded
+from taut.methods.memory.low_bit import LowBit
+from taut.methods.memory.window_sink import WindowSink
+from taut.methods.part import MemoryMethod
+from taut.methods.store import Store
+from taut.surgery.plan import make
+
+METHODS: dict[str, MemoryMethod] = {
+    "8 bits": LowBit.parse({}),
+    "4 bits": LowBit.parse({"bits": 4}),
+    "3 bits in groups": LowBit.parse({"bits": 3, "group": 3, "clip": True}),
+    "window in 8 bits": WindowSink.parse({"sinks": 2, "window": 5, "store": {"method": "low_bit", "bits": 8}}),
+    "window in 4 bits": WindowSink.parse({"sinks": 2, "window": 5, "store": {"method": "low_bit", "bits": 4}}),
+}
+EACH_METHOD = pytest.mark.parametrize("name", METHODS)
+
+
+def as_rule(pattern: Pattern | None) -> object:
+    def rule(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+        places = torch.arange(key.shape[2])
+        return (pattern or Causal()).allowed(places, places)[None, None]
+
+    return rule
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
+@pytest.mark.parametrize("group", [None, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_are_packed_and_expanded(bits: int, group: int | None, dtype: torch.dtype) -> None:
+    store = Store(bits=bits, group=group, clip=False)
+    states = torch.randn(2, 3, 7, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    held = packed(states, store)
+    assert held.shape == (2, 3, 7, store.bytes((16,)))
+    again = expanded(held, store, 16, dtype)
+    assert torch.equal(again, rounded(states, store))
+    formula = store.unpack(store.pack(states), states.shape, dtype)
+    assert torch.allclose(again, formula, rtol=0, atol=1e-6 if dtype != torch.bfloat16 else 2**-6)
+    parts = states.unflatten(-1, (-1, 8)) if group == 8 else states[..., None, :]
+    steps = (parts.amax(-1) - parts.amin(-1)).double() / (2**bits - 1)
+    if group != 5:
+        slack = 1.01 * steps / 2 + (2**-7 if dtype == torch.bfloat16 else 4e-3)
+        assert ((again - states).view(parts.shape).abs().amax(-1) <= slack).all()
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@EACH_METHOD
+def test_steps_equal_one_pass_and_one_pass_the_rounding(family: str, name: str) -> None:
+    model, method = tiny(family, dtype=torch.float64), METHODS[name]
+    given = inputs(model, length=LENGTH)
+    original = logits(model, **given, use_cache=False)
+    expected = None
+    if family != "gemma3":
+        with slowly(model, as_rule(method.pattern()), method.store):
+            expected = logits(model, **given, use_cache=False)
+    undo = install(model, method)
+    whole = logits(model, **given, use_cache=False)
+    assert not torch.allclose(whole, original, atol=1e-3)
+    assert expected is None or (whole - expected).abs().max() <= 1e-12
+    for chunking in CHUNKS if family in ("gpt2", "llama") else ("long prompt", "in pieces"):
+        steps, past = stepwise(model, CHUNKS[chunking], **given)
+        assert (steps - whole).abs().max() <= 1e-12
+        assert past.get_seq_length() == LENGTH
+    assert all(layer.keys.dtype == layer.values.dtype == torch.uint8 for layer in own(past).layers)
+    undo()
+    assert torch.equal(logits(model, **given, use_cache=False), original)
+
+
+@pytest.mark.parametrize("pads", [1, 6, 17])
+@EACH_METHOD
+def test_left_padded_rows_equal_the_rows_alone(pads: int, name: str) -> None:
+    model = tiny("llama", dtype=torch.float64)
+    install(model, METHODS[name])
+    given = inputs(model, length=LENGTH)
+    alone = logits(model, input_ids=given["input_ids"][1:, pads:], use_cache=False)
+    given["attention_mask"][1, :pads] = 0
+    given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    for chunks in CHUNKS.values():
+        together, _ = stepwise(model, chunks, **given)
+        assert (together[1:, pads:] - alone).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart", "t5"])
+@pytest.mark.parametrize("beams", [1, 3])
+@EACH_METHOD
+def test_generate_obeys(family: str, beams: int, name: str) -> None:
+    model = tiny(family, dtype=torch.float64)
+    install(model, METHODS[name])
+    given = {key: each for key, each in padded_inputs(model).items() if key != "decoder_input_ids"}
+    options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "num_beams": beams}
+    ours = model.generate(**given, **options, return_dict_in_generate=True)
+    assert isinstance(own(ours.past_key_values), RingCache if "window" in name else StoredCache)
+    assert torch.equal(ours.sequences, model.generate(**given, **options, use_cache=False))
+
+
+@EACH_METHOD
+def test_assisted_decoding_reset_and_copies(name: str) -> None:
+    model = tiny("llama", dtype=torch.float64)
+    install(model, METHODS[name])
+    given = inputs(model, batch=1)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(**given, **options)
+    cache = METHODS[name].cache(2)
+    assert torch.equal(plain, model.generate(**given, **options, prompt_lookup_num_tokens=3, past_key_values=cache))
+    cache.reset()
+    ids = inputs(model, length=LENGTH)["input_ids"]
+    whole = logits(model, input_ids=ids, use_cache=False)
+    first, cache = stepwise(model, [10], cache, input_ids=ids[:, :10])
+    assert (first - whole[:, :10]).abs().max() <= 1e-12
+    for _ in range(2):
+        rest, _ = stepwise(model, [1] * 14, copy.deepcopy(cache), input_ids=ids[:, 10:])
+        assert (rest - whole[:, 10:]).abs().max() <= 1e-12
+
+
+@EACH_METHOD
+def test_gradients_are_those_of_one_pass_within_a_pass(name: str) -> None:
+    model = tiny("llama", dtype=torch.float64)
+    install(model, METHODS[name])
+    ids = inputs(model, length=12)["input_ids"]
+    model(input_ids=ids, use_cache=False)[0].square().sum().backward()
+    expected = {key: each.grad.clone() for key, each in model.named_parameters()}
+    model.zero_grad()
+    past = model(input_ids=ids, use_cache=True)
+    past["logits"].square().sum().backward()
+    assert all(torch.allclose(each.grad, expected[key], atol=1e-9) for key, each in model.named_parameters())
+    model.zero_grad()
+    past = past["past_key_values"]
+    model(input_ids=ids[:, :1], past_key_values=past)["logits"].square().sum().backward()
+    assert all(each.grad.any() for each in model.parameters())
+
+
+@EACH_METHOD
+def test_predicted_bytes_are_held(name: str) -> None:
+    model = tiny("llama")
+    site = next(site for site in locate(model, LENGTH).sites if isinstance(site, MemorySite))
+    install(model, METHODS[name])
+    _, past = stepwise(model, CHUNKS["long prompt"], input_ids=inputs(model, batch=1, length=LENGTH)["input_ids"])
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in past.layers)
+    assert held == METHODS[name].predict(site).cache_bytes_per_token * LENGTH
+    assert held < site.dense().cache_bytes_per_token * LENGTH
+
+
+def test_bytes_at_a_usual_width() -> None:
+    site = MemorySite(
+        slot="memory", path="model", layers=2, key_heads=2, head_width=64, position="rope", length=100, dtype="float32"
+    )
+    dense = site.dense().cache_bytes_per_token
+    assert LowBit.parse({}).predict(site).cache_bytes_per_token / dense == 72 / 256
+    assert LowBit.parse({"bits": 4}).predict(site).cache_bytes_per_token / dense == 36 / 256
+    assert LowBit.parse({"bits": 4, "group": 32}).predict(site).cache_bytes_per_token / dense == 40 / 256
+
+
+def test_recipes_say_it_and_wrong_ones_are_told() -> None:
+    model = tiny("llama")
+    line = {"method": "window_sink", "window": 8, "store": {"method": "low_bit", "bits": 4}}
+    step = make(model, Recipe.parse({"memory": line})).steps[0]
+    assert step.method.store == Store(bits=4, clip=False)
+    assert "store=4 bits" in step.label
+    again = WindowSink.parse(step.to_dict()["knobs"])
+    assert again.knobs == step.method.knobs
+    searched = WindowSink.parse({"store": {"method": "low_bit", "clip": True}})
+    assert searched.store.clip
+    with pytest.raises(TautError, match=r"store\.bits = 5"):
+        WindowSink.parse({"store": {"method": "low_bit", "bits": 5}})
+    with pytest.raises(TautError, match="does not nest a store"):
+        make(model, Recipe.parse({"memory": {"method": "low_bit", "store": {"method": "low_bit"}}}))
+    with pytest.raises(TautError, match=r"torch\.float16 that are not finite"):
+        packed(torch.full((1, 1, 1, 8), torch.inf, dtype=torch.float16), Store())
