@@ -1,6 +1,7 @@
 """memory.low_bit, and ``store:`` of a bounded cache: what is attended is what is held, however the text comes in."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from taut.contract.tiny import inputs, logits, padded_inputs, tiny
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import MemorySite
+from taut.generation.prefix import Prefix, read
 from taut.kernels.patterns import Causal, Pattern
 from taut.kernels.ring import RingCache
 from taut.kernels.stored import StoredCache, expanded, packed, rounded
@@ -20,6 +22,7 @@ from taut.methods.memory.low_bit import LowBit
 from taut.methods.memory.window_sink import WindowSink
 from taut.methods.part import MemoryMethod
 from taut.methods.store import Store
+from taut.surgery.apply import apply
 from taut.surgery.plan import make
 
 METHODS: dict[str, MemoryMethod] = {
@@ -154,6 +157,29 @@ def test_predicted_bytes_are_held(name: str) -> None:
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in past.layers)
     assert held == METHODS[name].predict(site).cache_bytes_per_token * LENGTH
     assert held < site.dense().cache_bytes_per_token * LENGTH
+
+
+@pytest.mark.parametrize("length", [4, 14])
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"method": "key_norm", "entries": 6, "store": {"method": "low_bit", "bits": 8}},
+        {"method": "attention_score", "entries": 6},
+        {"method": "window_sink", "sinks": 2, "window": 5, "store": {"method": "low_bit", "bits": 4}},
+        {"method": "low_bit"},
+    ],
+    ids=["key_norm", "attention_score", "window_sink", "low_bit"],
+)
+def test_a_prefix_goes_through_a_file(line: dict, length: int, tmp_path: Path) -> None:
+    model = tiny("llama", dtype=torch.float64)
+    apply(model, Recipe.parse({"memory": line}))
+    ids = inputs(model, batch=1, length=LENGTH)["input_ids"]
+    expected, _ = stepwise(model, [length, 1, LENGTH - length - 1], input_ids=ids)
+    read(model, ids[0, :length]).save(tmp_path / "prefix")
+    again = Prefix.load(tmp_path / "prefix", model)
+    for _ in range(2):
+        rest, _ = stepwise(model, [1, LENGTH - length - 1], again.cache(), input_ids=ids[:, length:])
+        assert (rest - expected[:, length:]).abs().max() <= 1e-12
 
 
 def test_bytes_at_a_usual_width() -> None:
