@@ -1,6 +1,7 @@
 """From what a user types as MODEL to a folder, a config, a model and a tokenizer."""
 
 import json
+import os
 import struct
 import tempfile
 import weakref
@@ -38,7 +39,8 @@ class Source:
 
 
 def resolve(name: str | Path) -> Source:
-    """A folder, a Hub id, ``minilm`` (packaged), or a scratch spec such as ``llama:hidden_size=256``.
+    """A folder, its name alone in the one that the variable TAUT_MODELS names, a Hub id, ``minilm`` (packaged), or a
+    scratch spec such as ``llama:hidden_size=256``.
 
     Raises TautError for a folder without config, with pickles instead of safetensors or truncated weights, a Hub id
     that cannot be reached, and an unknown architecture or config key.
@@ -48,6 +50,9 @@ def resolve(name: str | Path) -> Source:
         return Source(text, check_folder(Path(text)))
     if text == "minilm":
         return Source(text, check_folder(_minilm()))
+    kept = os.environ.get("TAUT_MODELS")
+    if kept and "/" not in text and (Path(kept) / text / "config.json").is_file():
+        return Source(text, check_folder(Path(kept) / text))
     if ":" in text and "/" not in text:
         return Source(text, scratch=_scratch(text))
     if Path(text).exists():

@@ -8,15 +8,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from taut.methods.part import Part
+from taut.training.draws import of_epoch, of_step
 from taut.training.losses import answers, imitation, text_loss
 from taut.training.text import next_tokens
 
 CACHE_BYTES = 512 * 2**20
 """What the teacher's answers to batches that come again may take."""
-PRIME = 1_000_003
-"""Keeps the orders of epochs apart."""
-LOOKUPS = 1 << 16
-"""More than a step has: keeps the draws of steps apart."""
 
 
 class Comparison:
@@ -100,7 +97,7 @@ class Distillation(nn.Module):
         every epoch has all batches of ``order`` once, in an order of its own. The parts are in training mode, as some
         learn by drawing; the rest of the student is not, since dropout would have the parts make up for it."""
         epoch, place = divmod(step, len(self.order))
-        generator = torch.Generator().manual_seed(self.seed * PRIME + epoch)
+        generator = torch.Generator().manual_seed(of_epoch(self.seed, epoch))
         shuffled = torch.randperm(len(self.order), generator=generator)
         with self._drawing(step):
             return {"loss": self.comparison.loss(self.order[int(shuffled[place])])}
@@ -108,7 +105,7 @@ class Distillation(nn.Module):
     @contextmanager
     def _drawing(self, step: int) -> Iterator[None]:
         for part in self._parts:
-            part.draws = self.seed + step * LOOKUPS
+            part.draws = of_step(self.seed, step)
             part.train()
         try:
             yield

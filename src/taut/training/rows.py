@@ -10,13 +10,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from taut.training.corpus import pieces_of
+from taut.training.draws import of_epoch
 from taut.training.losses import IGNORED
 from taut.training.spec import TrainSpec
 
 RANDOM, KEPT = 0.1, 0.1
 """Of the tokens that masked training asks for: shares shown as a random one, and as they are (Devlin et al. 2019)."""
-EPOCHS_APART = 1_000_003
-"""Keeps the orders of epochs apart."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class Stream(Dataset):
         step, place = divmod(position, self.batch)
         number = self.batch_of(step) * self.batch + place
         row = self._row(number)
-        found = example(self.rows, row, self.masking, self.seed * EPOCHS_APART + number)
+        found = example(self.rows, row, self.masking, of_epoch(self.seed, number))
         if self.rows.lanes:
             goes_on = step > 0 and self._row((self.batch_of(step - 1)) * self.batch + place) == row - 1
             found["fresh"] = torch.tensor(not (goes_on and self.rows.follows(row)))
@@ -153,7 +152,7 @@ class Stream(Dataset):
 
     def _ordered(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed * EPOCHS_APART + epoch)
+            generator = torch.Generator().manual_seed(of_epoch(self.seed, epoch))
             self._order = epoch, torch.randperm(len(self.rows), generator=generator)
         return self._order[1]
 

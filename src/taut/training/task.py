@@ -9,12 +9,11 @@ from transformers import PreTrainedModel
 
 from taut.core.errors import TautError
 from taut.methods.part import Part
+from taut.training.draws import of_step
 from taut.training.guide import Guides
 from taut.training.lanes import Lanes
 from taut.training.losses import IGNORED
 
-STEPS_APART = 1 << 16
-"""More than a step draws of anything: keeps the draws of steps apart."""
 RANKS_APART = 1 << 8
 
 
@@ -45,7 +44,7 @@ class LanguageModelling(nn.Module):
     def begin(self, step: int) -> None:
         """Optimizer step number ``step`` starts. Whatever it draws (dropout, guides, parts that learn by drawing)
         follows from seed, step and process alone, so that a resumed run draws the same."""
-        draw = self.seed + step * STEPS_APART
+        draw = of_step(self.seed, step)
         torch.manual_seed(draw * RANKS_APART + self.rank)
         for part in self._parts:
             part.draws = draw
@@ -81,7 +80,9 @@ class LanguageModelling(nn.Module):
     ) -> Tensor:
         """The sum of the cross-entropies of all targets, float32 scalar."""
         if lanes is None:
-            logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+            # Models that generate would keep a cache that nobody reads.
+            given = {"use_cache": False} if self.model.can_generate() else {}
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **given).logits
         else:
             logits = lanes.read(self.model, input_ids, attention_mask, fresh)
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
