@@ -261,6 +261,14 @@ def test_full_output_folder_is_refused(llama: Path, tmp_path: Path) -> None:
         taut.apply(llama, LIGHT, tmp_path / "file" / "below")
 
 
+def test_a_name_is_looked_for_in_the_folder_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("llama").save_pretrained(tmp_path / "mine")
+    monkeypatch.setenv("TAUT_MODELS", str(tmp_path))
+    assert resolve("mine").folder == tmp_path / "mine"
+    with pytest.raises(taut.TautError, match="yours: no such folder"):
+        resolve("yours")
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -270,14 +278,6 @@ def test_full_output_folder_is_refused(llama: Path, tmp_path: Path) -> None:
         ("nobody/nothing-here-at-all", "cannot be reached"),
     ],
 )
-def test_a_name_is_looked_for_in_the_folder_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny("llama").save_pretrained(tmp_path / "mine")
-    monkeypatch.setenv("TAUT_MODELS", str(tmp_path))
-    assert resolve("mine").folder == tmp_path / "mine"
-    with pytest.raises(TautError, match="yours: no such folder"):
-        resolve("yours")
-
-
 def test_wrong_models(name: str, words: str) -> None:
     with pytest.raises(taut.TautError, match=words):
         taut.plan(name, LIGHT)

@@ -11,7 +11,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="MODEL is a folder, a Hub id, 'minilm' (packaged), a name in TAUT_MODELS, or a scratch spec such as llama:hidden_size=256. "
+    epilog="MODEL is a folder, a Hub id, 'minilm' (packaged), a name in TAUT_MODELS, or a scratch spec such as "
+    "llama:hidden_size=256. "
     "RECIPE is a YAML file or the name of a shipped recipe.",
 )
 
