@@ -29,9 +29,11 @@ CLAIM = (
 )
 NOTES = (
     f"time of {STEPS} tokens, one by one; random weights, as it does not matter what the tokens are. 'one token': the "
-    "same model and memory behind a prefix of one token, which no cache can beat. cache bytes: held before the first "
+    "same model and memory behind a prefix of one token, which no cache can beat. 'anchors, int8': "
+    "weights in 8 bits as well, which lowers that floor. cache bytes: held before the first "
     f"token. {ANSWER} tokens after the question cost what decoding costs; 'read again' has a full DynamicCache then"
 )
+OURS = ("anchors", "one token", "anchors, int8")
 
 
 def prefix_of(length: int) -> Tensor:
@@ -41,14 +43,14 @@ def prefix_of(length: int) -> Tensor:
     return ids
 
 
-def caches(dense: PreTrainedModel, tightened: PreTrainedModel, ids: Tensor) -> dict[str, Callable[[], Cache]]:
+def caches(models: dict[str, PreTrainedModel], ids: Tensor) -> dict[str, Callable[[], Cache]]:
     """A cache of each kind, ready for the token after the prefix. Each call goes back to that state."""
     length = len(ids)
-    dynamic = taut.prefix(dense, ids).memory
-    static = StaticCache(config=dense.config, max_cache_len=length + STEPS)
-    for ours, layer in zip(dynamic.layers, static.layers, strict=True):
-        layer.update(ours.keys, ours.values)
-    anchors, one = taut.prefix(tightened, ids).memory, taut.prefix(tightened, ids[:1]).memory
+    dynamic = taut.prefix(models["DynamicCache"], ids).memory
+    static = StaticCache(config=models["StaticCache"].config, max_cache_len=length + STEPS)
+    for full, layer in zip(dynamic.layers, static.layers, strict=True):
+        layer.update(full.keys, full.values)
+    ours = {name: taut.prefix(models[name], ids[:1] if name == "one token" else ids) for name in OURS}
 
     def fresh_dynamic() -> Cache:
         if dynamic.get_seq_length() > length:
@@ -61,7 +63,7 @@ def caches(dense: PreTrainedModel, tightened: PreTrainedModel, ids: Tensor) -> d
         return static
 
     kinds = {"DynamicCache": fresh_dynamic, "StaticCache": fresh_static}
-    return kinds | {"anchors": lambda: copy.deepcopy(anchors), "one token": lambda: copy.deepcopy(one)}
+    return kinds | {name: prefix.cache for name, prefix in ours.items()}
 
 
 def decoding(model: PreTrainedModel, fresh: Callable[[], Cache], first: int, steps: int) -> Callable[[], None]:
@@ -104,26 +106,29 @@ def main() -> int:
     given = options(CLAIM, repeats=15)
     torch.manual_seed(0)
     dense = open_model(resolve(MODEL))
-    tightened = taut.apply(copy.deepcopy(dense), {"memory": {"method": "anchor", "ids": [7], "longest": 0}})
+    memory = {"memory": {"method": "anchor", "ids": [7], "longest": 0}}
+    tightened = taut.apply(copy.deepcopy(dense), memory)
+    light = {slot: {"method": "low_bit"} for slot in ("embedding", "projection", "feedforward")}
+    models = {"DynamicCache": dense, "StaticCache": dense, "anchors": tightened, "one token": tightened}
+    models["anchors, int8"] = taut.apply(copy.deepcopy(dense), light | memory)
     rows, figure = [], []
     for length in PREFIXES[:1] if given.quick else PREFIXES:
-        kinds = caches(dense, tightened, prefix_of(length))
+        kinds = caches(models, prefix_of(length))
         held = {name: cache_bytes(fresh()) for name, fresh in kinds.items()}
         for threads in (1, 2):
-            calls = {
-                name: decoding(tightened if name in ("anchors", "one token") else dense, fresh, length, STEPS)
-                for name, fresh in kinds.items()
-            }
+            calls = {name: decoding(models[name], fresh, length, STEPS) for name, fresh in kinds.items()}
             times = compare(calls, repeats=3 if given.quick else given.repeats, threads=threads)
             wanted = length == PREFIXES[-1] and threads == 2
-            for name, target in (("DynamicCache", DYNAMIC), ("StaticCache", STATIC), ("one token", 1 / EMPTY)):
+            targets = {"DynamicCache": DYNAMIC, "StaticCache": STATIC, "one token": 1 / EMPTY, "anchors, int8": None}
+            for name, target in targets.items():
                 where = {"what": "a token", "prefix": length, "threads": threads, "against": name}
                 row = against(times[name], times["anchors"], target if wanted else None, **where)
                 sizes = {"their cache bytes": held[name], "our cache bytes": held["anchors"]}
                 rows.append(row | sizes | {"ms a token": times["anchors"].median * 1e3 / STEPS})
                 figure.append({"prefix": length, "threads": threads, "against": name, "ratio": row["faster"].value})
             asked = scoring(dense, tightened, prefix_of(length))
-            times |= {f"question: {name}": each for name, each in compare(asked, repeats=3, threads=threads).items()}
+            questions = compare(asked, repeats=3 if given.quick else 6, threads=threads)
+            times |= {f"question: {name}": each for name, each in questions.items()}
             ours = times["question: anchors"]
             for name, target in (("read again", SCORING), ("full cache", None)):
                 where = {"what": f"a question of {QUESTION}", "prefix": length, "threads": threads, "against": name}
@@ -148,7 +153,7 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
     """How many times faster than each, by the length of the prefix, 2 threads."""
     import altair
 
-    shown = [point for point in points if point["threads"] == 2 and point["against"] != "one token"]
+    shown = [point for point in points if point["threads"] == 2 and point["against"] not in OURS]
     chart = (
         altair.Chart(altair.Data(values=shown), width=420, height=260, title="Behind a prefix kept in 40 anchors")
         .mark_line(point=True)

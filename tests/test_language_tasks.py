@@ -17,7 +17,7 @@ from taut import data
 from taut.contract.tiny import tiny
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.tasks import agreement, loss_by_position, perplexity
+from taut.tasks import agreement, key_value_recall, loss_by_position, perplexity
 from taut.tasks._language import causal_windows, masked_windows, same_length_batches, tokenize
 
 TEXT = "The statement is executed once. An exception is raised if no handler is found; naïve code fails.\n" * 4
@@ -283,3 +283,39 @@ def test_through_the_cache_or_at_once_is_the_same(memory: dict | None, cached: i
         at_once = values(task.parse(options).evaluate(subject, tiny_tokenizer()))
         pieces = values(task.parse(options | {"cached": cached}).evaluate(subject, tiny_tokenizer()))
         assert pieces == pytest.approx(at_once, rel=1e-6)
+
+
+# key_value_recall
+
+
+def test_recall_texts_hold_every_key_once_with_its_value():
+    for text, question, answer, among in key_value_recall.documents(20, 12, 3, seed=4):
+        segments = [segment.split() for segment in text.rstrip(".").split(". ")]
+        assert len({segment[0] for segment in segments}) == len(segments) == 12
+        assert all(len(segment) == 6 and segment[1] == "=" for segment in segments)
+        assert {segment[0]: segment[2] for segment in segments}[question.split()[0]] == answer
+        assert [segment[2] for segment in segments] == among
+    assert key_value_recall.documents(3, 4, 1, seed=1) == key_value_recall.documents(3, 4, 1, seed=1)
+    assert key_value_recall.documents(3, 4, 1, seed=1) != key_value_recall.documents(3, 4, 1, seed=2)
+    keys, values, fillers = key_value_recall.words()
+    assert len({*keys, *values, *fillers}) == 64 + 64 + 128
+
+
+@pytest.mark.parametrize("cached", [None, 9])
+def test_recall_is_right_where_the_right_value_has_the_highest_logit(cached: int | None):
+    subject, tokenizer = model("llama", max_position_embeddings=512), tiny_tokenizer()
+    options = {"limit": 30, "pairs": 3, "fillers": 1} | ({} if cached is None else {"cached": cached})
+    task = key_value_recall.KeyValueRecall.parse(options)
+    score = task.evaluate(subject, tokenizer, seed=3)[0]
+    right = []
+    for text, question, answer, among in key_value_recall.documents(30, 3, 1, seed=0):
+        ids = tokenizer(f"{text} {question}", return_tensors="pt").input_ids
+        begins = [tokenizer(f" {value}", add_special_tokens=False).input_ids[0] for value in among]
+        if len(set(begins)) == 3:
+            last = subject(ids).logits[0, -1]
+            right.append(float(among[int(last[begins].argmax())] == answer))
+    assert sorted(score.quantity.samples) == sorted(right)
+    assert score.baselines == {"chance": 1 / 3}
+    with pytest.raises(TautError, match="begin with the same token"):
+        key_value_recall.KeyValueRecall.parse({"pairs": 64, "limit": 2}).evaluate(subject, tokenizer)
+    assert "does not predict the next token" in task.fits(model("bert"))

@@ -12,7 +12,10 @@ from taut.cli.options import Device, Dtype, Json, Model, Seed, Threads, finish, 
 @app.command()
 def evaluate(
     model: Model,
-    task: Annotated[str, typer.Option(help="docs_retrieval, sts, perplexity, loss_by_position, agreement, classify")],
+    task: Annotated[
+        str,
+        typer.Option(help="docs_retrieval, sts, perplexity, agreement, classify, ...; see docs"),
+    ],
     data: Annotated[str | None, typer.Option(help="file or named data set; default: the task's own")] = None,
     reference: Annotated[str | None, typer.Option(help="the original MODEL, for agreement")] = None,
     option: Annotated[list[str] | None, typer.Option(help="further task options, key=value")] = None,
