@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from taut.contract.tiny import inputs, logits, padded_inputs, tiny
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
-from taut.kernels.anchors import AnchorCache, Segments
+from taut.kernels import anchors
+from taut.kernels.anchors import AnchorCache, Anchoring, Segments
 from taut.kernels.cache import Incoming
 from taut.kernels.patterns import Causal
 from taut.methods.memory.anchor import Anchor
@@ -312,3 +314,15 @@ def test_gradients_flow_with_and_without_a_cache() -> None:
         past, total = output["past_key_values"], total + output["logits"].square().sum()
     total.backward()
     assert all(torch.allclose(each.grad, expected[name], atol=1e-9) for name, each in model.named_parameters())
+
+
+def test_a_segment_that_never_ends_is_cut_and_told_once() -> None:
+    anchors._warn_of_long_segments.cache_clear()
+    ids = torch.full((1, 12), 60)
+    with pytest.warns(UserWarning, match="no anchor for 5 tokens"):
+        marks = Anchoring(ids=(7,), longest=5).marks(incoming(ids), Anchoring().start(incoming(ids)))[0]
+    assert (marks % 4).tolist() == [[0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        METHODS["every"].marks(incoming(ids))
+        Anchoring(ids=(7,), longest=5).marks(incoming(ids), Anchoring().start(incoming(ids)))

@@ -5,7 +5,9 @@ will look at the rest of a closed segment again, so the cache lets go of it. Wha
 that the text alone decides, so a full forward pass, a prompt cut into pieces and decoding step by step all agree.
 """
 
+import warnings
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -87,6 +89,8 @@ class Anchoring:
         last = torch.cat([open_since, last[:, :-1]], 1)
         last = torch.maximum(last, torch.where(first, place - counted.long(), open_since).cummax(1).values)
         full = counted & ((place - last) % self.longest == 0) if self.longest else torch.zeros_like(named)
+        if self.ids and bool((full & ~named).any()):
+            _warn_of_long_segments(self.longest)
         anchor = named | full
         closes = (anchor | ends).long()
         segment = before.segment[:, None] + closes.cumsum(1) - closes + restarted
@@ -303,6 +307,16 @@ class AnchorCache(PositionedCache):
         empty = torch.arange(width, device=index.device) >= counts
         self.held = self.held.columns(index.masked_fill(empty, -1))
         return index
+
+
+@cache
+def _warn_of_long_segments(longest: int) -> None:
+    """Once a process for each bound."""
+    warnings.warn(
+        f"no anchor for {longest} tokens: the segment ends there, and whenever it happens again. Where that is common, "
+        "name other anchors or another bound (longest)",
+        stacklevel=2,
+    )
 
 
 def _first(incoming: Incoming, queries: int) -> Incoming:
