@@ -49,10 +49,8 @@ class EvictionMethod(MemoryMethod):
         """How many of the latest tokens are never dropped."""
 
     def fits(self, site: Site) -> str | None:
-        if not isinstance(site, MemorySite):
-            return "not a cache"
-        if site.softcap:
-            return f"the model caps its attention scores at {site.softcap:g}, which fused attention cannot do"
+        if (reason := super().fits(site)) is not None:
+            return reason
         if site.position == "bias":
             return "the model biases scores by distance, and every head would hold entries at other distances"
         if site.window:

@@ -4,7 +4,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -227,8 +227,6 @@ class Method(ABC):
     """The knob that ``keep`` stands for. None: the method has no dial and refuses ``keep``."""
     spares_first_layer: ClassVar[bool] = False
     """Whether layer 0 of a feed-forward stack stays as it is when a recipe's entry does not name ``layers``."""
-
-    reads_tokenizer: ClassVar[bool] = False
     approximate: ClassVar[float] = 0.0
     """How far, relative, rounding of activations may take an answer from that of an equivalent computed otherwise (a
     part's dense form, the same text in other pieces); 0 where none are rounded."""
@@ -246,7 +244,8 @@ class Method(ABC):
         for key in knobs:
             if key not in cls.Knobs.model_fields:
                 raise TautError(f"{where}: {cls.id} has no knob {key!r}: {nearest(key, cls.Knobs.model_fields)}")
-        if keep is None and cls.dial is not None and knobs.get(cls.dial, _default(cls, cls.dial)) is None:
+        default = None if cls.dial is None else cls.Knobs.model_fields[cls.dial].get_default()
+        if keep is None and cls.dial is not None and knobs.get(cls.dial, default) is None:
             raise TautError(f"{where}: {cls.id}: give keep or {cls.dial}")
         try:
             return cls(cls.Knobs(**knobs))
@@ -255,9 +254,8 @@ class Method(ABC):
             key = ".".join(str(step) for step in first["loc"]) or "knobs"
             raise TautError(f"{where}: {key} = {first['input']!r}: {first['msg']}") from None
 
-    def reads(self, tokenizer: Any) -> "Method":
-        """This method with what it needs to know of the model's tokenizer. Called where there is one, and only when
-        ``reads_tokenizer``."""
+    def reads(self, tokenizer: Callable[[], Any]) -> "Method":
+        """This method with what it needs to know of the model's ``tokenizer``, which opens when it is called."""
         return self
 
     @abstractmethod
@@ -276,10 +274,6 @@ class Method(ABC):
     def note(self, site: Site) -> str | None:
         """What else a plan should say about this site: a choice made for the user, or a wish that was cut down."""
         return None
-
-
-def _default(method: type[Method], knob: str) -> Any:
-    return method.Knobs.model_fields[knob].get_default()
 
 
 class PartMethod(Method):
@@ -359,8 +353,7 @@ class MemoryMethod(Method):
     makes_keys: ClassVar[bool] = False
     """Whether the cache makes keys of its own, so that a pass that is to keep none gets one, too."""
     unequal: ClassVar[str | None] = None
-    """Why a text read in steps is not answered as in one pass without a cache; None when it is, and then both must
-    agree."""
+    """Why a text read in steps is not answered as in one pass without a cache; None: both must agree."""
 
     @property
     def store(self) -> Store | None:
@@ -374,8 +367,17 @@ class MemoryMethod(Method):
 
     def entry_bytes(self, site: MemorySite) -> int:
         """Bytes of the keys and values of one position as they are kept, all layers together; exact."""
-        rows = 2 * site.layers * site.key_heads
-        return site.entry_bytes if self.store is None else rows * self.store.bytes((site.head_width,))
+        row = site.head_width * site.width_in_bytes if self.store is None else self.store.bytes((site.head_width,))
+        return 2 * site.layers * site.key_heads * row
+
+    def fits(self, site: Site) -> str | None:
+        if not isinstance(site, MemorySite):
+            return "not a cache"
+        capped = "the model caps its attention scores (softcap), which fused attention cannot do"
+        return capped if site.softcap else None
+
+    def predict(self, site: MemorySite) -> Cost:
+        return Cost(cache_bytes_per_token=self.entry_bytes(site) * self.entries(site) / site.length)
 
     @abstractmethod
     def cache(self, layers: int) -> Any:

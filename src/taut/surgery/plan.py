@@ -159,9 +159,7 @@ def _place(
     if entry.store is not None and "store" not in method_class.Knobs.model_fields:
         raise TautError(f"{where}: {entry.method_id} does not nest a store")
     nested = {"store": entry.store.to_dict()} if entry.store is not None else {}
-    general = method_class.parse(entry.knobs | nested, entry.keep, where)
-    if general.reads_tokenizer and (known := tokenizer()) is not None:
-        general = general.reads(known)
+    general = method_class.parse(entry.knobs | nested, entry.keep, where).reads(tokenizer)
     steps: list[Step] = []
     refused: list[tuple[str, str]] = []
     spared: list[tuple[str, str]] = []

@@ -1,12 +1,12 @@
 """A cache that keeps one entry of every closed segment: its anchor."""
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from taut.core.cost import Cost
 from taut.core.errors import TautError
-from taut.core.site import MemorySite, Site
+from taut.core.site import MemorySite
 from taut.kernels.anchors import AnchorCache, Anchoring, Segments
 from taut.methods.part import Knobs, MemoryMethod
 from taut.methods.store import CacheStore, Store
@@ -26,7 +26,6 @@ class AnchorKnobs(Knobs):
     )
     source_ids: tuple[int, ...] = Field((), description="the token ids of source_ends")
     segment: int = Field(25, ge=1, description="tokens of a segment on average; for predictions of cost alone")
-
     store: CacheStore = Field(None, description="keep keys and values in few bits")
 
     @field_validator("anchors", "source_ends", mode="before")
@@ -60,31 +59,21 @@ class Anchor(MemoryMethod):
         "a segment that never ends is closed at a bound; the first tokens may be kept whole"
     )
     Knobs = AnchorKnobs
-    reads_tokenizer = True
     knobs: AnchorKnobs
 
-    def reads(self, tokenizer: Any) -> "Anchor":
+    def reads(self, tokenizer: Callable[[], Any]) -> "Anchor":
         """With the ids of its strings. Raises TautError for a string that is not one token."""
-        found = {
-            ids: _ids_of(strings, tokenizer)
-            for ids, strings in (("ids", self.knobs.anchors), ("source_ids", self.knobs.source_ends))
-            if strings and not getattr(self.knobs, ids)
-        }
-        return Anchor(self.knobs.model_copy(update=found)) if found else self
-
-    def fits(self, site: Site) -> str | None:
-        if not isinstance(site, MemorySite):
-            return "not a cache"
-        if site.softcap:
-            return f"the model caps its attention scores at {site.softcap:g}, which fused attention cannot do"
-        return None
+        knobs = self.knobs
+        pairs = {"ids": (knobs.ids, knobs.anchors), "source_ids": (knobs.source_ids, knobs.source_ends)}
+        wanted = {name: strings for name, (ids, strings) in pairs.items() if strings and not ids}
+        if not wanted or (known := tokenizer()) is None:
+            return self
+        found = {name: _ids_of(strings, known) for name, strings in wanted.items()}
+        return Anchor(knobs.model_copy(update=found))
 
     @property
     def store(self) -> Store | None:
         return self.knobs.store
-
-    def predict(self, site: MemorySite) -> Cost:
-        return Cost(cache_bytes_per_token=self.entry_bytes(site) * self.entries(site) / site.length)
 
     def cache(self, layers: int) -> AnchorCache:
         return AnchorCache(layers, self.anchoring, self.knobs.store)

@@ -4,9 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from taut.core.cost import Cost
 from taut.core.errors import TautError
-from taut.core.site import MemorySite, Site
+from taut.core.site import MemorySite
 from taut.kernels.compressed import CompressedCache, Compression
 from taut.methods.part import Knobs, MemoryMethod
 
@@ -39,13 +38,6 @@ class Compressive(MemoryMethod):
     makes_keys = True
     knobs: CompressiveKnobs
 
-    def fits(self, site: Site) -> str | None:
-        if not isinstance(site, MemorySite):
-            return "not a cache"
-        if site.softcap:
-            return f"the model caps its attention scores at {site.softcap:g}, which fused attention cannot do"
-        return None
-
     def solve(self, site: MemorySite, keep: float) -> "Compressive":
         """The longest memory for which at most ``keep`` of ``site.length`` entries remain."""
         others = self.pattern().most - self.knobs.memory
@@ -56,9 +48,6 @@ class Compressive(MemoryMethod):
                 f"the least keep is {others / site.length:.4f}, or choose smaller segment and compressed"
             )
         return Compressive(self.knobs.model_copy(update={"memory": memory}))
-
-    def predict(self, site: MemorySite) -> Cost:
-        return Cost(cache_bytes_per_token=site.entry_bytes * self.entries(site) / site.length)
 
     def cache(self, layers: int) -> CompressedCache:
         return CompressedCache(layers, self.pattern(), self.knobs.pool)

@@ -4,8 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from taut.core.cost import Cost
-from taut.core.site import MemorySite, Site
+from taut.core.site import MemorySite
 from taut.kernels.stored import StoredCache
 from taut.methods.part import Knobs, MemoryMethod
 from taut.methods.store import Store
@@ -33,16 +32,6 @@ class LowBit(MemoryMethod):
     )
     Knobs = LowBitKnobs
     knobs: LowBitKnobs
-
-    def fits(self, site: Site) -> str | None:
-        if not isinstance(site, MemorySite):
-            return "not a cache"
-        if site.softcap:
-            return f"the model caps its attention scores at {site.softcap:g}, which fused attention cannot do"
-        return None
-
-    def predict(self, site: MemorySite) -> Cost:
-        return Cost(cache_bytes_per_token=float(self.entry_bytes(site)))
 
     @property
     def store(self) -> Store:

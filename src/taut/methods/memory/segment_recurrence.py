@@ -2,9 +2,8 @@
 
 from pydantic import Field
 
-from taut.core.cost import Cost
 from taut.core.errors import TautError
-from taut.core.site import MemorySite, Site
+from taut.core.site import MemorySite
 from taut.kernels.recurrence import Recurrence
 from taut.kernels.ring import RingCache
 from taut.methods.part import Knobs, MemoryMethod
@@ -36,13 +35,6 @@ class SegmentRecurrence(MemoryMethod):
     carried = True
     knobs: SegmentRecurrenceKnobs
 
-    def fits(self, site: Site) -> str | None:
-        if not isinstance(site, MemorySite):
-            return "not a cache"
-        if site.softcap:
-            return f"the model caps its attention scores at {site.softcap:g}, which fused attention cannot do"
-        return None
-
     def solve(self, site: MemorySite, keep: float) -> "SegmentRecurrence":
         """The longest memory for which at most ``keep`` of ``site.length`` entries remain."""
         memory = int(keep * site.length + 1e-9) - self.knobs.segment
@@ -52,9 +44,6 @@ class SegmentRecurrence(MemoryMethod):
                 f"the least keep is {self.knobs.segment / site.length:.4f}, or choose a shorter segment"
             )
         return SegmentRecurrence(self.knobs.model_copy(update={"memory": memory}))
-
-    def predict(self, site: MemorySite) -> Cost:
-        return Cost(cache_bytes_per_token=site.entry_bytes * self.entries(site) / site.length)
 
     def cache(self, layers: int) -> RingCache:
         return RingCache(layers, 0, self.knobs.segment + self.knobs.memory)

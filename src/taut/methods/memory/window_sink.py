@@ -2,9 +2,8 @@
 
 from pydantic import Field
 
-from taut.core.cost import Cost
 from taut.core.errors import TautError
-from taut.core.site import MemorySite, Site
+from taut.core.site import MemorySite
 from taut.kernels.patterns import Sink
 from taut.kernels.ring import RingCache
 from taut.methods.part import Knobs, MemoryMethod
@@ -35,13 +34,6 @@ class WindowSink(MemoryMethod):
     carried = True
     knobs: WindowSinkKnobs
 
-    def fits(self, site: Site) -> str | None:
-        if not isinstance(site, MemorySite):
-            return "not a cache"
-        if site.softcap:
-            return f"the model caps its attention scores at {site.softcap:g}, which fused attention cannot do"
-        return None
-
     def solve(self, site: MemorySite, keep: float) -> "WindowSink":
         """The largest window for which at most ``keep`` of ``site.length`` entries remain."""
         window = int(keep * site.length + 1e-9) - self.knobs.sinks
@@ -51,9 +43,6 @@ class WindowSink(MemoryMethod):
                 f"the least keep is {(self.knobs.sinks + 1) / site.length:.4f}"
             )
         return WindowSink(self.knobs.model_copy(update={"window": window}))
-
-    def predict(self, site: MemorySite) -> Cost:
-        return Cost(cache_bytes_per_token=self.entry_bytes(site) * self.entries(site) / site.length)
 
     def cache(self, layers: int) -> RingCache:
         return RingCache(layers, self.knobs.sinks, self.knobs.window, self.knobs.store)
