@@ -52,8 +52,12 @@ def generate(
 
     verbs.use_threads(threads)
     said = _said(prompt, prompt_file, "--prompt")
-    if not as_json:
-        print(said, end="", flush=True)
+    # The prompt is shown once there is something to show behind it.
+    shown = iter([said])
+
+    def show(piece: str) -> None:
+        print(next(shown, ""), piece, sep="", end="", flush=True)
+
     found = verbs.generate(
         model,
         said,
@@ -63,7 +67,9 @@ def generate(
         seed=seed,
         device=device,
         dtype=dtype,
-        tell=(lambda piece: None) if as_json else (lambda piece: print(piece, end="", flush=True)),
+        tell=(lambda piece: None)
+        if as_json
+        else (lambda piece: print(next(shown, ""), piece, sep="", end="", flush=True)),
     )
     finish(as_json, found.to_dict(), lambda: print(f"\n{found.sentence()}"))
 

@@ -87,6 +87,7 @@ def generate(
 
     Raises TautError for an empty prompt, one beyond the model's positions, and a model that is no decoder.
     """
+    cache = empty_cache(model) if prefix is None else prefix.cache()
     begins = prefix is None
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=begins).input_ids.to(model.device)
     if not prompt or not ids.shape[1]:
@@ -103,7 +104,7 @@ def generate(
     found = model.generate(
         whole,
         attention_mask=torch.ones_like(whole),
-        past_key_values=empty_cache(model) if prefix is None else prefix.cache(),
+        past_key_values=cache,
         streamer=pieces,
         return_dict_in_generate=True,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,

@@ -251,8 +251,9 @@ class Method(ABC):
             return cls(cls.Knobs(**knobs))
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(str(step) for step in first["loc"]) or "knobs"
-            raise TautError(f"{where}: {key} = {first['input']!r}: {first['msg']}") from None
+            key, words = ".".join(str(step) for step in first["loc"]), first["msg"].removeprefix("Value error, ")
+            given = f"{key} = {first['input']!r}" if key else cls.id
+            raise TautError(f"{where}: {given}: {words}") from None
 
     def reads(self, tokenizer: Callable[[], Any]) -> "Method":
         """This method with what it needs to know of the model's ``tokenizer``, which opens when it is called."""
