@@ -25,7 +25,7 @@ from taut.core.registry import METHODS
 from taut.core.site import TableSite
 from taut.methods.embedding.low_bit import LowBitEmbedding
 from taut.methods.embedding.mixed_bit import MixedBitEmbedding
-from taut.methods.part import Calibration, EmbeddingMethod
+from taut.methods.method import Calibration, EmbeddingMethod
 from taut.surgery.calibrate import calibrate, token_batches
 from taut.surgery.source import open_model, open_tokenizer, resolve
 from taut.tasks.agreement import Agreement

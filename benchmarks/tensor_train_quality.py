@@ -24,7 +24,7 @@ from taut.core.record import Quantity
 from taut.core.site import TableSite
 from taut.methods.embedding.low_rank import LowRankEmbedding
 from taut.methods.embedding.tensor_train import STANDARD_DEVIATION, TensorTrainEmbedding
-from taut.methods.part import Calibration, EmbeddingMethod
+from taut.methods.method import Calibration, EmbeddingMethod
 from taut.surgery.source import open_model, open_tokenizer, resolve
 
 KEPT = 0.981

@@ -21,7 +21,7 @@ from taut.comparison.statistics import rank_correlation, student_interval
 from taut.core.record import Quantity
 from taut.core.site import TableSite
 from taut.kernels.rowwise import RowFormat, pack, unpack
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 from taut.surgery.calibrate import calibrate, token_batches
 from taut.surgery.source import open_model, open_tokenizer, resolve
 

@@ -9,7 +9,7 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from taut.anatomy.locate import locate
 from taut.contract.tiny import FAMILIES
 from taut.core.site import MemorySite
-from taut.methods.part import MemoryMethod
+from taut.methods.method import MemoryMethod
 from taut.surgery.memory import install_memory
 
 DECODERS = [name for name, family in FAMILIES.items() if family.attention == "sdpa" and family.decoder]

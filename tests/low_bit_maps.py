@@ -5,7 +5,7 @@ from torch import Tensor
 
 from taut.core.site import LinearSite
 from taut.methods.linear.low_bit import LowBitLinear, LowBitLinearPart
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 
 CPU = torch.device("cpu")
 SHAPES = [(64, 48), (33, 7), (5, 130), (256, 1024)]

@@ -19,7 +19,7 @@ from taut.kernels.svd import DAMPING, balanced_factors_for, damped
 from taut.methods.linear.block_dense import BlockDenseLinear
 from taut.methods.linear.block_shuffle import BlockShuffleLinear
 from taut.methods.linear.low_rank import LowRankLinear
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 from taut.surgery.plan import make
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from taut.contract.tiny import VOCABULARY, inputs, padded_inputs, tiny
 from taut.core.errors import TautError
 from taut.core.site import LinearSite, TableSite
 from taut.kernels.rowwise import RowFormat, pack, unpack
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 from taut.surgery.calibrate import TOKENS, _scaled, _spread, calibrate, token_batches
 
 EVERYTHING = frozenset({"frequency", "gradient", "sensitivity", "metric"})

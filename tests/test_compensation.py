@@ -10,7 +10,7 @@ from taut.core.errors import TautError
 from taut.kernels import gptq
 from taut.kernels.float_grid import FloatGrid
 from taut.methods.linear.low_bit import GRIDS, LowBitLinearPart
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 
 
 def slow_compensation(weight: Tensor, gram: Tensor, rounded) -> Tensor:

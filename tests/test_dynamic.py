@@ -11,7 +11,7 @@ from taut.core.errors import TautError
 from taut.core.site import TableSite
 from taut.kernels.bands import pack_classes
 from taut.methods.embedding.dynamic import DynamicEmbedding
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 
 CPU = torch.device("cpu")
 STORES = [None, {"bits": 8}, {"bits": 4, "group": 4}]

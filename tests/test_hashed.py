@@ -11,7 +11,7 @@ from taut.core.errors import TautError
 from taut.core.site import TableSite
 from taut.kernels.hashing import best_weights, combine, fit_buckets, hashed, mix
 from taut.methods.embedding.hashed import HashedEmbedding
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 
 CPU = torch.device("cpu")
 STORES = [None, {"bits": 8}, {"bits": 4, "group": 8}]

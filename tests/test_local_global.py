@@ -19,7 +19,7 @@ from taut.kernels import blocked
 from taut.kernels.patterns import Sink, View
 from taut.methods.attention.identity import Identity
 from taut.methods.attention.local_global import LocalGlobal
-from taut.methods.part import AttentionMethod
+from taut.methods.method import AttentionMethod
 from taut.surgery.attend import install_attention
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from taut.core.errors import TautError
 from taut.core.site import LinearSite, TableSite
 from taut.methods.embedding.low_bit import LowBitEmbedding
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 
 CPU = torch.device("cpu")
 NOTHING = Calibration()

@@ -15,7 +15,7 @@ from taut.core.errors import TautError
 from taut.core.site import TableSite
 from taut.kernels import int8_linear, low_bit_linear
 from taut.methods.linear.low_bit import LowBitLinear
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 
 
 class Largest(TorchDispatchMode):

@@ -10,7 +10,7 @@ from taut.core.site import LinearSite, TableSite
 from taut.kernels.svd import truncated_svd
 from taut.methods.embedding.low_rank import LowRankEmbedding
 from taut.methods.linear.low_rank import DAMPING, LowRankLinear
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 
 CPU = torch.device("cpu")
 NOTHING = Calibration()

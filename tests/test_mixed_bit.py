@@ -15,7 +15,7 @@ from taut.kernels.bands import banded, map_bytes, pack_classes, places
 from taut.kernels.compensation import match, pack_records, unpack_records
 from taut.kernels.rowwise import RowFormat, pack, unpack
 from taut.methods.embedding.mixed_bit import MixedBitEmbedding, MixedBitTable
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 COST = torch.tensor([10, 14, 20, 28, 40])

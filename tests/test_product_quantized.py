@@ -14,7 +14,7 @@ from taut.kernels.gather import gather_rows
 from taut.kernels.kmeans import kmeans, means, nearest
 from taut.kernels.product_codes import CodeLayout, decode_lengths, encode_lengths, lookup, scores
 from taut.methods.embedding.product_quantized import ProductQuantizedEmbedding, ProductTable
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 LAYOUTS = [

@@ -20,7 +20,7 @@ from taut.kernels.ring import RingCache
 from taut.kernels.stored import StoredCache, expanded, packed, rounded
 from taut.methods.memory.low_bit import LowBit
 from taut.methods.memory.window_sink import WindowSink
-from taut.methods.part import MemoryMethod
+from taut.methods.method import MemoryMethod
 from taut.methods.store import Store
 from taut.surgery.apply import apply
 from taut.surgery.plan import make

@@ -17,7 +17,7 @@ from taut.kernels.tensor_train_fit import (
     row_factors,
 )
 from taut.methods.embedding.tensor_train import STANDARD_DEVIATION
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 
 CPU = torch.device("cpu")
 

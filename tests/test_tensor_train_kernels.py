@@ -21,7 +21,7 @@ from taut.kernels.tensor_train_fit import (
     separable,
     within,
 )
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 
 CPU = torch.device("cpu")
 SHAPE = TrainShape((3, 4, 5), (2, 3, 4), (3, 5))

@@ -14,7 +14,7 @@ from taut.kernels.coding_basis import balanced, coding_basis
 from taut.kernels.product_codes import decode_lengths
 from taut.kernels.rowwise import RowFormat, pack, unpack
 from taut.methods.embedding.two_stage import TwoStageEmbedding
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 
 CPU = torch.device("cpu")
 SMALL = {"centroids": 16, "subvector": 4, "fine_subvector": 2}

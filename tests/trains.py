@@ -5,7 +5,7 @@ from torch import Tensor
 
 from taut.core.site import TableSite
 from taut.methods.embedding.tensor_train import TensorTrainEmbedding
-from taut.methods.part import Calibration
+from taut.methods.method import Calibration
 
 ROWS, WIDTH = 57, 24
 

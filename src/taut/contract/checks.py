@@ -21,7 +21,8 @@ from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.registry import METHODS
 from taut.core.site import LinearSite, TableSite
-from taut.methods.part import LinearPart, Part, PartMethod, TablePart
+from taut.methods.method import LEARNED, PartMethod
+from taut.methods.part import LinearPart, Part, TablePart
 from taut.surgery.apply import apply, undo
 from taut.surgery.export import densify
 from taut.surgery.plan import make
@@ -49,14 +50,14 @@ def shape_and_dtype(case: Case) -> None:
 
 def predicted_is_counted(case: Case) -> None:
     """Predicted bytes are the bytes of the part's tensors, predicted parameters their numbers; both exact."""
-    model = case.tightened()
-    for step in model.hf_quantizer.surgery.steps:
-        if not isinstance(step.method, PartMethod):
-            continue
-        part = model.get_submodule(step.site.path)
-        tensors = list(part.state_dict().values())
-        assert step.cost.bytes == sum(tensor.nbytes for tensor in tensors), step.site.name
-        assert step.cost.parameters == part.numbers() <= step.site.dense().parameters, step.site.name
+    for step in (model := case.tightened()).hf_quantizer.surgery.steps:
+        owner, is_part = model.get_submodule(step.site.path), isinstance(step.method, PartMethod)
+        part = owner if is_part else dict(owner.named_children()).get(LEARNED, torch.nn.Module())
+        tensors = part.state_dict().values()
+        numbers = part.numbers() if is_part else sum(tensor.numel() for tensor in tensors)
+        counted = sum(tensor.nbytes for tensor in tensors), numbers
+        assert (step.cost.bytes, step.cost.parameters) == counted, step.site.name
+        assert not is_part or numbers <= step.site.dense().parameters, step.site.name
 
 
 def flops_are_counted(case: Case) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from taut.kernels.patterns import View
@@ -17,7 +17,8 @@ class Incoming:
 
     ``ids`` (B, T), integer, are None where the caller gave vectors. ``real`` (B, T) bool is False for padding, None
     when nothing is padded; ``starts`` (B,) are the positions of the rows' first real tokens, None when all are 0.
-    ``restarts`` (B or 1, T) bool is True where a packed sequence begins, None where nothing is packed.
+    ``restarts`` (B or 1, T) bool is True where a packed sequence begins, None where nothing is packed. ``learned`` is
+    what the memory's method learns in this model, if anything.
     """
 
     queries: int
@@ -26,6 +27,7 @@ class Incoming:
     real: Tensor | None = None
     starts: Tensor | None = None
     restarts: Tensor | None = None
+    learned: nn.Module | None = None
 
 
 class PositionedCache(DynamicCache, ABC):

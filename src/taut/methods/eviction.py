@@ -9,7 +9,7 @@ from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.site import MemorySite, Site
 from taut.kernels.eviction import EvictionCache, Score
-from taut.methods.part import Knobs, MemoryMethod
+from taut.methods.method import Knobs, MemoryMethod
 from taut.methods.store import CacheStore, Store
 
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import _plugin
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
-from taut.methods.part import PartMethod
+from taut.methods.method import PartMethod
 from taut.surgery import checkpoint
 from taut.surgery.align import align_tensors
 from taut.surgery.calibrate import calibrate, token_batches
-from taut.surgery.install import Surgery, fitted
+from taut.surgery.install import Surgery, fitted, started
 from taut.surgery.plan import Plan, Step, make
 from taut.surgery.source import Source, open_model, open_skeleton, open_tokenizer
 
@@ -51,6 +51,8 @@ def apply(
 
     def build(step: Any, module: torch.nn.Module) -> Any:
         nonlocal done
+        if not isinstance(step.method, PartMethod):
+            return started(step, model.device, seed)
         part = fitted(step, module, calibration)
         done += 1
         if progress is not None:

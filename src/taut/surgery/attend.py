@@ -27,7 +27,7 @@ from taut.kernels import stock
 from taut.kernels.cache import PositionedCache
 from taut.kernels.patterns import Pattern, View
 from taut.kernels.stored import rounded
-from taut.methods.part import AttentionMethod
+from taut.methods.method import AttentionMethod
 from taut.methods.store import Store
 
 NAME = "taut"

@@ -10,13 +10,15 @@ from transformers.pytorch_utils import Conv1D
 
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite, LinearSite, MemorySite, TableSite
-from taut.methods.part import AttentionMethod, LinearPart, MemoryMethod, Part, PartMethod, TablePart
+from taut.methods.method import LEARNED, AttentionMethod, MemoryMethod, PartMethod
+from taut.methods.part import LinearPart, Part, TablePart
 from taut.surgery.attend import install_attention
 from taut.surgery.memory import install_memory
 from taut.surgery.plan import Step
 from taut.surgery.seal import unseal_state
 
-Build = Callable[[Step, nn.Module], Part]
+Build = Callable[[Step, nn.Module], nn.Module | None]
+"""From the module at a site to what takes its place; for attention and memory to what joins it, if anything does."""
 
 
 class SharedTable(nn.Module):
@@ -82,6 +84,8 @@ class Surgery:
                     self._install_table(model, step, build)
                 else:
                     self._swap(model, step.site.path, build(step, model.get_submodule(step.site.path)))
+            elif (learned := build(step, model.get_submodule(step.site.path))) is not None:
+                self._join(model.get_submodule(step.site.path), learned)
         attention = {
             step.site.path: (step.method, step.site)
             for step in self.steps
@@ -132,6 +136,10 @@ class Surgery:
         setattr(parent, name, new)
         self._undo.append(partial(setattr, parent, name, old))
 
+    def _join(self, module: nn.Module, learned: nn.Module) -> None:
+        module.add_module(LEARNED, learned.train(module.training))
+        self._undo.append(partial(delattr, module, LEARNED))
+
     def _set(self, owner: nn.Module, name: str, value: object) -> None:
         """Set an instance attribute; undoing restores the instance's or the class's own."""
         if name in vars(owner):
@@ -155,9 +163,19 @@ def fitted(step: Step, original: nn.Module, calibration: dict) -> Part:
     return part
 
 
-def empty(step: Step, original: nn.Module) -> Part:
-    """A part with the right shapes on the meta device, to be filled by loading."""
-    return step.method.build(step.site, torch.device("meta"), original.weight.dtype)
+def started(step: Step, device: torch.device, seed: int) -> nn.Module | None:
+    """What an attention or a memory method learns, before it has learned anything."""
+    with torch.random.fork_rng():
+        # Layers start differently.
+        torch.manual_seed(seed + 1009 * (step.site.layer or 0))
+        return step.method.learned(step.site, device, getattr(torch, step.site.dtype))
+
+
+def empty(step: Step, original: nn.Module) -> nn.Module | None:
+    """The right shapes on the meta device, to be filled by loading."""
+    if isinstance(step.method, PartMethod):
+        return step.method.build(step.site, torch.device("meta"), original.weight.dtype)
+    return step.method.learned(step.site, torch.device("meta"), getattr(torch, step.site.dtype))
 
 
 def dense_module(site: TableSite | LinearSite, part: Part, original: nn.Module) -> None:

@@ -15,7 +15,7 @@ from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.kernels.cache import Incoming, PositionedCache
 from taut.kernels.patterns import Marked
-from taut.methods.part import MemoryMethod
+from taut.methods.method import LEARNED, MemoryMethod
 from taut.surgery.attend import Serving, first_tokens, serving, switch
 
 
@@ -53,7 +53,7 @@ class Memory:
         positioned = own if isinstance(own, PositionedCache) else None
         pattern = self.method.pattern()
         marked = positioned is None and isinstance(pattern, Marked)
-        incoming = self._incoming(given) if positioned is not None or marked else None
+        incoming = self._incoming(base, given) if positioned is not None or marked else None
         if positioned is not None:
             if given.get("attention_mask") is None and positioned.starts is not None:
                 raise TautError(
@@ -66,7 +66,7 @@ class Memory:
         serving.set(Serving(pattern, positioned, marks, store, handed_out=asked))
         return (), given
 
-    def _incoming(self, given: dict[str, Any]) -> Incoming:
+    def _incoming(self, base: nn.Module, given: dict[str, Any]) -> Incoming:
         """The new tokens of this call."""
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         tokens = given.get("inputs_embeds") if ids is None else ids
@@ -74,9 +74,9 @@ class Memory:
             raise TautError(f"{self.method.id}: give a (batch, length) attention_mask, not one of {mask.dim()} axes")
         queries = tokens.shape[1]
         real = None if mask is None or bool(mask[:, -queries:].all()) else mask[:, -queries:].bool()
-        return Incoming(
-            queries, tokens.device, ids, real, first_tokens(mask), _restarts(given.get("position_ids"), mask)
-        )
+        restarts = _restarts(given.get("position_ids"), mask)
+        learned = dict(base.named_children()).get(LEARNED)
+        return Incoming(queries, tokens.device, ids, real, first_tokens(mask), restarts, learned)
 
     def _asked(self, base: nn.Module, given: Cache | None, use_cache: bool | None) -> bool:
         """Whether the model is to keep what it reads."""

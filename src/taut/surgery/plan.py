@@ -13,7 +13,7 @@ from taut.core.recipe import Entry, Recipe
 from taut.core.registry import METHODS
 from taut.core.site import Site
 from taut.core.slot import SLOTS
-from taut.methods.part import Method
+from taut.methods.method import Method
 
 SPARED = "the first layer stays dense, as in the paper; write layers: ':' to include it"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from taut.core.errors import TautError
-from taut.methods.part import MemoryMethod
+from taut.methods.method import MemoryMethod
 from taut.surgery.apply import is_tightened, steps_of
 
 NO_MEMORY = (

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from taut.anatomy.locate import locate
 from taut.core.errors import TautError
 from taut.core.site import LinearSite
-from taut.methods.part import Part, PartMethod
+from taut.methods.method import PartMethod
+from taut.methods.part import Part
 from taut.surgery.align import align_tensors
 from taut.surgery.apply import surgery_of
 from taut.training.adapters import adapted

@@ -8,7 +8,7 @@ from taut.core.cost import Cost
 from taut.core.site import AttentionSite, Site
 from taut.kernels import stock
 from taut.kernels.patterns import Causal, View
-from taut.methods.part import AttentionMethod
+from taut.methods.method import AttentionMethod
 
 
 class Identity(AttentionMethod):

@@ -10,7 +10,7 @@ from taut.core.errors import TautError
 from taut.core.site import AttentionSite, Site
 from taut.kernels import blocked
 from taut.kernels.patterns import Causal, View, Window
-from taut.methods.part import AttentionMethod, Knobs
+from taut.methods.method import AttentionMethod, Knobs
 
 
 class LocalGlobalKnobs(Knobs):

@@ -15,7 +15,8 @@ from taut.core.site import Site, TableSite
 from taut.kernels.bands import banded, map_bytes, pack_classes
 from taut.kernels.row_map import Places, RowMap
 from taut.kernels.svd import leading_directions
-from taut.methods.part import Calibration, EmbeddingMethod, Knobs, TablePart
+from taut.methods.method import Calibration, EmbeddingMethod, Knobs
+from taut.methods.part import TablePart
 from taut.methods.store import Store, stored_bytes
 
 STANDARD_DEVIATION = 0.02

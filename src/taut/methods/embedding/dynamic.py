@@ -22,7 +22,8 @@ from taut.kernels.allocation import allocate
 from taut.kernels.bands import banded, map_bytes, pack_classes, places
 from taut.kernels.routing import class_scores, gate, initial_values, with_noise
 from taut.kernels.svd import leading_directions
-from taut.methods.part import Calibration, EmbeddingMethod, Knobs, TablePart
+from taut.methods.method import Calibration, EmbeddingMethod, Knobs
+from taut.methods.part import TablePart
 from taut.methods.store import Store, stored_bytes
 
 STANDARD_DEVIATION = 0.02

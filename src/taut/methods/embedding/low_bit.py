@@ -13,7 +13,8 @@ from taut.core.site import Site, TableSite
 from taut.kernels.number_formats import BITS, NVFP4_TOP, number_format
 from taut.kernels.rowwise import RowFormat, lookup, pack, unpack
 from taut.kernels.tied_head import logits
-from taut.methods.part import Calibration, EmbeddingMethod, Knobs, TablePart
+from taut.methods.method import Calibration, EmbeddingMethod, Knobs
+from taut.methods.part import TablePart
 
 STANDARD_DEVIATION = 0.02
 """Of the table that a part built from scratch starts as."""

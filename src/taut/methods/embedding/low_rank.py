@@ -11,7 +11,8 @@ from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.site import TableSite
 from taut.kernels.svd import leading_directions
-from taut.methods.part import Calibration, EmbeddingMethod, Knobs, TablePart
+from taut.methods.method import Calibration, EmbeddingMethod, Knobs
+from taut.methods.part import TablePart
 from taut.methods.store import Store, stored_bytes
 
 STANDARD_DEVIATION = 0.02

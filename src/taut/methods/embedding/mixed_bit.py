@@ -18,7 +18,8 @@ from taut.kernels.bands import banded, map_bytes, pack_classes, places
 from taut.kernels.compensation import RECORD_BYTES, match, pack_records, unpack_records
 from taut.kernels.rowwise import RowFormat, lookup, pack, unpack
 from taut.kernels.tied_head import logits
-from taut.methods.part import Calibration, EmbeddingMethod, Knobs, TablePart
+from taut.methods.method import Calibration, EmbeddingMethod, Knobs
+from taut.methods.part import TablePart
 
 STANDARD_DEVIATION = 0.02
 """Of the table that a part built from scratch starts as."""

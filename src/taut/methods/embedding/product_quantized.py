@@ -14,7 +14,8 @@ from taut.core.errors import TautError
 from taut.core.site import Site, TableSite
 from taut.kernels.code_search import assign, decode, refine, search, weighted_error
 from taut.kernels.product_codes import CodeLayout, decode_lengths, encode_lengths, lookup, scores
-from taut.methods.part import Calibration, EmbeddingMethod, Knobs, TablePart
+from taut.methods.method import Calibration, EmbeddingMethod, Knobs
+from taut.methods.part import TablePart
 from taut.methods.store import Store, stored_bytes
 
 STANDARD_DEVIATION = 0.02

@@ -24,7 +24,8 @@ from taut.kernels.tensor_train_fit import (
     row_factors,
     within,
 )
-from taut.methods.part import Calibration, EmbeddingMethod, Knobs, TablePart
+from taut.methods.method import Calibration, EmbeddingMethod, Knobs
+from taut.methods.part import TablePart
 from taut.methods.store import Store, stored_bytes
 
 STANDARD_DEVIATION = 0.02

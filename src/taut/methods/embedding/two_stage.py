@@ -19,7 +19,8 @@ from taut.kernels.product_codes import LENGTH_ONE, CodeLayout, decode_lengths, e
 from taut.kernels.row_codes import Centroids, Numbers, RowCodes
 from taut.kernels.row_map import Places, RowMap
 from taut.kernels.rowwise import RowFormat
-from taut.methods.part import Calibration, EmbeddingMethod, Knobs, TablePart
+from taut.methods.method import Calibration, EmbeddingMethod, Knobs
+from taut.methods.part import TablePart
 from taut.methods.store import Store, stored_bytes
 
 STANDARD_DEVIATION = 0.02

@@ -11,7 +11,8 @@ from taut.core.site import LinearSite
 from taut.kernels.block_fit import block_factors, block_factors_for
 from taut.kernels.blocks import block_product
 from taut.kernels.svd import DAMPING
-from taut.methods.part import Calibration, Knobs, LinearMethod, LinearPart
+from taut.methods.method import Calibration, Knobs, LinearMethod
+from taut.methods.part import LinearPart
 from taut.methods.store import Store, stored_bytes
 
 ALIGNMENT = 8

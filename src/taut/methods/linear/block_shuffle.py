@@ -12,7 +12,8 @@ from taut.core.site import LinearSite
 from taut.kernels.block_fit import shuffled_factors
 from taut.kernels.blocks import block_product
 from taut.kernels.svd import DAMPING
-from taut.methods.part import Calibration, Knobs, LinearMethod, LinearPart
+from taut.methods.method import Calibration, Knobs, LinearMethod
+from taut.methods.part import LinearPart
 from taut.methods.store import Store, stored_bytes
 
 

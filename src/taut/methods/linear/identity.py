@@ -2,7 +2,7 @@
 
 from taut.core.cost import Cost
 from taut.core.site import Site
-from taut.methods.part import Method
+from taut.methods.method import Method
 
 
 class IdentityLinear(Method):

@@ -15,7 +15,8 @@ from taut.kernels.gptq import compensate
 from taut.kernels.low_bit_linear import GroupFormat
 from taut.kernels.map_codes import GroupScales, MapCodes, OutputScales, straight_through
 from taut.kernels.number_formats import BITS, number_format
-from taut.methods.part import Calibration, Knobs, LinearMethod, LinearPart
+from taut.methods.method import Calibration, Knobs, LinearMethod
+from taut.methods.part import LinearPart
 
 GRIDS = {"fp8": FloatGrid(3, 4), "fp4": FloatGrid(2, 1, cut=True)}
 """Which floats: E3M4 came twice as near as E4M3 on the inputs of a sentence encoder's maps."""

@@ -9,7 +9,8 @@ from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.site import LinearSite
 from taut.kernels.svd import DAMPING, balanced_factors, balanced_factors_for
-from taut.methods.part import Calibration, Knobs, LinearMethod, LinearPart
+from taut.methods.method import Calibration, Knobs, LinearMethod
+from taut.methods.part import LinearPart
 from taut.methods.store import Store, stored_bytes
 
 STANDARD_DEVIATION = 0.02

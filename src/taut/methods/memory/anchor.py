@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.kernels.anchors import AnchorCache, Anchoring, Segments
-from taut.methods.part import Knobs, MemoryMethod
+from taut.methods.method import Knobs, MemoryMethod
 from taut.methods.store import CacheStore, Store
 
 NAMED = {"punctuation": (".", "!", "?")}

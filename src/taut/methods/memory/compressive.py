@@ -7,7 +7,7 @@ from pydantic import Field
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.kernels.compressed import CompressedCache, Compression
-from taut.methods.part import Knobs, MemoryMethod
+from taut.methods.method import Knobs, MemoryMethod
 
 
 class CompressiveKnobs(Knobs):

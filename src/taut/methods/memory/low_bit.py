@@ -6,7 +6,7 @@ from pydantic import Field
 
 from taut.core.site import MemorySite
 from taut.kernels.stored import StoredCache
-from taut.methods.part import Knobs, MemoryMethod
+from taut.methods.method import Knobs, MemoryMethod
 from taut.methods.store import Store
 
 

@@ -6,7 +6,7 @@ from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.kernels.patterns import Sink
 from taut.kernels.ring import RingCache
-from taut.methods.part import Knobs, MemoryMethod
+from taut.methods.method import Knobs, MemoryMethod
 from taut.methods.store import CacheStore, Store
 
 
