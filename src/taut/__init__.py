@@ -10,6 +10,7 @@ from taut import _plugin
 
 __all__ = (
     "TautError",
+    "anchor_token",
     "apply",
     "calibrate",
     "check",

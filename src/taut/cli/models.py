@@ -114,6 +114,23 @@ def train(
 
 
 @app.command()
+def anchor_token(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="folder to write; appears whole or not at all")],
+    token: Annotated[str, typer.Option(help="the new token")] = "<anchor>",
+    after: Annotated[list[str] | None, typer.Option(help="a string it stands behind; default: . ! and ?")] = None,
+    start: Annotated[str, typer.Option(help="its row: mean, or a token whose row to copy")] = "mean",
+    as_json: Json = False,
+) -> None:
+    """Give a model an anchor of its own: a token that its tokenizer puts behind every sentence."""
+    from taut import verbs
+
+    folder = verbs.anchor_token(model, out, token=token, after=after or (".", "!", "?"), start=start)
+    line = f"{folder}: train it with memory: {{method: anchor, anchors: [{token!r}]}}"
+    finish(as_json, {"out": str(folder), "token": token}, lambda: print(line))
+
+
+@app.command()
 def calibrate(
     model: Annotated[Path, typer.Argument(metavar="FOLDER", help="a tightened model")],
     threads: Annotated[list[int] | None, typer.Option(min=1, help="processor threads to measure; default: all")] = None,

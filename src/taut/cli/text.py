@@ -67,9 +67,7 @@ def generate(
         seed=seed,
         device=device,
         dtype=dtype,
-        tell=(lambda piece: None)
-        if as_json
-        else (lambda piece: print(next(shown, ""), piece, sep="", end="", flush=True)),
+        tell=(lambda piece: None) if as_json else show,
     )
     finish(as_json, found.to_dict(), lambda: print(f"\n{found.sentence()}"))
 

@@ -2,6 +2,7 @@
 
 from taut.verbs.given import use_threads
 from taut.verbs.models import (
+    anchor_token,
     apply,
     calibrate,
     export,
@@ -19,6 +20,7 @@ from taut.verbs.text import generate, prefix
 from taut.verbs.vectors import index, search, vectors
 
 __all__ = (
+    "anchor_token",
     "apply",
     "calibrate",
     "check",

@@ -150,6 +150,33 @@ def train(
     return run(spec, out, device=device, progress=progress)
 
 
+def anchor_token(
+    model: str | Path,
+    out: str | Path,
+    *,
+    token: str = "<anchor>",
+    after: Sequence[str] = (".", "!", "?"),
+    start: str = "mean",
+) -> Path:
+    """Write a copy of ``model`` whose tokenizer puts ``token`` behind each of the strings ``after``, to be trained
+    with the memory ``anchor`` and ``anchors: [TOKEN]``.
+
+    The token's row starts as the ``mean`` of all rows or as a copy of another token's. Raises TautError for wrong
+    input, and for a model without a tokenizer.
+    """
+    from taut.surgery.anchor_token import add_anchor_token, write
+    from taut.surgery.apply import check_writable
+    from taut.surgery.source import open_model, open_tokenizer, resolve
+
+    check_writable(Path(out).absolute())
+    source = resolve(model)
+    tokenizer = open_tokenizer(source)
+    if tokenizer is None:
+        raise TautError(f"{model}: has no tokenizer to write the token")
+    opened = open_model(source)
+    return write(opened, add_anchor_token(opened, tokenizer, token, after, start), source, out)
+
+
 def calibrate(
     model: "str | Path | PreTrainedModel", threads: Sequence[int] = (), *, progress: Progress | None = None
 ) -> "Crossovers":
