@@ -17,6 +17,7 @@ class Stack:
     * ``projection``, ``feedforward``: from role to map. ``feedforward`` may offer several variants; the first whose
       modules all exist is meant.
     * ``position``: how order enters: rope, learned, bias or none.
+    * ``positions``: the rotary modules or tables of positions that do it, from the base model.
     * ``causal``: what holds for attention modules that do not say it themselves (``is_causal``).
     * ``name``, ``base``: encoder or decoder, and the module whose forward receives ``past_key_values``.
     * ``heads``: the name of the number of heads in the configuration.
@@ -36,6 +37,7 @@ class Stack:
     cross_attention: str = ""
     cross: Mapping[str, str] = field(default_factory=dict)
     closed: str = ""
+    positions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ BERT_STACK = Stack(
     },
     feedforward=({"up": "intermediate.dense", "down": "output.dense"},),
     position="learned",
+    positions=("embeddings.position_embeddings",),
     cross_attention="crossattention.self",
     cross={
         "cross_q": "crossattention.self.query",
@@ -104,6 +107,7 @@ DISTILBERT = Family(
             },
             feedforward=({"up": "ffn.lin1", "down": "ffn.lin2"},),
             position="learned",
+            positions=("embeddings.position_embeddings",),
         ),
     ),
     untouched={"embeddings.position_embeddings": POSITIONS},
@@ -117,6 +121,7 @@ GPT2 = Family(
             projection={"qkv": "attn.c_attn", "o": "attn.c_proj"},
             feedforward=({"up": "mlp.c_fc", "down": "mlp.c_proj"},),
             position="learned",
+            positions=("wpe",),
             causal=True,
         ),
     ),
@@ -131,6 +136,7 @@ GPT_NEOX = Family(
             projection={"qkv": "attention.query_key_value", "o": "attention.dense"},
             feedforward=({"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"},),
             position="rope",
+            positions=("rotary_emb",),
             causal=True,
         ),
     ),
@@ -149,6 +155,7 @@ LLAMA = Family(
             },
             feedforward=({"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},),
             position="rope",
+            positions=("rotary_emb",),
             causal=True,
         ),
     ),
@@ -166,6 +173,7 @@ BART_ENCODER = Stack(
     },
     feedforward=({"up": "fc1", "down": "fc2"},),
     position="learned",
+    positions=("encoder.embed_positions",),
     heads="encoder_attention_heads",
 )
 BART = Family(
@@ -177,6 +185,7 @@ BART = Family(
             name="decoder",
             base="decoder",
             layers="decoder.layers",
+            positions=("decoder.embed_positions",),
             causal=True,
             heads="decoder_attention_heads",
             cross_attention="encoder_attn",

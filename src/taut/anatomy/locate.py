@@ -222,6 +222,7 @@ class _Search:
             length=self.length,
             window=_window(self.config, layer),
             softcap=getattr(self.config, "attn_logit_softcapping", None),
+            positions=tuple(self._path(each) for each in stack.positions),
         )
 
     def _memory(self, stack: Stack, inside: list[list[Site]]) -> Iterator[MemorySite]:

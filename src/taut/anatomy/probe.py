@@ -1,5 +1,6 @@
 """Work out the anatomy of a family that nobody has written down yet, or say exactly what was not found."""
 
+import inspect
 from collections.abc import Mapping
 
 from torch import nn
@@ -49,7 +50,7 @@ class _Probe:
         types = [name for name in tables if "token_type" in name]
         reasons = dict.fromkeys(positions, POSITIONS)
         reasons |= dict.fromkeys(biases, BIAS) | dict.fromkeys(types, TOKEN_TYPES)
-        stacks = tuple(self._stack(path, bool(positions), bool(biases)) for path in self._lists())
+        stacks = tuple(self._stack(path, positions, bool(biases)) for path in self._lists())
         longest = next((name for name in LONGEST if getattr(self.config, name, None)), "")
         return Family(tables=(table,), stacks=stacks, untouched=reasons, longest=longest)
 
@@ -89,7 +90,7 @@ class _Probe:
             raise self._refuse(f"list of {told[0]} layers with attention ({longest} has {found[longest]})")
         return [longest]
 
-    def _stack(self, path: str, learned: bool, biased: bool) -> Stack:
+    def _stack(self, path: str, tables: list[str], biased: bool) -> Stack:
         layer = self.base.get_submodule(path)[0]
         attentions = _attentions(layer)
         own = [name for name in attentions if not _is_cross(name)]
@@ -103,13 +104,14 @@ class _Probe:
         projection = self._projection(layer, own[0], path)
         self._check_heads(layer, projection, getattr(self.config, heads), f"{path}.0.{own[0]}")
         crossing = self._projection(layer, cross[0], path) if cross else {}
-        attention, position = layer.get_submodule(own[0]), self._position(learned, biased)
+        attention, position = layer.get_submodule(own[0]), self._position(bool(tables), biased)
         return Stack(
             layers=path,
             attention=own[0],
             projection=projection,
             feedforward=(self._feedforward(layer, (*attentions, *projection.values(), *crossing.values()), path),),
             position=position or "none",
+            positions=self._positions(position, tables, name),
             name=name,
             base=name,
             heads=heads,
@@ -138,6 +140,16 @@ class _Probe:
         if any("rotary" in name for name, _ in self.base.named_modules()):
             return "rope"
         return "bias" if biased else "learned" if learned else None
+
+    def _positions(self, position: str | None, tables: list[str], half: str) -> tuple[str, ...]:
+        """The modules that give a stack its positions; a rotary one that turns queries itself is none of them."""
+        rotary = [
+            name
+            for name, module in self.base.named_modules()
+            if "rotary" in name and "position_ids" in inspect.signature(module.forward).parameters
+        ]
+        found = {"rope": rotary, "learned": tables}.get(position, [])
+        return tuple(name for name in found if not half or name.split(".")[0] == half)
 
     def _projection(self, layer: nn.Module, attention: str, path: str) -> dict[str, str]:
         """From role to path within the layer. The output map may lie beside the attention module (BERT)."""

@@ -83,8 +83,10 @@ class LinearSite(Site):
 class AttentionSite(Site):
     """One self-attention: H heads of width K over ``length`` positions (the declared n).
 
-    ``position`` says how order enters: ``rope``, ``learned``, ``bias`` (T5: a bias added to the scores) or ``none``.
-    ``window`` is the model's own sliding window, if any, and ``softcap`` its cap on the scores (Gemma 2).
+    ``position`` says how order enters: ``rope``, ``learned``, ``bias`` (T5: a bias added to the scores) or ``none``;
+    ``positions`` are the paths of the modules that do it, rotary ones or tables, for all layers of the stack together,
+    and empty where they cannot be taken out. ``window`` is the model's own sliding window, if any, and ``softcap`` its
+    cap on the scores (Gemma 2).
     """
 
     heads: int
@@ -95,6 +97,7 @@ class AttentionSite(Site):
     length: int
     window: int | None = None
     softcap: float | None = None
+    positions: tuple[str, ...] = ()
 
     def flops(self, pairs: float) -> float:
         """FLOPs per token when ``pairs`` of the n x n score pairs are computed: q.k and a.v, two each."""

@@ -298,7 +298,7 @@ class View:
         if not self.placed and self.key_positions is not None:
             raise TautError(
                 "every head of this cache holds other tokens, so no window and no distance can be measured in it: use "
-                "it with full attention (no attention.local_global, no window of the model's own)"
+                "it with full attention (no attention.local_global or relative, no window of the model's own)"
             )
 
     def _keys(self, device: torch.device) -> Tensor:

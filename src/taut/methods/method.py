@@ -171,6 +171,10 @@ class LinearMethod(PartMethod):
 class AttentionMethod(Method):
     """Abstract: replaces the function from queries, keys and values to outputs at an AttentionSite."""
 
+    own_positions: ClassVar[bool] = False
+    """Whether it brings its own idea of order. Then the positions of the model (``AttentionSite.positions``) are taken
+    out, and every layer of a stack must have such a method."""
+
     @abstractmethod
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, view: Any, **options: Any) -> Tensor:
         """(B, H, T, K), (B, H', S, K), (B, H', S, K) -> (B, T, H, K). ``view`` says who may see whom

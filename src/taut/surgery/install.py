@@ -15,6 +15,7 @@ from taut.methods.part import LinearPart, Part, TablePart
 from taut.surgery.attend import install_attention
 from taut.surgery.memory import install_memory
 from taut.surgery.plan import Step
+from taut.surgery.positions import NoPositions, taken_out, unturned
 from taut.surgery.seal import unseal_state
 
 Build = Callable[[Step, nn.Module], nn.Module | None]
@@ -86,6 +87,12 @@ class Surgery:
                     self._swap(model, step.site.path, build(step, model.get_submodule(step.site.path)))
             elif (learned := build(step, model.get_submodule(step.site.path))) is not None:
                 self._join(model.get_submodule(step.site.path), learned)
+        for path in taken_out((step.site, step.method) for step in self.steps):
+            module = model.get_submodule(path)
+            if isinstance(module, nn.Embedding):
+                self._swap(model, path, NoPositions(module))
+            else:
+                self._undo.append(module.register_forward_hook(unturned).remove)
         attention = {
             step.site.path: (step.method, step.site)
             for step in self.steps

@@ -14,6 +14,7 @@ from taut.core.registry import METHODS
 from taut.core.site import Site
 from taut.core.slot import SLOTS
 from taut.methods.method import Method
+from taut.surgery.positions import check_whole_stacks
 
 SPARED = "the first layer stays dense, as in the paper; write layers: ':' to include it"
 
@@ -114,6 +115,7 @@ def make(
             ]
         elif sites:
             untouched.append((slot, "the recipe does not name this slot"))
+    check_whole_stacks(((step.site, step.method) for step in chosen.values()), anatomy.sites, recipe.source)
     steps = tuple(chosen[site.name] for site in anatomy.sites if site.name in chosen)
     return Plan(recipe, anatomy.family, steps, tuple(untouched))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from taut.core.errors import TautError
-from taut.methods.method import MemoryMethod
+from taut.methods.method import AttentionMethod, MemoryMethod
 from taut.surgery.apply import is_tightened, steps_of
 
 NO_MEMORY = (
@@ -61,6 +61,8 @@ class Lanes:
             raise TautError(NO_MEMORY)
         method, site = memories[0].method, memories[0].site
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if any(isinstance(step.method, AttentionMethod) and step.method.own_positions for step in steps):
+            positions = None
         return cls(lambda: method.cache(site.layers), method.entries(replace(site, length=LONG)), positions)
 
     def keys(self, length: int) -> int:

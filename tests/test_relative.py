@@ -1,0 +1,419 @@
+"""attention.relative: the formula, the model's own positions really gone, and Transformer-XL with a memory."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from decoding import CHUNKS, DECODERS, LENGTH, stepwise
+from runs import small
+from test_train import Cut, cut_at, same, weights
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+import taut
+from taut.anatomy.locate import locate
+from taut.contract.tiny import FAMILIES, inputs, logits, padded_inputs, tiny
+from taut.core.errors import TautError
+from taut.core.site import AttentionSite
+from taut.kernels import relative
+from taut.kernels.patterns import Pattern, Sink, View
+from taut.kernels.recurrence import Recurrence
+from taut.methods.attention.relative import Relative
+from taut.methods.method import LEARNED
+from taut.surgery.positions import unturned
+from taut.training.lanes import Lanes
+from taut.training.run import train
+
+RELATIVE = {"attention": {"method": "relative"}}
+RECURRENCE = {"memory": {"method": "segment_recurrence", "segment": 4, "memory": 3}}
+LAYOUTS = [name for name in FAMILIES if not name.startswith("t5") and name != "gemma2"]
+PLACED = [name for name in DECODERS if name in LAYOUTS]
+EXACT = 1e-12
+
+
+def placed(family: str, recipe: dict | None = None, dtype: torch.dtype = torch.float64, **changes) -> PreTrainedModel:
+    """A tiny model under the method, whose distances matter as much as its contents."""
+    model = tiny(family, dtype=dtype, **changes)
+    taut.apply(model, RELATIVE if recipe is None else recipe)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if f".{LEARNED}." in name:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.4)
+    return model
+
+
+# The formula -----------------------------------------------------------------------------------------------------
+
+
+def naive(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, apart: Tensor, learned: dict, clamp: int | None):
+    """Entry by entry: ``seen`` and ``apart`` (query minus key) are (B, T, S)."""
+    (batch, heads, queries, width), key_heads = query.shape, key.shape[1]
+    across = heads * width
+    w = learned["weight"].view(key_heads, width, across)
+    u, v = (learned[name].view(heads, width) for name in ("content_bias", "distance_bias"))
+    out = torch.zeros(batch, queries, heads, width, dtype=query.dtype)
+    for b in range(batch):
+        for h in range(heads):
+            shared = h // (heads // key_heads)
+            for i in range(queries):
+                scores = []
+                for j in range(key.shape[2]):
+                    d = float(apart[b, i, j])
+                    d = d if clamp is None else max(-clamp, min(clamp, d))
+                    angles = [d / 10000.0 ** (2 * n / across) for n in range(across // 2)]
+                    r = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)], dtype=query.dtype)
+                    q = query[b, h, i]
+                    score = (q + u[h]) @ key[b, shared, j] + (q + v[h]) @ (w[shared] @ r)
+                    scores.append(score / math.sqrt(width) if seen[b, i, j] else torch.tensor(-math.inf).to(query))
+                out[b, i, h] = torch.stack(scores).softmax(0) @ value[b, shared]
+    return out
+
+
+def tensors(queries: int, keys: int, key_heads: int, batch: int = 2) -> tuple[tuple[Tensor, Tensor, Tensor], dict]:
+    generator = torch.Generator().manual_seed(queries + 100 * keys)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    heads, width = 4, 6
+    learned = {
+        "weight": random(key_heads * width, heads * width) * 0.3,
+        "content_bias": random(heads * width),
+        "distance_bias": random(heads * width),
+    }
+    states = (random(batch, heads, queries, width), *(random(batch, key_heads, keys, width) for _ in range(2)))
+    return states, learned
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("clamp", [None, 3])
+@pytest.mark.parametrize("rows", [2, 5, 100])
+@pytest.mark.parametrize(("queries", "before", "causal"), [(9, 0, True), (9, 0, False), (7, 4, True), (1, 8, True)])
+def test_the_formula_entry_by_entry(
+    key_heads: int, clamp: int | None, rows: int, queries: int, before: int, causal: bool
+) -> None:
+    keys = before + queries
+    states, learned = tensors(queries, keys, key_heads)
+    padding = torch.ones(2, keys, dtype=torch.bool)
+    padding[1, -2 if not causal else 0] = False
+    if causal and before == 0:
+        padding[1, 0] = True  # A query that sees nothing means nothing.
+    view = View(2, queries, keys, query_start=before, causal=causal, padding=padding)
+    apart = (torch.arange(queries)[:, None] + before - torch.arange(keys)).expand(2, -1, -1)
+    seen = padding[:, None] & ((apart >= 0) | (not causal))
+    found = relative.attend(*states, view, clamp=clamp, rows=rows, **learned)
+    assert (found - naive(*states, seen, apart, learned, clamp)).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("clamp", [None, 6])
+def test_a_cache_with_gaps_knows_its_distances(queries: int, clamp: int | None) -> None:
+    held = torch.tensor([[0, 1, 9, 7, 8], [0, -1, 5, 6, 4]])
+    fresh = torch.tensor([[10], [7]]) + torch.arange(queries)
+    positions = torch.cat([held, fresh], 1)
+    states, learned = tensors(queries, positions.shape[1], 2)
+    starts = torch.tensor([0, 3])
+    view = View(2, queries, positions.shape[1], 10, causal=True, starts=starts, key_positions=positions)
+    apart = fresh[:, :, None] - positions[:, None]
+    seen = (positions[:, None] >= 0) & (apart >= 0)
+    found = relative.attend(*states, view, clamp=clamp, **learned)
+    assert (found - naive(*states, seen, apart, learned, clamp)).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize("pattern", [Recurrence(4, 3), Recurrence(5, 0), Sink(2, 6)])
+@pytest.mark.parametrize("before", [0, 6])
+def test_blocks_within_the_band_of_a_memory_are_all_that_is_needed(pattern: Pattern, before: int) -> None:
+    states, learned = tensors(20, 20 + before, 2)
+    view = View(2, 20, 20 + before, query_start=before, causal=True, pattern=pattern)
+    apart = (torch.arange(20)[:, None] + before - torch.arange(20 + before)).expand(2, -1, -1)
+    seen = view.block(slice(None), slice(None), torch.device("cpu"))[0].expand(2, -1, -1)
+    expected = naive(*states, seen, apart, learned, None)
+    for rows in (1, 3, 7, 64):
+        assert (relative.attend(*states, view, rows=rows, **learned) - expected).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_gradients_of_states_and_of_what_is_learned(queries: int) -> None:
+    states, learned = tensors(queries, 5, 2, batch=1)
+    given = [tensor.requires_grad_() for tensor in (*states, *learned.values())]
+    view = View(1, queries, 5, query_start=5 - queries, causal=True)
+
+    def answer(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Tensor:
+        return relative.attend(query, key, value, view, rows=2, **dict(zip(learned, rest, strict=True)))
+
+    assert torch.autograd.gradcheck(answer, given)
+
+
+def test_distances_are_taken_in_float32() -> None:
+    far = torch.tensor([100_003])
+    exact = relative.sinusoid(far, 64, torch.float64)
+    assert (relative.sinusoid(far, 64, torch.bfloat16).double() - exact).abs().max() < 0.02
+    assert relative.sinusoid(far, 7, torch.float32).shape == (1, 7)
+
+
+# The model's own positions ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [name for name in PLACED if name != "bart"])
+def test_positions_do_not_matter_any_more(family: str) -> None:
+    """Shifted by a constant: rotary models do not mind anyway, so two tokens are also put further apart."""
+    given = inputs(tiny(family), length=LENGTH)
+    places = torch.arange(LENGTH).expand(2, -1)
+    spread = places + 10 * (places > 11)
+    stock, model = tiny(family, dtype=torch.float64), placed(family)
+    before = logits(stock, **given, position_ids=places, use_cache=True)
+    assert (logits(stock, **given, position_ids=spread, use_cache=True) - before).abs().max() > 1e-3
+    after = logits(model, **given, position_ids=places, use_cache=True)
+    # With a mask of ones positions that jump are not packed sequences.
+    for other in (places + 100, spread):
+        assert torch.equal(logits(model, **given, position_ids=other, use_cache=True), after)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_without_distances_an_encoder_does_not_know_the_order(family: str) -> None:
+    order = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(3))
+    ids = inputs(tiny(family), length=LENGTH)["input_ids"]
+    stock, model = tiny(family, dtype=torch.float64), placed(family)
+
+    def moved(model: PreTrainedModel) -> float:
+        return float((logits(model, input_ids=ids)[:, order] - logits(model, input_ids=ids[:, order])).abs().max())
+
+    assert moved(stock) > 1e-2
+    assert moved(model) > 1e-2
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name.endswith(f"{LEARNED}.weight"):
+                tensor.zero_()
+    assert moved(model) <= 1e-10
+
+
+def test_a_table_of_positions_sets_no_limit() -> None:
+    model = placed("gpt2", n_positions=16)
+    given = inputs(model, length=40)
+    whole = logits(model, **given, use_cache=False)
+    assert (stepwise(model, [20, 1, 19], **given)[0] - whole).abs().max() <= EXACT
+    with pytest.raises(IndexError):
+        logits(tiny("gpt2", n_positions=16), **given)
+    assert Lanes.of(placed("gpt2", RELATIVE | RECURRENCE, n_positions=16)).positions is None
+
+
+def test_a_table_learns_nothing_while_it_is_out() -> None:
+    model = placed("gpt2").train()
+    model(**inputs(model))["logits"].square().sum().backward()
+    assert model.transformer.wpe.weight.grad.count_nonzero() == 0
+    for name, tensor in model.named_parameters():
+        if f".{LEARNED}." in name:
+            assert tensor.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "bart"])
+def test_undone_to_the_bit(family: str) -> None:
+    stock, model = tiny(family), placed(family, dtype=torch.float32)
+    given = inputs(model)
+    assert not torch.equal(logits(stock, **given), logits(model, **given))
+    taut.undo(model)
+    assert torch.equal(logits(stock, **given), logits(model, **given))
+    assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "bert"])
+def test_a_folder_holds_all_of_it(family: str, tmp_path: Path) -> None:
+    model = placed(family, dtype=torch.float32)
+    given = inputs(model)
+    answer = logits(model, **given)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again, **given), answer)
+    if family != "bert":
+        shifted = given | {"position_ids": (torch.arange(12) * 2).expand(2, -1)}
+        assert torch.equal(logits(again, **shifted), answer)
+    base = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    halved = model.base_model.to(torch.bfloat16)
+    assert torch.equal(logits(base, **given), logits(halved, **given))
+
+
+# Decoding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", PLACED)
+@pytest.mark.parametrize("memory", [None, "segment_recurrence", "window_sink", "compressive"])
+def test_steps_equal_one_pass(family: str, memory: str | None) -> None:
+    sizes = {
+        "segment_recurrence": {"segment": 4, "memory": 3},
+        "window_sink": {"sinks": 2, "window": 6},
+        "compressive": {"segment": 3, "memory": 3, "compressed": 2, "rate": 2},
+    }
+    recipe = RELATIVE | ({} if memory is None else {"memory": {"method": memory, **sizes[memory]}})
+    model = placed(family, recipe)
+    given = inputs(model, length=LENGTH)
+    whole = logits(model, **given, use_cache=False)
+    assert whole.isfinite().all()
+    for chunks in CHUNKS.values():
+        assert (stepwise(model, chunks, **given)[0] - whole).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize("family", PLACED)
+def test_unlimited_memory_is_full_attention(family: str) -> None:
+    given = inputs(tiny(family), length=LENGTH)
+    full = logits(placed(family), **given, use_cache=False)
+    model = placed(family, RELATIVE | {"memory": {"method": "segment_recurrence", "segment": 5, "memory": LENGTH}})
+    assert (logits(model, **given, use_cache=False) - full).abs().max() <= EXACT
+    assert (stepwise(model, [5, 5, 5, 5, 4], **given)[0] - full).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "qwen3"])
+@pytest.mark.parametrize("memory", [0, 3, 8])
+def test_limited_memory_is_the_mask_from_the_segments_border(family: str, memory: int) -> None:
+    rows = [[i // 4 * 4 - memory <= j <= i for j in range(LENGTH)] for i in range(LENGTH)]
+    given = inputs(tiny(family), length=LENGTH)
+    mask = torch.tensor(rows)[None, None]
+    masked = logits(placed(family), **given | {"attention_mask": mask}, use_cache=False)
+    model = placed(family, RELATIVE | {"memory": {"method": "segment_recurrence", "segment": 4, "memory": memory}})
+    assert (logits(model, **given, use_cache=False) - masked).abs().max() <= EXACT
+    assert (stepwise(model, [4] * 6, **given)[0] - masked).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("recipe", [RELATIVE, RELATIVE | RECURRENCE], ids=["full", "recurrence"])
+@pytest.mark.parametrize("chunks", [[LENGTH], *CHUNKS.values()], ids=["one pass", *CHUNKS])
+def test_left_padded_rows_equal_the_rows_alone(family: str, recipe: dict, chunks: list[int]) -> None:
+    model, pads = placed(family, recipe), 6
+    given = inputs(model, length=LENGTH)
+    alone = logits(model, input_ids=given["input_ids"][1:, pads:], use_cache=False)
+    given["attention_mask"][1, :pads] = 0
+    together, _ = stepwise(model, chunks, **given)
+    assert (together[1:, pads:] - alone).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize("recipe", [RELATIVE, RELATIVE | RECURRENCE], ids=["full", "recurrence"])
+def test_packed_sequences_equal_the_sequences_alone(recipe: dict) -> None:
+    model = placed("llama", recipe)
+    ids = inputs(model, batch=1, length=LENGTH)["input_ids"]
+    places = torch.cat([torch.arange(9), torch.arange(LENGTH - 9)])[None]
+    packed = logits(model, input_ids=ids, position_ids=places, use_cache=False)
+    apart = [logits(model, input_ids=each, use_cache=False) for each in (ids[:, :9], ids[:, 9:])]
+    assert (packed - torch.cat(apart, 1)).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bart"])
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}], ids=["beams", "static"])
+def test_generate(family: str, options: dict) -> None:
+    model = placed(family, dtype=torch.float32)
+    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
+    fixed = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    plain = {name: each for name, each in options.items() if name != "cache_implementation"}
+    expected = model.generate(**given, **fixed, **plain, use_cache=False)
+    assert torch.equal(model.generate(**given, **fixed, **options), expected)
+
+
+@pytest.mark.parametrize("clamp", [1, 5])
+def test_beyond_the_clamp_all_distances_are_one(clamp: int) -> None:
+    model = placed("llama", {"attention": {"method": "relative", "clamp": clamp}}, num_hidden_layers=1)
+    given = inputs(model, batch=1, length=LENGTH)
+    other = {name: tensor.clone() for name, tensor in given.items()}
+    far = LENGTH - 1 - clamp  # The last token sees these at the clamp and beyond.
+    other["input_ids"][:, : far + 1] = other["input_ids"][:, : far + 1].flip(1)
+    assert (logits(model, **given) - logits(model, **other))[:, -1].abs().max() <= EXACT
+    free = placed("llama", num_hidden_layers=1)
+    assert (logits(free, **given) - logits(free, **other))[:, -1].abs().max() > 1e-3
+
+
+def test_mixed_precision_agrees() -> None:
+    model = placed("llama", dtype=torch.float32)
+    given = padded_inputs(model, length=LENGTH)
+    whole = logits(model, **given)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = logits(model, **given)
+    assert (mixed.float() - whole).norm() <= 0.05 * whole.norm()
+
+
+# Plans -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "causal"), [(64, True), (64, False), (300, False)])
+def test_what_surrounds_the_fused_call_costs_what_is_predicted(length: int, causal: bool) -> None:
+    site = AttentionSite(
+        slot="attention", path="x", heads=4, key_heads=2, head_width=16, causal=causal, position="none", length=length
+    )
+    method, module = Relative(), nn.Module()
+    module.add_module(LEARNED, method.learned(site, torch.device("cpu"), torch.float32))
+    states = (torch.randn(1, 4, length, 16), *(torch.randn(1, 2, length, 16) for _ in range(2)))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        method.attend(module, *states, View(1, length, length, causal=causal))
+    # The counter does not see the fused call on a CPU.
+    counted = counter.get_total_flops() / length + site.flops(float(length) ** 2)
+    assert method.predict(site).flops_per_token == pytest.approx(counted, rel=0.02)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(TautError, match="bias for relative positions"):
+        taut.apply(tiny("t5"), RELATIVE)
+    with pytest.raises(TautError, match="softcap|caps its attention"):
+        taut.apply(tiny("gemma2"), RELATIVE)
+    with pytest.raises(TautError, match=r"attention\.relative takes .* whole stack.* \(layers 1 lack it\)"):
+        taut.apply(tiny("llama"), {"attention": {"method": "relative", "layers": "0"}})
+    with pytest.raises(TautError, match=r"layers 2 lack it"):
+        taut.apply(tiny("bart"), {"attention": {"method": "relative", "layers": "0:2"}})
+    with pytest.raises(TautError, match="clamp = 0"):
+        taut.apply(tiny("llama"), {"attention": {"method": "relative", "clamp": 0}})
+    with pytest.raises(TautError, match=r"list, not cosines and sines"):
+        unturned(nn.Identity(), (), [1, 2])
+
+
+def test_a_refused_model_is_as_it_was() -> None:
+    model = tiny("llama")
+    with pytest.raises(TautError):
+        taut.apply(model, {"attention": {"method": "relative", "layers": "0"}})
+    assert torch.equal(logits(model, **inputs(model)), logits(tiny("llama"), **inputs(model)))
+
+
+def test_a_cache_without_positions_is_refused() -> None:
+    model = placed("llama", RELATIVE | {"memory": {"method": "key_norm", "entries": 6}})
+    with pytest.raises(TautError, match="relative"):
+        stepwise(model, [14, 1], input_ids=inputs(model, length=LENGTH)["input_ids"])
+
+
+def test_where_positions_enter_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in ("gpt2", "llama", "gemma3", "bart"):
+        model = tiny(family, device="meta")
+        known = [site.positions for site in locate(model).in_slot("attention")]
+        assert all(known)
+        with monkeypatch.context() as patch:
+            patch.setattr("taut.anatomy.locate.FAMILIES", {})
+            assert [site.positions for site in locate(model).in_slot("attention")] == known
+    site = AttentionSite(
+        slot="attention", path="x", heads=2, key_heads=2, head_width=8, causal=True, position="rope", length=8
+    )
+    assert "was not found" in Relative().fits(site)
+
+
+def test_a_plan_says_that_training_comes_first() -> None:
+    model = tiny("llama")
+    plan = taut.plan(model, RELATIVE)
+    assert all("trained weights do not fit" in step.note and "rope" in step.note for step in plan.steps)
+
+
+# Transformer-XL --------------------------------------------------------------------------------------------------
+
+
+def test_transformer_xl_from_scratch(tmp_path: Path) -> None:
+    recipe = RELATIVE | {"memory": {"method": "segment_recurrence", "segment": 16, "memory": 16}}
+    changes = {"budget": {"steps": 30}, "learning_rate": 1e-2, "evaluate": {"every": 1.0}, "save": {"steps": 2}}
+    spec = small(tmp_path, recipe=recipe, lanes=True, **changes)
+    whole = train(spec, tmp_path / "whole")
+    assert whole.record["losses"][-1] < 0.6 * whole.record["losses"][0]
+    with pytest.raises(Cut):
+        train(spec, tmp_path / "out", progress=cut_at(5))
+    assert train(spec, tmp_path / "out").record["losses"] == whole.record["losses"]
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    learned = [tensor for name, tensor in model.named_parameters() if f".{LEARNED}." in name]
+    # The start was 0.02, and each layer's its own.
+    assert len(learned) == 6
+    assert all(float(tensor.detach().std()) > 0.022 for tensor in learned)
+    ids = torch.arange(10, 58)[None]
+    assert (stepwise(model, [16, 1, 31], input_ids=ids)[0] - logits(model, input_ids=ids)).abs().max() <= 1e-4
