@@ -240,11 +240,12 @@ def test_a_folder_holds_all_of_it(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", PLACED)
-@pytest.mark.parametrize("memory", [None, "segment_recurrence", "window_sink", "compressive"])
+@pytest.mark.parametrize("memory", [None, "segment_recurrence", "window_sink", "compressive", "anchor"])
 def test_steps_equal_one_pass(family: str, memory: str | None) -> None:
     sizes = {
         "segment_recurrence": {"segment": 4, "memory": 3},
         "window_sink": {"sinks": 2, "window": 6},
+        "anchor": {"every": 4},
         "compressive": {"segment": 3, "memory": 3, "compressed": 2, "rate": 2},
     }
     recipe = RELATIVE | ({} if memory is None else {"memory": {"method": memory, **sizes[memory]}})

@@ -38,9 +38,9 @@ class Relative(AttentionMethod):
     """score(i, j) = scaling ((q_i + u).k_j + (q_i + v).(W R_{i-j})), R the sinusoid of a distance.
 
     The model's own positions are taken out of the whole stack: rotary modules turn by nothing, tables of positions add
-    nothing (they stay in the checkpoint, and set no limit to the length). Causal attention meets distances from 0 up,
-    an encoder's both signs, as in XLNet. Predicted FLOPs count what the original counts, all n x n pairs, and per token
-    n products of queries and distances (in encoders a block of queries more) and W on one distance (two).
+    nothing (they stay in the checkpoint, but set no limit to a decoder's text). Causal attention meets distances from
+    0 up, an encoder's both signs, as in XLNet. Predicted FLOPs count what the original counts, all n x n pairs, and for
+    each token n products of queries and distances (in encoders a block of queries more) and W on one distance (two).
     """
 
     id = "attention.relative"

@@ -27,8 +27,8 @@ class SegmentRecurrence(MemoryMethod):
     summary = "the segment being read and a fixed memory before it, reach growing with depth"
     source = (
         "Dai et al. 2019, Transformer-XL (arXiv 1901.02860). Changed: keys and values are cached, not hidden states, "
-        "with the model's own positions instead of relative ones; several segments are read in one pass under the same "
-        "pattern, and gradients cross the segments within it"
+        "with the model's own positions instead of relative ones (attention.relative has those); several segments are "
+        "read in one pass under the same pattern, and gradients cross the segments within it"
     )
     Knobs = SegmentRecurrenceKnobs
     dial = "memory"
