@@ -9,7 +9,7 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from taut.anatomy.locate import locate
 from taut.contract.tiny import FAMILIES
 from taut.core.site import MemorySite
-from taut.methods.method import MemoryMethod
+from taut.methods.method import LEARNED, MemoryMethod
 from taut.surgery.memory import install_memory
 
 DECODERS = [name for name, family in FAMILIES.items() if family.attention == "sdpa" and family.decoder]
@@ -25,7 +25,17 @@ CHUNKS = {
 def install(model: PreTrainedModel, method: MemoryMethod) -> Callable[[], None]:
     """Give the model this memory; returns what takes it out again."""
     site = next(site for site in locate(model).sites if isinstance(site, MemorySite))
-    return install_memory(model, method, site)
+    base, undo = model.get_submodule(site.path), install_memory(model, method, site)
+    learned = method.learned(site, model.device, model.dtype)
+    if learned is None:
+        return undo
+    base.add_module(LEARNED, learned)
+
+    def remove() -> None:
+        delattr(base, LEARNED)
+        undo()
+
+    return remove
 
 
 def own(cache: Cache) -> Cache:

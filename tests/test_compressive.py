@@ -5,14 +5,15 @@ from collections import deque
 import pytest
 import torch
 from decoding import CHUNKS, DECODERS, LENGTH, install, own, stepwise
-from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from slow_compression import slow_reference
+from torch import Tensor
 
 from taut.contract.tiny import inputs, logits, padded_inputs, tiny
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.kernels.cache import Incoming
-from taut.kernels.compressed import CompressedCache, Compression
+from taut.kernels.compressed import CompressedCache
+from taut.kernels.queues import Compression
 from taut.methods.memory.compressive import Compressive
 from taut.methods.memory.segment_recurrence import SegmentRecurrence
 
@@ -29,43 +30,6 @@ METHODS = {
 
 def most(method: Compressive) -> int:
     return method.pattern().most
-
-
-def visible(i: int, knobs) -> tuple[list[int], list[int]]:
-    """The groups and the tokens that a query at i sees, straight from the definition."""
-    groups = max(0, i // knobs.segment * knobs.segment - knobs.memory) // knobs.rate
-    return list(range(max(0, groups - knobs.compressed), groups)), list(range(groups * knobs.rate, i + 1))
-
-
-def slow_reference(model: PreTrainedModel, method: Compressive, ids: Tensor) -> Tensor:
-    """Logits of a pass without any cache of ours: every query gathers and compresses what it sees by itself."""
-    knobs = method.knobs
-
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, scaling: float, **rest: object
-    ) -> tuple[Tensor, None]:
-        share = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
-        out = []
-        for i in range(query.shape[2]):
-            groups, tokens = visible(i, knobs)
-            seen = []
-            for held in (key, value):
-                parts = [held[:, :, g * knobs.rate : (g + 1) * knobs.rate] for g in groups]
-                pooled = [part.mean(2) if knobs.pool == "mean" else part.max(2).values for part in parts]
-                seen.append(torch.stack([*pooled, *(held[:, :, j] for j in tokens)], 2))
-            scores = torch.einsum("bhk,bhsk->bhs", query[:, :, i], seen[0]) * scaling
-            out.append(torch.einsum("bhs,bhsk->bhk", scores.softmax(-1), seen[1]))
-        return torch.stack(out, 1), None
-
-    AttentionInterface.register("slow_compressive", attend)
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "slow_compressive"
-    try:
-        return logits(model, input_ids=ids, use_cache=False)
-    finally:
-        model.config._attn_implementation = before
-        del AttentionInterface._global_mapping["slow_compressive"]
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -181,6 +145,16 @@ def test_assisted_decoding_takes_tokens_back(family: str) -> None:
     assert torch.equal(plain, model.generate(**given, **options, prompt_lookup_num_tokens=3, past_key_values=cache))
     with pytest.raises(TautError, match="pass an empty cache of this recipe"):
         model.generate(**given, **options, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_nothing_leaks_in_behind_what_was_dropped(family: str) -> None:
+    """All that was seen is gone, nothing stands for it, and pieces of a segment follow."""
+    model = tiny(family, dtype=torch.float64)
+    install(model, Compressive.parse({"segment": 6, "memory": 0, "compressed": 0, "rate": 2}))
+    ids = inputs(model, length=LENGTH)["input_ids"]
+    whole = logits(model, input_ids=ids, use_cache=False)
+    assert (stepwise(model, [6, 3, 3, 6, 2, 4], input_ids=ids)[0] - whole).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("cut", [1, 4, 8])

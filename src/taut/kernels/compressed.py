@@ -1,196 +1,140 @@
-"""Two queues: recent entries as they came, and older ones compressed, several into one.
+"""Older entries are pooled, several into one: their keys and, by themselves, their values.
 
-Tokens are counted in groups of ``rate``. A group that has left the memory is replaced by one entry, the mean or the
-maximum of its keys and of its values, with the position of its last token. Keys are compressed as they are cached, so
-with their rotary positions already in them. How far the queues have moved follows from the number of tokens read.
+Keys are pooled as they are cached, so with their rotary positions already in them. A group is complete before the first
+query that sees it whole, so a text may be cut anywhere.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from taut.core.errors import TautError
 from taut.kernels.cache import Incoming, gathered
-from taut.kernels.counted import CountedCache, CountedLayer
-from taut.kernels.patterns import Marked
-
-POOLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": lambda groups: groups.mean(3),
-    "max": lambda groups: groups.amax(3),
-}
-"""From (B, H', G, rate, K) to (B, H', G, K)."""
+from taut.kernels.compressor import POOLS, Pool
+from taut.kernels.patterns import View
+from taut.kernels.queues import Compression, Intake, Places, QueueCache, QueueLayer
+from taut.kernels.stored import RowStore, rounded
 
 
-@dataclass(frozen=True)
-class Compression(Marked):
-    """A token sees its segment, at least ``memory`` tokens before that, and the latest ``compressed`` groups of those
-    before.
+class CompressedLayer(QueueLayer):
+    """One layer's entries: the pooled ones, then tokens.
 
-    The mark of a query is how many groups have been compressed by then; that of a key is twice its group, plus 1 where
-    it stands for all of it.
+    ``pools`` are those of its keys and of its values. Where somebody is ``watching``, ``groups`` are the keys and the
+    values that the pass has pooled, (B, H', G, rate, K).
     """
 
-    segment: int
-    memory: int
-    compressed: int
-    rate: int
-
-    def groups(self, count: Tensor) -> Tensor:
-        """How many whole groups lie before the memory of the token at position ``count``."""
-        evicted = (count - count % self.segment - self.memory).clamp(min=0)
-        return evicted.div(self.rate, rounding_mode="floor")
-
-    def between(self, query: Tensor, key: Tensor) -> Tensor:
-        query, group, whole = query[..., :, None], (key >> 1)[..., None, :], (key & 1 == 1)[..., None, :]
-        older = group < query
-        return torch.where(whole, older & (group >= query - self.compressed), ~older)
-
-    @property
-    def most(self) -> int:
-        """Entries that a token can see at most, itself included."""
-        return self.segment + self.memory + self.rate - 1 + self.compressed
-
-    @property
-    def settled(self) -> int:
-        return 0
-
-
-@dataclass(frozen=True)
-class Intake:
-    """What each layer does with new entries behind those it holds: compress those in the columns ``members`` (B or 1,
-    G rate) into G more, None where G is 0, and keep of all that the columns ``index`` (B or 1, C), None for every one.
-    The first ``compressed`` of those kept are compressed ones."""
-
-    compressed: int
-    members: Tensor | None = None
-    index: Tensor | None = None
-
-
-class CompressedLayer(CountedLayer):
-    """One layer's entries: ``compressed`` that stand for groups, then tokens, both oldest first."""
-
-    def __init__(self, rate: int, pool: str) -> None:
-        super().__init__()
-        self.rate, self.pool, self.compressed = rate, pool, 0
+    def __init__(self, rate: int, store: RowStore | None) -> None:
+        super().__init__(rate, store)
+        self.pools: tuple[Pool, Pool] | None = None
+        self.watching = False
+        self.groups: tuple[Tensor, Tensor] | None = None
+        self.like: Tensor | None = None
+        """Nothing, of the width and dtype of what is attended to."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """(B, H', T, K) new keys and values -> (B, H', S, K), all that this pass attends to."""
-        if self.turn is None:
-            raise TautError("this cache compresses entries, so it serves only the model whose recipe made it")
-        self.seen += key_states.shape[2]
-        super().update(key_states, value_states)
+        attended = super().update(key_states, value_states)
+        held, attended = self._with_groups(self.turn, attended)
         if self.record_past:
             self.pending += key_states.shape[2]
-            return self._with_groups(self.turn)
-        return self._settled(self.turn)
+            self.like = key_states.new_empty(0, key_states.shape[-1])
+        else:
+            self.keep(self.turn, *held)
+        return attended
 
     def settle(self, kept: Intake | None) -> None:
         self.pending = 0
         if kept is not None:
-            self._settled(kept)
+            attended = self.to_attend(self.keys, self.like), self.to_attend(self.values, self.like)
+            self.keep(kept, *self._with_groups(kept, attended)[0])
 
-    def _settled(self, intake: Intake) -> tuple[Tensor, Tensor]:
-        keys, values = self._with_groups(intake)
-        self.compressed = intake.compressed
-        if intake.index is not None:
-            self.keys, self.values = gathered(keys, intake.index), gathered(values, intake.index)
-        return keys, values
+    def rest(self) -> None:
+        """The pass is over. What is pending may have to be pooled yet."""
+        self.groups = None
+        if not self.pending:
+            self.pools = None
 
-    def _with_groups(self, intake: Intake) -> tuple[Tensor, Tensor]:
-        """What is held, and behind it the groups that are complete by now."""
+    def _with_groups(
+        self, intake: Intake, attended: tuple[Tensor, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """What is held and what that stands for, each with the groups behind it that are complete by now."""
         if intake.members is None:
-            return self.keys, self.values
-        keys, values = (
-            torch.cat([held, POOLS[self.pool](gathered(held, intake.members).unflatten(2, (-1, self.rate)))], 2)
-            for held in (self.keys, self.values)
-        )
-        return keys, values
+            return (self.keys, self.values), attended
+        keys, values = (gathered(each, intake.members).unflatten(2, (-1, self.rate)) for each in attended)
+        if self.watching:
+            self.groups = keys, values
+        pairs = [
+            self._joined(held, seen, pool(groups))
+            for held, seen, pool, groups in zip(
+                (self.keys, self.values), attended, self.pools, (keys, values), strict=True
+            )
+        ]
+        return (pairs[0][0], pairs[1][0]), (pairs[0][1], pairs[1][1])
+
+    def _joined(self, held: Tensor, attended: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Both with (B, H', G, K) more entries behind."""
+        if self.store is None:
+            together = torch.cat([attended, pooled], 2)
+            return together, together
+        return torch.cat([held, self.to_hold(pooled)], 2), torch.cat([attended, rounded(pooled, self.store)], 2)
 
     def reset(self) -> None:
         super().reset()
-        self.compressed = 0
+        self.pools = self.groups = self.like = None
 
 
-class CompressedCache(CountedCache):
-    """In each of ``layers`` at most ``compression.most`` entries."""
+class CompressedCache(QueueCache):
+    """Recent entries of ``layers`` layers, and before them older ones pooled by the name ``pool``: of POOLS, or else by
+    what the model has learned (kernels.compressor.Compressor)."""
 
-    def __init__(self, layers: int, compression: Compression, pool: str) -> None:
-        super().__init__([CompressedLayer(compression.rate, pool) for _ in range(layers)])
-        self.compression = compression
+    layers: list[CompressedLayer]
+
+    def __init__(self, layers: int, compression: Compression, pool: str, store: RowStore | None = None) -> None:
+        super().__init__([CompressedLayer(compression.rate, store) for _ in range(layers)], compression)
+        self.pool = pool
+        self.learned: nn.Module | None = None
+        self.seen: Tensor | None = None
+        """(B or 1, T, G): which of the new groups each query is asked about, None where nobody asks."""
 
     def begin(self, incoming: Incoming) -> None:
-        if incoming.restarts is not None:
-            raise TautError("packed sequences would be compressed together: give each a row of its own")
-        layer, queries, device = self.layers[0], incoming.queries, incoming.device
-        self.starts = incoming.starts
+        if self.pool not in POOLS and incoming.learned is None:
+            raise TautError(f"this cache pools by what its model has learned ({self.pool}), and this one has nothing")
+        gapless, layer, queries = self.gapless, self.layers[0], incoming.queries
+        intake, places = self.start(incoming)
         settled, fresh = layer.seen - layer.pending, layer.pending + queries
-        intake = self.kept(settled, fresh, device)
-        rate, first = self.compression.rate, self.since(settled, device)[:, None]
-        before, after = (self._counts_and_groups(seen, device)[1] for seen in (settled, settled + fresh))
-        groups, tokens = self._held(settled, device)
-        new = first + torch.arange(fresh, device=device)
+        rate = self.compression.rate
         count = 0 if intake.members is None else intake.members.shape[1] // rate
-        formed = before + torch.arange(count, device=device)
-        formed = torch.where(formed < after, formed, -1)
+        formed = self.formed(settled, fresh, count, incoming.device)
         self.width = self.columns + fresh + count
-        if self.starts is not None or groups.shape[1] or count:
-            wholes = [torch.where(each < 0, -1, each * rate + rate - 1) for each in (groups, formed)]
-            self.key_positions = torch.cat([wholes[0], tokens, new, wholes[1]], 1)
-            parts = [each.div(rate, rounding_mode="floor") * 2 for each in (tokens, new)]
-            marks = torch.cat([groups * 2 + 1, *parts, formed * 2 + 1], 1)
-            self.marks = self.compression.groups(new[:, -queries:].clamp(min=0)), marks
-        for each in self.layers:
-            each.turn = intake
+        if not gapless or self.starts is not None or count:
+            wholes = [self.compression.last(each) for each in (places.groups, formed)]
+            self.key_positions = torch.cat([wholes[0], places.tokens, places.new, wholes[1]], 1)
+            parts = [each.div(rate, rounding_mode="floor") * 2 for each in (places.tokens, places.new)]
+            marks = torch.cat([places.groups * 2 + 1, *parts, formed * 2 + 1], 1)
+            self.marks = self.compression.groups(places.new[:, -queries:].clamp(min=0)), marks
+        self._prepare(incoming, formed, places)
 
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {"compressed": torch.tensor(self.layers[0].compressed)}
+    def attended(self, layer: int, query: Tensor, keys: Tensor, view: View, scaling: float) -> None:
+        """Where the compressor learns by it, compare what the queries see of the groups before and after."""
+        groups = self.layers[layer].groups
+        if groups is not None:
+            self.learned.compare(layer, query, groups, self.seen, scaling)
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        super().restore(state)
+    def finish(self) -> None:
+        super().finish()
+        self.learned = self.seen = None
         for layer in self.layers:
-            layer.compressed = int(state["compressed"])
+            layer.rest()
 
-    @property
-    def dropped(self) -> bool:
-        return bool(self.compression.groups(torch.tensor(self.layers[0].seen)) > 0)
-
-    def kept(self, settled: int, fresh: int, device: torch.device) -> Intake:
-        """Which groups are complete after these tokens, and where the entries are that stay."""
-        rate, old, columns = self.compression.rate, self.layers[0].compressed, self.columns
-        first = self.since(settled, device)[:, None]
-        held, before = self._counts_and_groups(settled, device)
-        total, after = self._counts_and_groups(settled + fresh, device)
-        count = int((after - before).max())
-        if not count and self.starts is None:
-            return Intake(old)
-
-        def column(token: Tensor) -> Tensor:
-            """Where the token at this position is, any column where there is none."""
-            place = torch.where(token < held, old + token - before * rate, columns + token - first)
-            return place.clamp(0, columns + fresh - 1)
-
-        within = torch.arange(rate, device=device)
-        formed = (before + torch.arange(count, device=device))[..., None] * rate + within
-        compressed = min(self.compression.compressed, int(after.max()))
-        group = after - compressed + torch.arange(compressed, device=device)
-        place = torch.where(group < before, old + group - before, columns + fresh + group - before).clamp(min=0)
-        token = after * rate + torch.arange(int((total - after * rate).max()), device=device)
-        return Intake(compressed, column(formed.flatten(1)) if count else None, torch.cat([place, column(token)], 1))
-
-    def _held(self, settled: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The groups (B or 1, G) and the tokens (B or 1, C) in the columns of every layer, -1 for an empty one."""
-        old = self.layers[0].compressed
-        count, before = self._counts_and_groups(settled, device)
-        groups = before - old + torch.arange(old, device=device)
-        tokens = before * self.compression.rate + torch.arange(self.columns - old, device=device)
-        return groups.clamp(min=-1), torch.where(tokens < count, tokens, -1)
-
-    def _counts_and_groups(self, seen: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The real tokens of each row among the first ``seen``, and how many groups of them are compressed: (B or 1, 1)
-        each."""
-        count = self.counts(seen, device)[:, None]
-        return count, self.compression.groups(count)
+    def _prepare(self, incoming: Incoming, formed: Tensor, places: Places) -> None:
+        """Give the layers their pools, and say who is asked about which of the new groups: who came behind them."""
+        fixed, self.learned = POOLS.get(self.pool), incoming.learned
+        watching = fixed is None and self.learned.errors is not None
+        for index, layer in enumerate(self.layers):
+            layer.pools = self.learned.pools(index) if fixed is None else (fixed, fixed)
+            layer.watching = watching
+        if watching:
+            asked = places.new[:, -incoming.queries :, None]
+            seen = (formed >= 0)[:, None] & (self.compression.last(formed)[:, None] < asked)
+            self.seen = seen if incoming.real is None else seen & incoming.real[..., None]

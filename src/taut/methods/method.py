@@ -193,6 +193,9 @@ class MemoryMethod(Method):
     """Whether training may carry the cache from one batch to the next (``lanes: true``)."""
     makes_keys: ClassVar[bool] = False
     """Whether the cache makes keys of its own, so that a pass that is to keep none gets one, too."""
+    reconstructs: ClassVar[bool] = False
+    """Whether what it learns can learn from what attention misses of compressed entries (``reconstruction:`` of a
+    training spec): then ``learned`` has a context manager ``reconstructing``, as kernels.compressor.Compressor has."""
     unequal: ClassVar[str | None] = None
     """Why a text read in steps is not answered as in one pass without a cache; None: both must agree."""
 

@@ -20,12 +20,18 @@ NO_MEMORY = (
 
 LONG = 1 << 40
 """Tokens of a text that fills any memory."""
+STATE = "state."
+"""Before the names of what a cache keeps besides keys and values."""
 
 
 class Bounded(Protocol):
     """What a lane needs of a cache; ``taut.kernels.counted`` says what it means."""
 
     layers: Sequence[Any]
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def restore(self, state: dict[str, Tensor]) -> None: ...
 
     def detach(self) -> None: ...
 
@@ -109,6 +115,7 @@ class Lanes:
         state = {}
         for index, carried in enumerate(self.pieces):
             state[f"{index}.ages"] = carried.ages
+            state |= {f"{index}.{STATE}{name}": tensor for name, tensor in carried.cache.state().items()}
             for layer, held in enumerate(carried.cache.layers):
                 state[f"{index}.{layer}.keys"] = held.keys.contiguous()
                 state[f"{index}.{layer}.values"] = held.values.contiguous()
@@ -121,4 +128,6 @@ class Lanes:
             index, cache = len(self.pieces), self.empty()
             for number, layer in enumerate(cache.layers):
                 layer.hold(state[f"{index}.{number}.keys"], state[f"{index}.{number}.values"])
+            own = f"{index}.{STATE}"
+            cache.restore({name.removeprefix(own): each for name, each in state.items() if name.startswith(own)})
             self.pieces.append(Carried(cache, state[f"{index}.ages"]))

@@ -19,6 +19,7 @@ from taut.training.corpus import Corpus, read_corpus
 from taut.training.guide import Guides, guided_parts
 from taut.training.lanes import Lanes
 from taut.training.loop import Spent, Stop, TaskTrainer, Tell, Watch, make_optimizer, make_schedule
+from taut.training.reconstruction import Reconstruction
 from taut.training.record import RECORD, Status, general_facts, guide_facts, loss_facts, spent_facts
 from taut.training.rows import Masking, Rows, Stream, spread, token_rows
 from taut.training.schedule import Course, guide_weight
@@ -123,7 +124,15 @@ class _Run:
 
     def go(self) -> Trained:
         status, reason, logged = "done", None, history(self.last)
-        task = LanguageModelling(self.model, self.guides, self._guide_weight, self.spec.seed, self.rank, self.lanes)
+        task = LanguageModelling(
+            self.model,
+            self.guides,
+            self._guide_weight,
+            self.spec.seed,
+            self.rank,
+            self.lanes,
+            Reconstruction.of(self.model, self.spec.reconstruction) if self.spec.reconstruction else None,
+        )
         if not self.spent.finished:
             stop = Stop()
             trainer = self._trainer(task, Watch(task, self.spec, self.spent, stop, self.progress))

@@ -99,6 +99,12 @@ class TrainSpec(Strict):
     lanes: bool = Field(
         False, description="each row goes on where the same row of the batch before ended, and keeps its memory"
     )
+    reconstruction: float = Field(
+        0.0,
+        ge=0,
+        description="weight of what attention misses of compressed entries; what learns to compress learns from that "
+        "alone, and nothing else does; 0: from the loss",
+    )
     accumulate: int = Field(1, ge=1, description="pieces that a process computes its share of a step in")
     objective: Objective = Field("auto", description="causal: the next token; masked: hidden ones; auto: by the model")
     masked: float = Field(0.15, gt=0, lt=1, description="share of the tokens of a row that masked training hides")

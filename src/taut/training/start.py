@@ -16,6 +16,7 @@ from taut.surgery.apply import steps_of, tighten
 from taut.surgery.plan import make
 from taut.surgery.source import Source, open_model, open_skeleton, resolve
 from taut.training.lanes import NO_MEMORY
+from taut.training.reconstruction import NO_COMPRESSOR
 from taut.training.spec import TrainSpec
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -25,7 +26,8 @@ def settle(spec: TrainSpec) -> tuple[Source, bool]:
     """Where the model comes from, and whether it learns from hidden tokens. Only the config is read.
 
     Raises TautError for an encoder-decoder, a model without a head over its vocabulary, an objective that does not suit
-    its attention, rows longer than its positions, a recipe that fits nowhere, and lanes without a memory.
+    its attention, rows longer than its positions, a recipe that fits nowhere, lanes without a memory, and
+    reconstruction without anything that learns to compress.
     """
     source = resolve(spec.model)
     skeleton = open_skeleton(source)
@@ -55,6 +57,8 @@ def settle(spec: TrainSpec) -> tuple[Source, bool]:
     methods = [] if plan is None else [step.method for step in plan.steps]
     if spec.lanes and not any(isinstance(method, MemoryMethod) and method.carried for method in methods):
         raise TautError(NO_MEMORY)
+    if spec.reconstruction and not any(isinstance(method, MemoryMethod) and method.reconstructs for method in methods):
+        raise TautError(f"reconstruction = {spec.reconstruction:g}: {NO_COMPRESSOR}")
     return source, masked
 
 

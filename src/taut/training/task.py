@@ -13,6 +13,7 @@ from taut.training.draws import of_step
 from taut.training.guide import Guides
 from taut.training.lanes import Lanes
 from taut.training.losses import IGNORED
+from taut.training.reconstruction import Reconstruction
 
 RANKS_APART = 1 << 8
 
@@ -35,9 +36,10 @@ class LanguageModelling(nn.Module):
         seed: int = 0,
         rank: int = 0,
         lanes: Lanes | None = None,
+        reconstruction: Reconstruction | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.guides, self.lanes = model, guides, lanes
+        self.model, self.guides, self.lanes, self.reconstruction = model, guides, lanes, reconstruction
         self.weight_at, self.seed, self.rank = weight_at, seed, rank
         self._parts = [module for module in model.modules() if isinstance(module, Part)]
 
@@ -63,11 +65,17 @@ class LanguageModelling(nn.Module):
     ) -> dict[str, Tensor]:
         """Ids and labels (B, T) int64, a label for the very position it belongs to, ``IGNORED`` where none; a mask
         (B, T) where rows are padded; with lanes, where one begins anew: (B,) bool. ``loss``: the cross-entropies' sum
-        in nats over ``num_items_in_batch`` targets (of this batch, for None), float32 scalar."""
+        in nats over ``num_items_in_batch`` targets (of this batch, for None), float32 scalar. With a reconstruction
+        its gradient has that of what attention misses in it, the value has not."""
         if self.guides is not None:
             self.guides.next_piece()
-        total = self.total(input_ids, labels, attention_mask, fresh, self.lanes)
-        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        targets = (labels != IGNORED).sum()
+        if self.reconstruction is None:
+            total = self.total(input_ids, labels, attention_mask, fresh, self.lanes)
+        else:
+            with self.reconstruction.beside(targets) as added:
+                total = added(self.total(input_ids, labels, attention_mask, fresh, self.lanes))
+        count = targets if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
 
     def total(

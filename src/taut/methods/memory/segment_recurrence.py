@@ -7,11 +7,13 @@ from taut.core.site import MemorySite
 from taut.kernels.recurrence import Recurrence
 from taut.kernels.ring import RingCache
 from taut.methods.method import Knobs, MemoryMethod
+from taut.methods.store import CacheStore, Store
 
 
 class SegmentRecurrenceKnobs(Knobs):
     segment: int = Field(512, ge=1, description="tokens of a segment")
     memory: int = Field(512, ge=0, description="tokens before the segment that all of it sees")
+    store: CacheStore = Field(None, description="how keys and values are kept; none: as they come")
 
 
 class SegmentRecurrence(MemoryMethod):
@@ -46,7 +48,11 @@ class SegmentRecurrence(MemoryMethod):
         return SegmentRecurrence(self.knobs.model_copy(update={"memory": memory}))
 
     def cache(self, layers: int) -> RingCache:
-        return RingCache(layers, 0, self.knobs.segment + self.knobs.memory)
+        return RingCache(layers, 0, self.knobs.segment + self.knobs.memory, self.knobs.store)
+
+    @property
+    def store(self) -> Store | None:
+        return self.knobs.store
 
     def pattern(self) -> Recurrence:
         return Recurrence(self.knobs.segment, self.knobs.memory)

@@ -1,0 +1,57 @@
+"""The attention-reconstruction loss of Compressive Transformers: what learns to compress learns what queries look for.
+
+Of every layer, attention of the queries of a pass to the entries that the pass compresses, before and after: the mean
+square of the difference, added over layers. Queries and old entries are taken as given.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from taut.methods.method import LEARNED, MemoryMethod
+from taut.surgery.apply import steps_of
+
+NO_COMPRESSOR = (
+    "nothing here learns to compress; give the recipe a memory that does, such as "
+    "memory: {method: compressive, pool: conv}"
+)
+
+
+class Compressing(Protocol):
+    """What a model learns to compress with; ``taut.kernels.compressor`` says what it means."""
+
+    def reconstructing(self) -> AbstractContextManager[list[Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The loss of a model's memory, by this weight."""
+
+    compressor: Compressing
+    weight: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, weight: float) -> "Reconstruction":
+        """That of a tightened model whose memory ``reconstructs``."""
+        memory = next(
+            step for step in steps_of(model) if isinstance(step.method, MemoryMethod) and step.method.reconstructs
+        )
+        return cls(model.get_submodule(memory.site.path).get_submodule(LEARNED), weight)
+
+    @contextmanager
+    def beside(self, targets: Tensor | int) -> Iterator[Callable[[Tensor], Tensor]]:
+        """While the model runs in here, no loss of its own reaches the compressor. What is given puts behind a loss,
+        a sum over this many targets, that of the reconstruction: for its gradient alone, the value stays."""
+        with self.compressor.reconstructing() as errors:
+
+            def added(loss: Tensor) -> Tensor:
+                if not errors:
+                    return loss
+                extra = sum(errors) * self.weight * targets
+                return loss + (extra - extra.detach())
+
+            yield added
