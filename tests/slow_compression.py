@@ -9,6 +9,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from taut.contract.tiny import logits
 from taut.kernels.compressor import Compressor
+from taut.kernels.stored import rounded
 from taut.methods.memory.compressive import Compressive
 
 Slow = Callable[[Tensor, Tensor | None], Tensor]
@@ -54,13 +55,17 @@ def visible(i: int, knobs) -> tuple[list[int], list[int]]:
 def slow_reference(
     model: PreTrainedModel, method: Compressive, ids: Tensor, compressor: Compressor | None = None
 ) -> Tensor:
-    """Logits of a pass without any cache of ours."""
+    """Logits of a pass without any cache of ours. A store rounds what comes in, and once more what is made of it."""
     knobs, pool = method.knobs, SLOW[method.knobs.pool]
+
+    def stored(states: Tensor) -> Tensor:
+        return states if knobs.store is None else rounded(states, knobs.store)
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, scaling: float, **rest: object
     ) -> tuple[Tensor, None]:
         share, out = query.shape[1] // key.shape[1], []
+        key, value = stored(key), stored(value)
         weights = (None, None)
         if compressor is not None:
             weights = tuple(each[module.layer_idx].weight for each in (compressor.keys, compressor.values))
@@ -68,7 +73,8 @@ def slow_reference(
             groups, tokens = visible(i, knobs)
             seen = []
             for held, weight in zip((key, value), weights, strict=True):
-                pooled = [pool(held[:, :, g * knobs.rate : (g + 1) * knobs.rate], weight) for g in groups]
+                whole = [held[:, :, g * knobs.rate : (g + 1) * knobs.rate] for g in groups]
+                pooled = [stored(pool(each, weight)[:, :, None])[:, :, 0] for each in whole]
                 entries = torch.stack([*pooled, *(held[:, :, j] for j in tokens)], 2)
                 seen.append(entries.repeat_interleave(share, 1))
             scores = torch.einsum("bhk,bhsk->bhs", query[:, :, i], seen[0]) * scaling

@@ -26,6 +26,7 @@ METHODS = {
     "all of it": Compressive.parse({"segment": 5, "memory": 0, "compressed": 9, "rate": 4}),
     "nothing compressed": Compressive.parse({"segment": 3, "memory": 4, "compressed": 0, "rate": 2}),
 }
+STORED = Compressive.parse({"segment": 4, "memory": 3, "compressed": 2, "rate": 3, "store": {"method": "low_bit"}})
 
 
 def most(method: Compressive) -> int:
@@ -60,7 +61,7 @@ def test_queues_are_first_in_first_out(method: Compressive, chunks: list[int]) -
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "qwen3"])
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", [*METHODS.values(), STORED], ids=[*METHODS, "in 8 bits"])
 def test_equals_the_slow_reference(family: str, method: Compressive) -> None:
     model = tiny(family, dtype=torch.float64)
     ids = inputs(model, length=LENGTH)["input_ids"]
@@ -240,6 +241,8 @@ def test_cost_and_keep() -> None:
     site = MemorySite(slot="memory", path="model", layers=2, key_heads=2, head_width=8, position="rope", length=100)
     assert METHOD.entries(site) == Compression(4, 3, 2, 3).most == 4 + 3 + 2 + 2
     assert METHOD.predict(site).cache_bytes_per_token == site.dense().cache_bytes_per_token * 0.11
+    # Eight numbers, a scale and a bias are 16 bytes instead of 32.
+    assert STORED.predict(site).cache_bytes_per_token == site.dense().cache_bytes_per_token * 0.11 / 2
     general = Compressive.parse({"segment": 10, "compressed": 15, "rate": 4}, 0.5)
     assert general.solve(site, 0.5).entries(site) == 50
     with pytest.raises(TautError, match=r"the least keep is 0\.2800"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoding import install
+from decoding import install, stepwise
 from runs import LLAMA, small
 from test_train import Cut, cut_at, same, weights
 from tiny_tokenizer import tiny_tokenizer
@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from taut.contract.tiny import inputs, logits, tiny
 from taut.core.errors import TautError
+from taut.methods.memory.compressive import Compressive
 from taut.methods.memory.segment_recurrence import SegmentRecurrence
 from taut.methods.memory.window_sink import WindowSink
+from taut.methods.method import LEARNED
 from taut.training.corpus import read_corpus
 from taut.training.lanes import Lanes
 from taut.training.losses import IGNORED
@@ -30,11 +32,23 @@ METHODS = (
     SegmentRecurrence.parse({"segment": 4, "memory": 3}),
     SegmentRecurrence.parse({"segment": 5, "memory": 0}),
     WindowSink.parse({"sinks": 2, "window": 5}),
+    Compressive.parse({"segment": 4, "memory": 3, "compressed": 2, "rate": 3}),
+    Compressive.parse({"segment": 3, "memory": 2, "compressed": 3, "rate": 2, "pool": "conv"}),
+    Compressive.parse({"segment": 4, "memory": 2, "compressed": 2, "rate": 2, "store": {"method": "low_bit"}}),
 )
+MOST_USED = Compressive.parse({"segment": 3, "memory": 4, "compressed": 3, "rate": 2, "pool": "most_used"})
+NAMES = ("recurrence", "no memory", "sinks", "compressive", "convolution", "in 8 bits")
 
 
 def lanes_of(method, layers: int = 2, positions: int | None = None) -> Lanes:
     return Lanes(lambda: method.cache(layers), 7, positions)
+
+
+def teach(model) -> None:
+    """Let what the memory learns be something else than at first."""
+    generator = torch.Generator().manual_seed(3)
+    for weight in (each for name, each in model.named_parameters() if LEARNED in name.split(".")):
+        weight.data.copy_(torch.randn(weight.shape, generator=generator) / 4)
 
 
 def read(lanes: Lanes, model, ids: Tensor, fresh: Tensor, length: int) -> Tensor:
@@ -47,13 +61,14 @@ def read(lanes: Lanes, model, ids: Tensor, fresh: Tensor, length: int) -> Tensor
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("method", METHODS, ids=["recurrence", "no memory", "sinks"])
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
 @pytest.mark.parametrize("length", [4, 6])
 @pytest.mark.parametrize("begins", [(0, 0), (0, 12), (0, 12, 24), (12, 12)], ids=str)
 def test_a_lane_is_its_text_read_at_once(family: str, method, length: int, begins: tuple[int, ...]) -> None:
     """Row 0 begins a text at each of ``begins`` but the last, row 1 at 0 and at the last."""
     model = tiny(family, dtype=torch.float64)
     install(model, method)
+    teach(model)
     ids = inputs(model, length=36)["input_ids"]
     texts = [sorted({0, *begins[:-1]}), sorted({0, begins[-1]})]
     fresh = torch.tensor([[start in own for start in range(0, 36, length)] for own in texts])
@@ -63,6 +78,22 @@ def test_a_lane_is_its_text_read_at_once(family: str, method, length: int, begin
         for start, stop in zip(own, [*own[1:], 36], strict=True):
             alone = logits(model, input_ids=ids[row : row + 1, start:stop], use_cache=False)
             assert (found[row, start:stop] - alone[0]).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("length", [3, 6])
+def test_the_most_used_are_carried(length: int) -> None:
+    """What a lane has counted goes on with it: a row is its text read alone in the same pieces."""
+    model = tiny("llama", dtype=torch.float64)
+    install(model, MOST_USED)
+    ids = inputs(model, length=36)["input_ids"]
+    fresh = torch.zeros(2, 36 // length, dtype=torch.bool)
+    fresh[:, 0] = fresh[1, 12 // length] = True
+    with torch.no_grad():
+        found = read(lanes_of(MOST_USED), model, ids, fresh, length)
+    for row, start, stop in ((0, 0, 36), (1, 0, 12), (1, 12, 36)):
+        pieces = [length] * ((stop - start) // length)
+        alone, _ = stepwise(model, pieces, input_ids=ids[row : row + 1, start:stop])
+        assert (found[row, start:stop] - alone[0]).abs().max() <= 1e-12
 
 
 def test_padding_at_the_end_of_a_text_is_not_remembered() -> None:
@@ -129,16 +160,17 @@ def test_lanes_begin_anew_before_positions_end() -> None:
             assert (found[row, start:stop] - alone[0]).abs().max() <= 1e-12
 
 
-def test_a_saved_memory_goes_on() -> None:
+@pytest.mark.parametrize("method", [*METHODS, MOST_USED], ids=[*NAMES, "most used"])
+def test_a_saved_memory_goes_on(method) -> None:
     model = tiny("llama", dtype=torch.float64)
-    install(model, METHODS[0])
+    install(model, method)
     ids = inputs(model, length=18)["input_ids"]
     fresh = torch.tensor([[True, False, False], [True, True, False]])
     with torch.no_grad():
-        whole = read(lanes_of(METHODS[0]), model, ids, fresh, 6)
-        first = lanes_of(METHODS[0])
+        whole = read(lanes_of(method), model, ids, fresh, 6)
+        first = lanes_of(method)
         read(first, model, ids[:, :12], fresh[:, :2], 6)
-        second = lanes_of(METHODS[0])
+        second = lanes_of(method)
         second.load_state_dict(first.state_dict(), torch.device("cpu"))
         assert torch.equal(read(second, model, ids[:, 12:], fresh[:, 2:], 6), whole[:, 12:])
 

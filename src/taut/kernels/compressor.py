@@ -141,7 +141,8 @@ def attention_error(
     attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=grouped)
     rate = old[0].shape[3]
     before = attend(query, *(each.flatten(2, 3) for each in old), attn_mask=mask.repeat_interleave(rate, 3))
-    missed = (before - attend(query, *new, attn_mask=mask)).square().mean((1, 3))
+    missed = before - attend(query, *new, attn_mask=mask)
+    missed = missed.to(torch.promote_types(missed.dtype, torch.float32)).square().mean((1, 3))
     return (missed * counted).sum() / counted.sum().clamp(min=1)
 
 

@@ -202,8 +202,7 @@ class TaskTrainer(Trainer):
     def evaluate(self, *given: Any, **options: Any) -> dict[str, float]:
         """The loss on all held-out rows, as the model stands without its guides."""
         with self.accelerator.autocast():
-            loss = held_out_loss(self.task, self.held, self.masking, self.args)
-        metrics = {"eval_loss": loss}
+            metrics = held_out_losses(self.task, self.held, self.masking, self.args)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -241,25 +240,32 @@ class TaskTrainer(Trainer):
 
 
 @torch.no_grad()
-def held_out_loss(task: LanguageModelling, rows: Rows, masking: Masking | None, args: TrainingArguments) -> float:
-    """Nats a target, over all processes' shares of the rows; float64 sums."""
+def held_out_losses(
+    task: LanguageModelling, rows: Rows, masking: Masking | None, args: TrainingArguments
+) -> dict[str, float]:
+    """``eval_loss``: nats a target, over all processes' shares of the rows; float64 sums. Of a task with a
+    reconstruction ``eval_reconstruction``, the mean over batches by their targets."""
     training = task.training
     task.eval()
     lanes = task.lanes.anew() if task.lanes is not None else None
-    sums = torch.zeros(2, dtype=torch.float64, device=args.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=args.device)
     for indices in _held_batches(rows, args):
         batch = stack([example(rows, index, masking, index) for index in indices])
         if lanes is not None:
             lanes.begin()
             batch["fresh"] = torch.tensor([not rows.follows(index) for index in indices])
         batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-        sums[0] += task.total(**batch, lanes=lanes).double()
-        sums[1] += (batch["labels"] >= 0).sum()
+        targets = (batch["labels"] >= 0).sum()
+        with task.reconstructing() as errors:
+            sums[0] += task.total(**batch, lanes=lanes).double()
+        sums[1] += targets
+        sums[2] += sum(errors) * targets
     task.train(training)
     if args.world_size > 1:
         torch.distributed.all_reduce(sums)
-    total, count = sums.tolist()
-    return total / count
+    total, count, missed = sums.tolist()
+    found = {"eval_loss": total / count}
+    return found if task.reconstruction is None else found | {"eval_reconstruction": missed / count}
 
 
 def _held_batches(rows: Rows, args: TrainingArguments) -> list[list[int]]:

@@ -4,8 +4,7 @@ Of every layer, attention of the queries of a pass to the entries that the pass 
 square of the difference, added over layers. Queries and old entries are taken as given.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +21,7 @@ NO_COMPRESSOR = (
 
 
 class Compressing(Protocol):
-    """What a model learns to compress with; ``taut.kernels.compressor`` says what it means."""
+    """What a model compresses with; ``taut.kernels.compressor`` says what it means."""
 
     def reconstructing(self) -> AbstractContextManager[list[Tensor]]: ...
 
@@ -42,16 +41,7 @@ class Reconstruction:
         )
         return cls(model.get_submodule(memory.site.path).get_submodule(LEARNED), weight)
 
-    @contextmanager
-    def beside(self, targets: Tensor | int) -> Iterator[Callable[[Tensor], Tensor]]:
-        """While the model runs in here, no loss of its own reaches the compressor. What is given puts behind a loss,
-        a sum over this many targets, that of the reconstruction: for its gradient alone, the value stays."""
-        with self.compressor.reconstructing() as errors:
-
-            def added(loss: Tensor) -> Tensor:
-                if not errors:
-                    return loss
-                extra = sum(errors) * self.weight * targets
-                return loss + (extra - extra.detach())
-
-            yield added
+    def beside(self, errors: list[Tensor]) -> Tensor:
+        """For the gradient alone: its value is 0, so that a loss it is added to stays what it was."""
+        error = sum(errors) * self.weight
+        return error - error.detach()

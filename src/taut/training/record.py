@@ -42,8 +42,11 @@ def guide_facts(
 
 
 def loss_facts(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The loss of every step, and on held-out text, nats a target; from what Trainer logged."""
-    evaluations = [{"step": entry["step"], "loss": entry["eval_loss"]} for entry in history if "eval_loss" in entry]
+    """The loss of every step, and on held-out text, nats a target, with what attention misses there where that is
+    learned from; from what Trainer logged."""
+    names = {"step": "step", "eval_loss": "loss", "eval_reconstruction": "reconstruction"}
+    told = [entry for entry in history if "eval_loss" in entry]
+    evaluations = [{names[key]: each for key, each in entry.items() if key in names} for entry in told]
     return {"losses": [entry["loss"] for entry in history if "loss" in entry], "evaluations": evaluations}
 
 

@@ -1,6 +1,7 @@
 """Language modelling as a module: what transformers.Trainer trains, with or without guides."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -69,14 +70,18 @@ class LanguageModelling(nn.Module):
         its gradient has that of what attention misses in it, the value has not."""
         if self.guides is not None:
             self.guides.next_piece()
-        targets = (labels != IGNORED).sum()
-        if self.reconstruction is None:
+        with self.reconstructing() as errors:
             total = self.total(input_ids, labels, attention_mask, fresh, self.lanes)
-        else:
-            with self.reconstruction.beside(targets) as added:
-                total = added(self.total(input_ids, labels, attention_mask, fresh, self.lanes))
+        targets = (labels != IGNORED).sum()
+        if errors:
+            total = total + self.reconstruction.beside(errors).to(total.dtype) * targets
         count = targets if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
+
+    def reconstructing(self) -> AbstractContextManager[list[Tensor]]:
+        """What attention misses in the passes made meanwhile, a float scalar for each layer that compresses something;
+        none where there is no reconstruction."""
+        return nullcontext([]) if self.reconstruction is None else self.reconstruction.compressor.reconstructing()
 
     def total(
         self,
