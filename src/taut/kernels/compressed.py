@@ -5,11 +5,11 @@ query that sees it whole, so a text may be cut anywhere.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from taut.core.errors import TautError
 from taut.kernels.cache import Incoming, gathered
-from taut.kernels.compressor import POOLS, Pool
+from taut.kernels.compressor import POOLS, Compressor, Pool
 from taut.kernels.patterns import View
 from taut.kernels.queues import Compression, Intake, Places, QueueCache, QueueLayer
 from taut.kernels.stored import RowStore, rounded
@@ -93,27 +93,22 @@ class CompressedCache(QueueCache):
     def __init__(self, layers: int, compression: Compression, pool: str, store: RowStore | None = None) -> None:
         super().__init__([CompressedLayer(compression.rate, store) for _ in range(layers)], compression)
         self.pool = pool
-        self.learned: nn.Module | None = None
+        self.learned: Compressor | None = None
         self.seen: Tensor | None = None
         """(B or 1, T, G): which of the new groups each query is asked about, None where nobody asks."""
 
     def begin(self, incoming: Incoming) -> None:
         if self.pool not in POOLS and incoming.learned is None:
             raise TautError(f"this cache pools by what its model has learned ({self.pool}), and this one has nothing")
-        gapless, layer, queries = self.gapless, self.layers[0], incoming.queries
-        intake, places = self.start(incoming)
-        settled, fresh = layer.seen - layer.pending, layer.pending + queries
-        rate = self.compression.rate
-        count = 0 if intake.members is None else intake.members.shape[1] // rate
-        formed = self.formed(settled, fresh, count, incoming.device)
-        self.width = self.columns + fresh + count
-        if not gapless or self.starts is not None or count:
-            wholes = [self.compression.last(each) for each in (places.groups, formed)]
+        places, queries, rate = self.start(incoming), incoming.queries, self.compression.rate
+        self.width = self.columns + places.new.shape[1] + places.formed.shape[1]
+        if not places.gapless or places.formed.shape[1]:
+            wholes = [self.compression.last(each) for each in (places.groups, places.formed)]
             self.key_positions = torch.cat([wholes[0], places.tokens, places.new, wholes[1]], 1)
             parts = [each.div(rate, rounding_mode="floor") * 2 for each in (places.tokens, places.new)]
-            marks = torch.cat([places.groups * 2 + 1, *parts, formed * 2 + 1], 1)
+            marks = torch.cat([places.groups * 2 + 1, *parts, places.formed * 2 + 1], 1)
             self.marks = self.compression.groups(places.new[:, -queries:].clamp(min=0)), marks
-        self._prepare(incoming, formed, places)
+        self._prepare(incoming, places)
 
     def attended(self, layer: int, query: Tensor, keys: Tensor, view: View, scaling: float) -> None:
         """Where the compressor learns by it, compare what the queries see of the groups before and after."""
@@ -127,7 +122,7 @@ class CompressedCache(QueueCache):
         for layer in self.layers:
             layer.rest()
 
-    def _prepare(self, incoming: Incoming, formed: Tensor, places: Places) -> None:
+    def _prepare(self, incoming: Incoming, places: Places) -> None:
         """Give the layers their pools, and say who is asked about which of the new groups: who came behind them."""
         fixed, self.learned = POOLS.get(self.pool), incoming.learned
         watching = fixed is None and self.learned.errors is not None
@@ -136,5 +131,6 @@ class CompressedCache(QueueCache):
             layer.watching = watching
         if watching:
             asked = places.new[:, -incoming.queries :, None]
-            seen = (formed >= 0)[:, None] & (self.compression.last(formed)[:, None] < asked)
+            formed = places.formed[:, None]
+            seen = (formed >= 0) & (self.compression.last(formed) < asked)
             self.seen = seen if incoming.real is None else seen & incoming.real[..., None]

@@ -87,11 +87,10 @@ class UsedCache(QueueCache):
         self.counted: Tensor | None = None
 
     def begin(self, incoming: Incoming) -> None:
-        gapless = self.gapless
-        _, places = self.start(incoming)
+        places = self.start(incoming)
         self.counted = incoming.real
         self.width = self.columns + incoming.queries
-        if not gapless or self.starts is not None:
+        if not places.gapless:
             wholes = self.compression.last(places.groups)
             self.key_positions = torch.cat([wholes, places.tokens, places.new], 1)
 

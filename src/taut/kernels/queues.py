@@ -73,11 +73,15 @@ class Intake:
 @dataclass(frozen=True)
 class Places:
     """What stands where in one pass, (B or 1, ...) int64 each: the ``groups`` and the ``tokens`` that are held, -1 for
-    an empty column, and the ``new`` tokens, pending ones among them, below 0 for padding."""
+    an empty column; the ``new`` tokens, pending ones among them, below 0 for padding; the groups that are ``formed`` of
+    all these by the end of the pass, -1 for none. ``gapless``: all earlier tokens are there, in the order of the text.
+    """
 
     groups: Tensor
     tokens: Tensor
     new: Tensor
+    formed: Tensor
+    gapless: bool
 
 
 class QueueLayer(CountedLayer, ABC):
@@ -119,18 +123,22 @@ class QueueCache(CountedCache, ABC):
     @abstractmethod
     def begin(self, incoming: Incoming) -> None: ...
 
-    def start(self, incoming: Incoming) -> tuple[Intake, Places]:
-        """What the layers will do, and what stands where. Raises TautError for packed sequences."""
+    def start(self, incoming: Incoming) -> Places:
+        """Tell the layers what to do -> what stands where. Raises TautError for packed sequences."""
         if incoming.restarts is not None:
             raise TautError("packed sequences would be compressed together: give each a row of its own")
         layer, device = self.layers[0], incoming.device
         self.starts = incoming.starts
         settled, fresh = layer.seen - layer.pending, layer.pending + incoming.queries
         intake = self.kept(settled, fresh, device)
-        new = self.since(settled, device)[:, None] + torch.arange(fresh, device=device)
         for each in self.layers:
             each.turn = intake
-        return intake, Places(*self._held(settled, device), new)
+        new = self.since(settled, device)[:, None] + torch.arange(fresh, device=device)
+        before, after = (self._counts_and_groups(seen, device)[1] for seen in (settled, settled + fresh))
+        count = 0 if intake.members is None else intake.members.shape[1] // self.compression.rate
+        formed = before + torch.arange(count, device=device)
+        gapless = self.starts is None and self.columns == settled and not layer.compressed
+        return Places(*self._held(settled, device), new, torch.where(formed < after, formed, -1), gapless)
 
     def state(self) -> dict[str, Tensor]:
         return super().state() | {"compressed": torch.tensor(self.layers[0].compressed)}
@@ -143,12 +151,6 @@ class QueueCache(CountedCache, ABC):
     @property
     def dropped(self) -> bool:
         return bool(self.compression.groups(torch.tensor(self.layers[0].seen)) > 0)
-
-    @property
-    def gapless(self) -> bool:
-        """Whether every token that was seen is held as it came, in the order of the text."""
-        layer = self.layers[0]
-        return self.columns == layer.seen - layer.pending and not layer.compressed
 
     def kept(self, settled: int, fresh: int, device: torch.device) -> Intake:
         """Which groups are complete after these tokens, and where the entries are that stay."""
@@ -175,12 +177,6 @@ class QueueCache(CountedCache, ABC):
         if not count:
             return Intake(compressed, index=index)
         return Intake(compressed, column(formed), index, (total - formed).clamp(min=1))
-
-    def formed(self, settled: int, fresh: int, count: int, device: torch.device) -> Tensor:
-        """The numbers of the ``count`` groups at most that these tokens complete, (B or 1, count), -1 for none."""
-        before, after = (self._counts_and_groups(seen, device)[1] for seen in (settled, settled + fresh))
-        group = before + torch.arange(count, device=device)
-        return torch.where(group < after, group, -1)
 
     def _held(self, settled: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The groups (B or 1, G) and the tokens (B or 1, C) in the columns of every layer, -1 for an empty one."""
