@@ -15,6 +15,7 @@ __all__ = (
     "calibrate",
     "check",
     "compare",
+    "context",
     "evaluate",
     "export",
     "footprint",

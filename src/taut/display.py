@@ -145,6 +145,30 @@ def quantities(found: dict[str, Quantity]) -> None:
     OUT.print(table)
 
 
+def contexts(content: dict[str, Any]) -> None:
+    """A line for each model of a group, then what every step of context gained each of them."""
+    lengths, settings, count = content["contexts"], content["settings"], len(content["models"])
+    table = _table("model", "effective context", "95 % interval", f"nats at {lengths[0]}", f"nats at {lengths[-1]}")
+    for row in content["models"]:
+        reached = f"{row['tokens']} or more" if row["at_least"] else str(row["tokens"])
+        losses = (f"{row['losses'][place]:.4f}" for place in (0, -1))
+        table.add_row(escape(row["model"]), reached, f"{row['low']} to {row['high']}", *losses)
+    OUT.print(table)
+    steps = _table("step", *(escape(row["model"]) for row in content["models"]))
+    for place, length in enumerate(lengths[1:]):
+        gains = (f"{row['gains'][place]:.4f}" for row in content["models"])
+        steps.add_row(f"{lengths[place]} to {length}", *gains)
+    OUT.print("share of its perplexity that each step gains:")
+    OUT.print(steps)
+    OUT.print(
+        f"in tokens, among these {count} models: {settings['positions']} tokens of {settings['data']['source']}, "
+        f"the hardest {settings['hardest']:.0%} of them, threshold {settings['threshold']:g}",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+
+
 def hits(rows: list[dict[str, Any]]) -> None:
     """Under each query its documents, best first."""
     for row in rows:

@@ -47,6 +47,48 @@ def evaluate(
 
 
 @app.command()
+def context(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="the group; all of one tokenizer")],
+    data: Annotated[str, typer.Option(help="file or named text")] = "python_topics",
+    shortest: Annotated[int, typer.Option(min=1, help="tokens of context to begin with")] = 64,
+    step: Annotated[int, typer.Option(min=1, help="tokens more each time")] = 64,
+    longest: Annotated[int, typer.Option(min=1, help="tokens of context to end with")] = 512,
+    hardest: Annotated[float, typer.Option(help="share of the tokens that counts, the hardest")] = 0.1,
+    threshold: Annotated[float, typer.Option(help="share of its perplexity that a step must gain")] = 0.01,
+    positions: Annotated[int, typer.Option(min=1, help="tokens of the text to predict, evenly spread")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="windows run at once")] = 32,
+    cached: Annotated[int | None, typer.Option(min=1, help="read so many tokens at a time through the cache")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how much of their context models use, relative to each other (RECL)."""
+    from taut import display, verbs
+
+    verbs.use_threads(threads)
+    with display.progress("reading") as tell:
+        found = verbs.context(
+            models,
+            data,
+            shortest=shortest,
+            step=step,
+            longest=longest,
+            hardest=hardest,
+            threshold=threshold,
+            positions=positions,
+            batch_size=batch,
+            cached=cached,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            progress=tell,
+        )
+    finish(as_json, found.to_dict(), lambda: display.contexts(found.to_dict()))
+
+
+@app.command()
 def measure(
     model: Model,
     against: Annotated[str | None, typer.Option(help="another MODEL, for interleaved ratios")] = None,

@@ -7,6 +7,7 @@ rows are a fair sample whatever order the file had; running text keeps its order
 """
 
 from taut.data.files import FOLDER, NAMED, available, names
+from taut.data.questions import QUESTIONS, questions
 from taut.data.rows import Data, hashed, sentences
 from taut.data.tables import labelled, scored_pairs
 from taut.data.texts import calibration_texts, documents, paragraphs, text
@@ -14,6 +15,7 @@ from taut.data.texts import calibration_texts, documents, paragraphs, text
 __all__ = [
     "FOLDER",
     "NAMED",
+    "QUESTIONS",
     "Data",
     "available",
     "calibration_texts",
@@ -22,6 +24,7 @@ __all__ = [
     "labelled",
     "names",
     "paragraphs",
+    "questions",
     "scored_pairs",
     "sentences",
     "text",

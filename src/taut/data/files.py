@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,11 @@ def available(name: str, split: str | None = None) -> bool:
         return False
 
 
-def files_of(name: str, split: str | None) -> tuple[list[Path], str, str]:
+def files_of(name: str, split: str | None, named: Mapping[str, Named] = NAMED) -> tuple[list[Path], str, str]:
     """The files of a name, what to call the source, and the split. No files and a ``hub:`` source: on the Hub."""
     root = Path(os.environ[FOLDER]) if os.environ.get(FOLDER) else None
-    if name in NAMED:
-        known = NAMED[name]
+    if name in named:
+        known = named[name]
         split = split or known.split
         if split not in known.files:
             raise TautError(f"data {name}: unknown split {split!r}: {nearest(split, known.files)}")
@@ -108,7 +109,8 @@ def files_of(name: str, split: str | None) -> tuple[list[Path], str, str]:
                 raise TautError(f"data {name}: a single file has no split {split!r}; leave split out")
             return [path], f"file {path.name}", "all"
     beside = difflib.get_close_matches(Path(name).name, [file.name for file in Path(name).parent.glob("*")], n=3)
-    hint = nearest(Path(name).name, beside) if beside else nearest(name, names())
+    known_here = names() if named is NAMED else named
+    hint = nearest(Path(name).name, beside) if beside else nearest(name, known_here)
     raise TautError(f"data {name}: no such name, file or folder: {hint}")
 
 

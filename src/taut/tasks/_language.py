@@ -1,7 +1,10 @@
 """Windows over a running text, and what a language model says about their tokens."""
 
+import inspect
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,16 +116,32 @@ def same_length_batches(windows: Sequence[Window], size: int) -> Iterator[list[i
 def logits(model: PreTrainedModel, rows: Sequence[Sequence[int]], cached: int | None = None) -> Tensor:
     """B rows of T ids -> (B, T, V) in the model's dtype. In one pass without a cache, which would cost memory and never
     be read; or ``cached`` tokens at a time through the cache, as generation does it."""
+    pieces = list(_passes(model, rows, cached, {}))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+def last_logits(model: PreTrainedModel, rows: Sequence[Sequence[int]], cached: int | None = None) -> Tensor:
+    """B rows of T ids -> (B, V): what ``logits`` gives for the last token, without the cost of the others where the
+    model knows how to leave them out."""
+    known = inspect.signature(model.forward).parameters
+    given = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    return deque(_passes(model, rows, cached, given), maxlen=1)[0][:, -1]
+
+
+def _passes(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], cached: int | None, given: dict[str, Any]
+) -> Iterator[Tensor]:
+    """The logits of every pass over B rows, (B, tokens of the pass, V)."""
     table = torch.tensor(rows, device=model.device)
     if cached is None:
-        given = {"use_cache": False} if model.can_generate() else {}
-        return model(input_ids=table, **given).logits
-    pieces, past = [], None
+        given = given | ({"use_cache": False} if model.can_generate() else {})
+        yield model(input_ids=table, **given).logits
+        return
+    past = None
     for piece in table.split(cached, dim=1):
-        answer = model(input_ids=piece, past_key_values=past, use_cache=True)
+        answer = model(input_ids=piece, past_key_values=past, use_cache=True, **given)
         past = answer.past_key_values
-        pieces.append(answer.logits)
-    return torch.cat(pieces, 1)
+        yield answer.logits
 
 
 def surprise(scores: Tensor, targets: Sequence[int]) -> Tensor:

@@ -108,11 +108,13 @@ class Task(ABC):
         data: dict[str, str],
         baselines: dict[str, float] | None = None,
         value: float | None = None,
+        interval: tuple[float, float] | None = None,
     ) -> Score:
-        """A Score of this task; the value is the mean of the samples unless given."""
+        """A Score of this task; the value is the mean of the samples unless given. ``interval``: of 95 %."""
         samples = tuple(float(sample) for sample in samples)
         value = math.fsum(samples) / len(samples) if value is None else value
-        quantity = Quantity(value=value, unit=unit, how=how, samples=samples)
+        low, high = interval or (None, None)
+        quantity = Quantity(value=value, unit=unit, how=how, samples=samples, low=low, high=high)
         return Score(
             task=self.id, metric=metric, quantity=quantity, better=better, baselines=baselines or {}, data=data
         )

@@ -15,7 +15,7 @@ from taut.verbs.models import (
     train,
     undo,
 )
-from taut.verbs.studies import check, compare, evaluate, measure, report
+from taut.verbs.studies import check, compare, context, evaluate, measure, report
 from taut.verbs.text import generate, prefix
 from taut.verbs.vectors import index, search, vectors
 
@@ -25,6 +25,7 @@ __all__ = (
     "calibrate",
     "check",
     "compare",
+    "context",
     "evaluate",
     "export",
     "footprint",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from taut.context import Contexts
     from taut.ledger import Ledger
     from taut.runner import Outcome
 
@@ -33,6 +34,32 @@ def evaluate(
 
     options = options if data is None else {**options, "data": str(data)}
     return run(model, task, options, tokenizer, reference, seed, device, read_dtype(dtype), progress)
+
+
+def context(
+    models: "Sequence[str | Path | PreTrainedModel] | str | Path | PreTrainedModel",
+    data: str | Path = "python_topics",
+    *,
+    tokenizer: Any = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: "str | torch.dtype | None" = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> "Contexts":
+    """How much of their context the models of a group use: relative effective context length (Dai et al. 2019).
+
+    Losses of the same tokens of ``data``, behind exactly ``shortest``, ``shortest + step``, ... ``longest`` tokens. A
+    model goes up step by step as long as the share ``hardest`` of the tokens, those that the whole group finds hardest
+    at the shorter context, gains ``threshold`` of its perplexity. All models must share a tokenizer, which models in
+    memory need as ``tokenizer``. Further options: ``positions``, ``batch_size``, ``cached``, ``split``, ``limit``.
+    Raises TautError for wrong input.
+    """
+    from taut.context import context as run
+
+    single = not isinstance(models, list | tuple)
+    chosen = {"tokenizer": tokenizer, "seed": seed, "device": device, "dtype": read_dtype(dtype), "progress": progress}
+    return run([models] if single else models, str(data), **chosen, **options)
 
 
 def measure(

@@ -1,0 +1,134 @@
+"""Questions with a choice of answers, put as lm-evaluation-harness puts them."""
+
+import importlib
+import math
+from collections import Counter
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from scipy.stats import binomtest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taut import data
+from taut.core.errors import TautError
+from taut.core.record import Score
+from taut.tasks import task
+from taut.tasks._encode import usable_length
+from taut.tasks._language import CACHED
+from taut.tasks.task import Progress, Task, kind
+
+KEPT_FOR_EXAMPLES = 10
+"""One row in so many, the last ones of the fixed order, is never scored: worked examples are drawn from these."""
+
+
+class Knobs(task.Knobs):
+    """Options of multiple_choice."""
+
+    data: str = Field("openbookqa", description="openbookqa, arc_easy, arc_challenge, piqa, boolq, or a JSON file")
+    limit: int | None = Field(1000, ge=1, description="questions, from the start of the fixed order")
+    shots: int = Field(0, ge=0, description="worked examples before each question, of rows that are never scored")
+    batch_size: int = Field(8, ge=1, le=4096, description="prompts run at once; does not change the score")
+    max_length: int = Field(2048, ge=2, description="tokens of a prompt with its answer; its beginning is cut")
+    cached: int | None = Field(None, ge=1, description=CACHED)
+
+
+class MultipleChoice(Task):
+    """The answer that is likeliest after the question (``acc``), or likeliest for its length in characters
+    (``acc_norm``). Prompts, requests and metrics are those of lm-evaluation-harness (Gao et al. 2021), the rows those
+    that lie here: other splits than in published tables, so compare with nothing but this task.
+    """
+
+    id = "multiple_choice"
+    summary = "questions with a choice of answers (OpenBookQA, ARC, PIQA, BoolQ), with or without worked examples"
+    Knobs: ClassVar[type[Knobs]] = Knobs
+
+    def fits(self, model: PreTrainedModel) -> str | None:
+        found = kind(model)
+        return None if found == "causal" else f"{type(model).__name__} does not predict the next token ({found})"
+
+    def evaluated(self) -> data.Data:
+        return self.splits()[0]
+
+    def splits(self) -> tuple[data.Data, data.Data]:
+        """The questions that are scored, and those that examples are drawn from: none is both."""
+        whole = data.questions(self.knobs.data, self.knobs.split)
+        kept = math.ceil(len(whole.rows) / KEPT_FOR_EXAMPLES)
+        scored = data.Data(whole.source, whole.split, whole.rows[:-kept]).head(self.knobs.limit)
+        examples = data.Data(whole.source, whole.split, whole.rows[-kept:] if kept else ())
+        if not scored.rows or len(examples.rows) < self.knobs.shots:
+            raise TautError(
+                f"task {self.id}: {self.knobs.data} has {len(whole.rows)} questions, {kept} of them kept for examples; "
+                f"expected at least 1 to score, and {self.knobs.shots} for shots = {self.knobs.shots}"
+            )
+        return scored, examples
+
+    def scores(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        progress: Progress,
+        reference: PreTrainedModel | None,
+    ) -> tuple[Score, ...]:
+        try:
+            harness = importlib.import_module("taut.tasks._harness")
+        except ImportError as error:
+            raise TautError(f"task {self.id}: needs lm_eval ({error}): pip install 'taut[eval]'") from None
+        knobs = self.knobs
+        scored, examples = self.splits()
+        length = usable_length(model, tokenizer, knobs.max_length)
+        with torch.inference_mode():
+            answers = harness.ask(
+                model,
+                tokenizer,
+                knobs.data,
+                scored.rows,
+                examples.rows,
+                shots=knobs.shots,
+                seed=seed,
+                max_length=length,
+                batch_size=knobs.batch_size,
+                cached=knobs.cached,
+                progress=progress,
+            )
+        if not answers.asked:
+            raise TautError(f"task {self.id}: every question has an answer of more than {length} tokens")
+        rows = [scored.rows[place] for place in answers.asked]
+        how = f"{answers.version}; {knobs.shots} worked examples before each question"
+        how += f", drawn with seed {seed}" if knobs.shots else ""
+        how += f"; at most {length} tokens, {answers.cut} prompts cut at their beginning"
+        skipped = len(scored.rows) - len(rows)
+        how += f", {skipped} questions not asked whose answers are longer" if skipped else ""
+        how += f"; {knobs.cached} at a time through the cache" if knobs.cached else ""
+        facts = scored.facts(len(rows))
+        return tuple(
+            self.score(
+                metric,
+                "share",
+                f"{how}; samples: 1 where right; Wilson interval",
+                right,
+                "higher",
+                facts,
+                shortcuts(rows),
+                interval=wilson(right),
+            )
+            for metric, right in answers.right.items()
+        )
+
+
+def shortcuts(rows: list[tuple[str, ...]]) -> dict[str, float]:
+    """Accuracy of those who guess, who always take the place that is most often right, or the longest answer."""
+    places = [int(row[2]) for row in rows]
+    longest = [max(range(len(row) - 3), key=lambda place, row=row: len(row[3 + place])) for row in rows]
+    return {
+        "chance": sum(1 / (len(row) - 3) for row in rows) / len(rows),
+        "most_frequent_place": Counter(places).most_common(1)[0][1] / len(rows),
+        "longest_answer": sum(map(int.__eq__, places, longest)) / len(rows),
+    }
+
+
+def wilson(right: list[float]) -> tuple[float, float]:
+    """The 95 % interval of a share by Wilson's score (1927): never outside 0 to 1, of use for few questions too."""
+    found = binomtest(round(sum(right)), len(right)).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
