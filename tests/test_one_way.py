@@ -24,7 +24,7 @@ ALLOWED = {
     "reporting": {"core", "ledger", "comparison"},
     "trial": {"core", "anatomy", "data", "ledger", "measurement", "methods", "surgery", "tasks", "training"},
     "crossover": {"core", "measurement", "methods", "surgery"},
-    "context": {"core", "data", "measurement", "surgery", "tasks"},
+    "effective_context": {"core", "data", "measurement", "surgery", "tasks"},
     "runner": {"core", "comparison", "ledger", "trial"},
     "_plugin": {"surgery"},
     "__main__": {"cli"},
