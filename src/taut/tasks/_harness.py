@@ -129,7 +129,7 @@ def published(
         "scored": Dataset.from_list([document(prompt, row) for row in questions]),
         "examples": Dataset.from_list([document(prompt, row) for row in examples]),
     }
-    version = f"lm_eval {lm_eval.__version__}, prompt of {prompt} version {config['metadata']['version']:g}"
+    version = f"lm_eval {lm_eval.__version__}, prompt of {prompt} version {config['metadata']['version']}"
     config |= {"task": name, "custom_dataset": lambda **_: splits, "num_fewshot": shots}
     task = ConfigurableTask(config=config | {"test_split": "scored", "fewshot_split": "examples"})
     task.set_fewshot_seed(seed)
