@@ -32,7 +32,7 @@ CLAIM = (
     f"recall within {RECALL:.0%} of it with at most 1/{1 / SHARE:.0f} of the cache"
 )
 ANCHORS: dict[str, Any] = {"memory": {"method": "anchor", "anchors": [".", "!", "?"], "longest": 64}}
-PAIRS, FILLERS, QUESTIONS = 16, 6, 8
+PAIRS, FILLERS, QUESTIONS = 8, 5, 24
 
 
 def sizes(width: int, layers: int, positions: int) -> str:
@@ -72,12 +72,12 @@ def recall(folder: Path, given: Namespace) -> dict[str, Any]:
             "\n\n".join(_asked(text, draw) for text, *_ in documents(given.texts, PAIRS, FILLERS, seed=1))
         )
     return {
-        "model": sizes(128, 4, 512),
+        "model": sizes(128, 4, 256),
         "tokenizer": "bpe:1024",
         "text": str(learned),
-        "length": 256,
+        "length": 192,
         "pack": False,
-        "batch": 32,
+        "batch": 16,
         "learning_rate": 2e-3,
         "budget": {"steps": given.recall_steps},
         "evaluate": {"share": 0.01, "every": 0.1, "tokens": 20_000},
@@ -87,7 +87,7 @@ def recall(folder: Path, given: Namespace) -> dict[str, Any]:
 def _asked(text: str, draw: random.Random) -> str:
     """A text and several of its keys once more, with their values."""
     pairs = [segment.split()[:3] for segment in text.split(". ")]
-    return " ".join([text, *(f"{' '.join(pair)}." for pair in draw.sample(pairs, QUESTIONS))])
+    return " ".join([text, *(f"{' '.join(pair)}." for pair in draw.choices(pairs, k=QUESTIONS))])
 
 
 def train(spec: dict[str, Any], out: Path, device: str) -> dict[str, Any]:
@@ -127,11 +127,11 @@ def main() -> int:
         folder="runs/anchor_training",
         text="text",
         width=256,
-        layers=6,
+        layers=4,
         vocabulary=4096,
         length=512,
-        steps=600,
-        texts=20_000,
+        steps=500,
+        texts=16_000,
         recall_steps=2000,
     )
     if given.quick:
