@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from decoding import CHUNKS, DECODERS, LENGTH, install, own, stepwise
+from slow_memory import slowly
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -47,6 +48,26 @@ def test_steps_equal_one_pass(family: str, chunks: list[int]) -> None:
     for layer in own(past).layers:
         assert layer.keys.shape[2] == layer.values.shape[2] == SEGMENT + MEMORY
     assert past.get_seq_length() == LENGTH
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_in_few_bits_steps_equal_one_pass_and_one_pass_the_rounding(family: str) -> None:
+    model = tiny(family, dtype=torch.float64)
+    given = inputs(model, length=LENGTH)
+    stored = SegmentRecurrence.parse({"segment": SEGMENT, "memory": MEMORY, "store": {"method": "low_bit"}})
+    places = torch.arange(LENGTH)
+
+    def rule(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+        return stored.pattern().allowed(places, places)[None, None]
+
+    with slowly(model, rule, stored.store):
+        expected = logits(model, **given, use_cache=False)
+    install(model, stored)
+    assert (logits(model, **given, use_cache=False) - expected).abs().max() <= 1e-12
+    for chunks in CHUNKS.values():
+        steps, past = stepwise(model, chunks, **given)
+        assert (steps - expected).abs().max() <= 1e-12
+    assert all(layer.keys.dtype == torch.uint8 for layer in own(past).layers)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "qwen3", "t5"])
