@@ -32,9 +32,10 @@ class UsedLayer(QueueLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """(B, H', T, K) new keys and values -> (B, H', S, K), all that this pass attends to."""
+        attended = super().update(key_states, value_states)
         first = MASS.first(key_states)
         self.scores = first if self.scores is None else torch.cat([self.scores, first], 2)
-        return super().update(key_states, value_states)
+        return attended
 
     @torch.no_grad()
     def rescore(self, keys: Tensor, asked: Asked) -> None:
