@@ -76,6 +76,14 @@ def test_a_run_leaves_a_whole_folder(tmp_path: Path) -> None:
         taut.train(small(tmp_path, recipe=LOW_RANK), tmp_path / "out")
 
 
+def test_what_a_spec_of_then_could_not_say_is_the_default(tmp_path: Path) -> None:
+    spec = TrainSpec.load(small(tmp_path, recipe=LOW_RANK))
+    then = {name: value for name, value in spec.to_dict().items() if name != "reconstruction"}
+    assert spec.change(then) is None
+    other = spec.model_copy(update={"reconstruction": 0.5})
+    assert other.change(then) == "reconstruction was 0.0, now 0.5"
+
+
 def test_the_loss_is_that_of_the_saved_model(tmp_path: Path) -> None:
     spec = TrainSpec.load(small(tmp_path))
     done = train(spec, tmp_path / "out")

@@ -178,8 +178,10 @@ class TrainSpec(Strict):
         return self.model_dump(mode="json")
 
     def change(self, other: dict[str, Any]) -> str | None:
-        """The first difference from an earlier run's ``to_dict``, in words, or None."""
-        mine, theirs = _flat(self.to_dict()), _flat(other)
+        """The first difference from an earlier run's ``to_dict``, in words, or None. What versions of then did not know
+        to say counts as the default."""
+        least = TrainSpec(model=self.model, text=self.text, budget=self.budget)
+        mine, theirs = _flat(self.to_dict()), _flat(least.to_dict() | other)
         for key in {**mine, **theirs}:
             if mine.get(key) != theirs.get(key):
                 return f"{key} was {theirs.get(key)!r}, now {mine.get(key)!r}"
