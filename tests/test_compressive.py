@@ -4,11 +4,10 @@ from collections import deque
 
 import pytest
 import torch
-from decoding import CHUNKS, DECODERS, LENGTH, install, own, stepwise
+from decoding import CHUNKS, LENGTH, install, stepwise
 from slow_compression import slow_reference
-from torch import Tensor
 
-from taut.contract.tiny import inputs, logits, padded_inputs, tiny
+from taut.contract.tiny import inputs, logits, tiny
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.kernels.cache import Incoming
@@ -74,37 +73,6 @@ def test_equals_the_slow_reference(family: str, method: Compressive) -> None:
         assert (stepwise(model, chunks, input_ids=ids)[0] - expected).abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize("family", DECODERS)
-@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
-def test_steps_equal_one_pass(family: str, chunks: list[int]) -> None:
-    model = tiny(family, dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
-    before = logits(model, **given, use_cache=False)
-    install(model, METHOD)
-    whole = logits(model, **given, use_cache=False)
-    assert not torch.allclose(before, whole, atol=1e-3)
-    steps, past = stepwise(model, chunks, **given)
-    assert (steps - whole).abs().max() <= 1e-12
-    assert all(layer.keys.shape[2] < most(METHOD) for layer in own(past).layers)
-    assert past.get_seq_length() == LENGTH
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("pads", [1, 6, 17])
-@pytest.mark.parametrize("chunks", [[LENGTH], *CHUNKS.values()], ids=["one pass", *CHUNKS])
-def test_left_padded_rows_equal_the_rows_alone(family: str, pads: int, chunks: list[int]) -> None:
-    model = tiny(family, dtype=torch.float64)
-    install(model, METHOD)
-    given = inputs(model, length=LENGTH)
-    alone = logits(model, input_ids=given["input_ids"][1:, pads:], use_cache=False)
-    other = logits(model, input_ids=given["input_ids"][:1], use_cache=False)
-    given["attention_mask"][1, :pads] = 0
-    given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    together, _ = stepwise(model, chunks, **given)
-    assert (together[1:, pads:] - alone).abs().max() <= 1e-12
-    assert (together[:1] - other).abs().max() <= 1e-12
-
-
 @pytest.mark.parametrize("pool", ["mean", "max"])
 def test_one_into_one_is_a_longer_memory(pool: str) -> None:
     model = tiny("llama", dtype=torch.float64)
@@ -119,33 +87,6 @@ def test_one_into_one_is_a_longer_memory(pool: str) -> None:
         assert (logits(model, **given, use_cache=False) - expected).abs().max() <= 1e-12
         assert (stepwise(model, CHUNKS["in pieces"], **given)[0] - expected).abs().max() <= 1e-12
         undo()
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bart", "t5"])
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate_obeys(family: str, beams: int) -> None:
-    model = tiny(family)
-    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
-    options = {"max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False, "num_beams": beams}
-    stock = model.generate(**given, **options)
-    undo = install(model, METHOD)
-    ours = model.generate(**given, **options, return_dict_in_generate=True)
-    assert isinstance(own(ours.past_key_values), CompressedCache)
-    assert torch.equal(ours.sequences, model.generate(**given, **options, use_cache=False))
-    undo()
-    assert torch.equal(model.generate(**given, **options), stock)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_assisted_decoding_takes_tokens_back(family: str) -> None:
-    model = tiny(family)
-    install(model, METHOD)
-    given, options = inputs(model, batch=1), {"max_new_tokens": 14, "do_sample": False}
-    plain = model.generate(**given, **options)
-    cache = METHOD.cache(2)
-    assert torch.equal(plain, model.generate(**given, **options, prompt_lookup_num_tokens=3, past_key_values=cache))
-    with pytest.raises(TautError, match="pass an empty cache of this recipe"):
-        model.generate(**given, **options, prompt_lookup_num_tokens=3)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -175,16 +116,6 @@ def test_crop_over_a_compression_equals_never_having_seen(cut: int) -> None:
     assert cache.get_seq_length() == kept
     rest, _ = stepwise(model, [1, LENGTH - kept - 1], cache, input_ids=ids[:, kept:])
     assert (rest - logits(model, input_ids=ids, use_cache=False)[:, kept:]).abs().max() <= 1e-12
-
-
-def test_a_cache_reset_is_as_new() -> None:
-    model = tiny("llama", dtype=torch.float64)
-    install(model, METHOD)
-    ids = inputs(model, length=LENGTH)["input_ids"]
-    whole = logits(model, input_ids=ids, use_cache=False)
-    _, cache = stepwise(model, CHUNKS["in pieces"], input_ids=ids.flip(1))
-    cache.reset()
-    assert (stepwise(model, CHUNKS["growing"], cache, input_ids=ids)[0] - whole).abs().max() <= 1e-12
 
 
 def test_a_token_reaches_the_end_through_what_it_is_compressed_into() -> None:
@@ -247,23 +178,3 @@ def test_cost_and_keep() -> None:
     assert general.solve(site, 0.5).entries(site) == 50
     with pytest.raises(TautError, match=r"the least keep is 0\.2800"):
         general.solve(site, 0.2)
-
-
-def test_gradients_flow_through_the_compression() -> None:
-    model = tiny("llama", dtype=torch.float64)
-    install(model, METHOD)
-    ids = inputs(model, length=LENGTH)["input_ids"]
-    direction = torch.randn(2, LENGTH, model.config.vocab_size, generator=torch.Generator().manual_seed(1)).double()
-
-    def gradients(cuts: tuple[int, ...]) -> dict[str, Tensor]:
-        model.zero_grad()
-        past, total, start = None, 0.0, 0
-        for stop in cuts:
-            output = model(input_ids=ids[:, start:stop], past_key_values=past, use_cache=len(cuts) > 1)
-            past, start = output.get("past_key_values"), stop
-            total = total + (output["logits"] * direction[:, stop - output["logits"].shape[1] : stop]).sum()
-        total.backward()
-        return {name: each.grad.clone() for name, each in model.named_parameters()}
-
-    whole, pieces = gradients((LENGTH,)), gradients((9, 10, 15, LENGTH))
-    assert all(torch.allclose(pieces[name], whole[name], atol=1e-9, rtol=1e-9) for name in whole)

@@ -1,8 +1,5 @@
 """memory.key_norm and memory.attention_score: bounded, every head for itself, whatever way the tokens come in."""
 
-import copy
-from itertools import accumulate
-
 import pytest
 import torch
 from decoding import CHUNKS, DECODERS, LENGTH, install, own, stepwise
@@ -15,7 +12,7 @@ from taut.contract.tiny import inputs, logits, padded_inputs, tiny
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite, MemorySite
 from taut.kernels import eviction
-from taut.kernels.eviction import Cut, EvictionCache
+from taut.kernels.eviction import Cut
 from taut.methods.attention.local_global import LocalGlobal
 from taut.methods.eviction import EvictionMethod
 from taut.methods.memory.attention_score import AttentionScore
@@ -96,24 +93,6 @@ def test_a_cut_is_what_sorting_gives(ragged: bool, surplus: int) -> None:
                 assert not real[row, index[row, head, :empty]].any()
 
 
-@pytest.mark.parametrize(("family", "pads"), [("gpt2", 6), ("llama", 1), ("llama", 6), ("llama", 17)])
-@pytest.mark.parametrize("chunks", [[LENGTH], *CHUNKS.values()], ids=["one pass", *CHUNKS])
-@EACH_METHOD
-def test_left_padded_rows_equal_the_rows_alone(family: str, pads: int, chunks: list[int], name: str) -> None:
-    model = started(family, name)
-    given = inputs(model, length=LENGTH)
-    stops = [max(0, stop - pads) for stop in accumulate(chunks)]
-    own_chunks = [stop - start for start, stop in zip([0, *stops], stops, strict=False) if stop > start]
-    alone, _ = stepwise(model, own_chunks, input_ids=given["input_ids"][1:, pads:])
-    other, _ = stepwise(model, chunks, input_ids=given["input_ids"][:1])
-    given["attention_mask"][1, :pads] = 0
-    given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    together, past = stepwise(model, chunks, **given)
-    assert (together[1:, pads:] - alone).abs().max() <= 1e-12
-    assert (together[:1] - other).abs().max() <= 1e-12
-    assert all(layer.keys.shape[2] == ENTRIES for layer in past.layers)
-
-
 @EACH_METHOD
 def test_holes_in_the_mask_are_as_if_cut_out(name: str) -> None:
     model = started("llama", name)
@@ -170,21 +149,6 @@ def test_rows_can_be_repeated_chosen_and_moved(name: str) -> None:
         with torch.no_grad():
             again = model(**rest, attention_mask=given["attention_mask"][rows], past_key_values=past)["logits"]
         assert (again - whole[rows, 10:]).abs().max() <= 1e-12
-
-
-@EACH_METHOD
-def test_a_cache_that_was_reset_is_new_and_copies_are_independent(name: str) -> None:
-    model = started("llama", name)
-    ids = inputs(model, length=LENGTH)["input_ids"]
-    expected, past = stepwise(model, CHUNKS["in pieces"], input_ids=ids)
-    past.reset()
-    again, _ = stepwise(model, CHUNKS["in pieces"], past, input_ids=ids)
-    assert torch.equal(again, expected)
-    twin = copy.deepcopy(model)
-    _, prefix = stepwise(twin, [3, 1, 1, 7], input_ids=ids[:, :12])
-    for _ in range(2):
-        rest, _ = stepwise(twin, [1, 2, 9], copy.deepcopy(prefix), input_ids=ids[:, 12:])
-        assert (rest - expected[:, 12:]).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -274,19 +238,6 @@ def test_weights_some_at_a_time_are_the_weights(name: str, monkeypatch: pytest.M
     assert torch.allclose(past.layers[0].scores, other.layers[0].scores, rtol=1e-5)
 
 
-@EACH_METHOD
-def test_gradients_reach_every_token_of_a_pass(name: str) -> None:
-    model = started("llama", name)
-    ids = inputs(model, length=LENGTH)["input_ids"]
-    past = None
-    for start, stop in ((0, 14), (14, 15), (15, LENGTH)):
-        output = model(input_ids=ids[:, start:stop], past_key_values=past, use_cache=True)
-        past = output["past_key_values"]
-        model.zero_grad()
-        output["logits"].square().sum().backward(retain_graph=True)
-        assert all(each.grad.isfinite().all() and each.grad.any() for each in model.parameters())
-
-
 def test_float32_and_inference_mode() -> None:
     for name in ("norm", "accumulated", "last"):
         given = inputs(tiny("llama"), length=LENGTH)
@@ -319,15 +270,6 @@ def test_what_cannot_be_served_is_told() -> None:
         model(input_ids=given["input_ids"][:, :1], past_key_values=past)
     with pytest.raises(TautError, match="recent = 7 is more than the 6 entries"):
         KeyNorm.parse({"entries": 6, "recent": 7})
-
-
-@EACH_METHOD
-def test_predicted_bytes_are_held(name: str) -> None:
-    model = started("llama", name, torch.float32)
-    _, past = stepwise(model, CHUNKS["long prompt"], input_ids=inputs(model, batch=1, length=LENGTH)["input_ids"])
-    assert isinstance(past, EvictionCache)
-    held = sum(each.nbytes for layer in past.layers for each in (layer.keys, layer.values, layer.scores))
-    assert held == METHODS[name].predict(memory_site("llama")).cache_bytes_per_token * LENGTH
 
 
 def test_keep_counts_entries() -> None:

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoding import CHUNKS, DECODERS, LENGTH, install, own, stepwise
+from decoding import CHUNKS, LENGTH, install, own, stepwise
 from slow_memory import slowly
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import taut
-from taut.anatomy.locate import locate
-from taut.contract.tiny import inputs, logits, padded_inputs, tiny
+from taut.contract.tiny import inputs, logits, tiny
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.kernels import blocked
@@ -32,22 +31,6 @@ def explicit(length: int, segment: int, memory: int) -> Tensor:
     """(1, 1, length, length) bool, entry by entry."""
     rows = [[i // segment * segment - memory <= j <= i for j in range(length)] for i in range(length)]
     return torch.tensor(rows)[None, None]
-
-
-@pytest.mark.parametrize("family", DECODERS)
-@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
-def test_steps_equal_one_pass(family: str, chunks: list[int]) -> None:
-    model = tiny(family, dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
-    before = logits(model, **given, use_cache=False)
-    install(model, METHOD)
-    whole = logits(model, **given, use_cache=False)
-    assert not torch.allclose(before, whole, atol=1e-3)
-    steps, past = stepwise(model, chunks, **given)
-    assert (steps - whole).abs().max() <= 1e-12
-    for layer in own(past).layers:
-        assert layer.keys.shape[2] == layer.values.shape[2] == SEGMENT + MEMORY
-    assert past.get_seq_length() == LENGTH
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
@@ -114,46 +97,6 @@ def test_reach_grows_as_layers_times_segment(layers: int) -> None:
     reached = given.grad[0].abs().sum(1) > 0
     assert int(reached.sum()) == (layers + 1) * segment
     assert bool(reached[-(layers + 1) * segment :].all())
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("pads", [1, 6, 17])
-@pytest.mark.parametrize("chunks", [[LENGTH], *CHUNKS.values()], ids=["one pass", *CHUNKS])
-def test_left_padded_rows_equal_the_rows_alone(family: str, pads: int, chunks: list[int]) -> None:
-    model = tiny(family, dtype=torch.float64)
-    install(model, METHOD)
-    given = inputs(model, length=LENGTH)
-    alone = logits(model, input_ids=given["input_ids"][1:, pads:], use_cache=False)
-    other = logits(model, input_ids=given["input_ids"][:1], use_cache=False)
-    given["attention_mask"][1, :pads] = 0
-    given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    together, _ = stepwise(model, chunks, **given)
-    assert (together[1:, pads:] - alone).abs().max() <= 1e-12
-    assert (together[:1] - other).abs().max() <= 1e-12
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bart", "t5"])
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate_obeys(family: str, beams: int) -> None:
-    model = tiny(family)
-    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
-    options = {"max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False, "num_beams": beams}
-    stock = model.generate(**given, **options)
-    undo = install(model, METHOD)
-    ours = model.generate(**given, **options, return_dict_in_generate=True)
-    assert torch.equal(ours.sequences, model.generate(**given, **options, use_cache=False))
-    assert all(layer.keys.shape[2] == SEGMENT + MEMORY for layer in own(ours.past_key_values).layers)
-    undo()
-    assert torch.equal(model.generate(**given, **options), stock)
-
-
-def test_assisted_decoding_takes_tokens_back() -> None:
-    model = tiny("llama")
-    install(model, METHOD)
-    given, options = inputs(model, batch=1), {"max_new_tokens": 14, "do_sample": False}
-    plain = model.generate(**given, **options)
-    cache = METHOD.cache(2)
-    assert torch.equal(plain, model.generate(**given, **options, prompt_lookup_num_tokens=3, past_key_values=cache))
 
 
 def test_crop_over_a_border_equals_never_having_seen() -> None:
@@ -257,22 +200,3 @@ def test_cost_and_keep() -> None:
         general.solve(site, 0.09)
     with pytest.raises(TautError, match="segment = 0"):
         method(0, 4)
-
-
-def test_predicted_bytes_are_held() -> None:
-    model = tiny("llama")
-    site = next(site for site in locate(model, LENGTH).sites if isinstance(site, MemorySite))
-    install(model, METHOD)
-    _, past = stepwise(model, CHUNKS["long prompt"], input_ids=inputs(model, batch=1, length=LENGTH)["input_ids"])
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in past.layers)
-    assert held == METHOD.predict(site).cache_bytes_per_token * LENGTH
-
-
-def test_a_cache_reset_is_as_new() -> None:
-    model = tiny("llama", dtype=torch.float64)
-    install(model, METHOD)
-    ids = inputs(model, length=LENGTH)["input_ids"]
-    whole = logits(model, input_ids=ids, use_cache=False)
-    _, cache = stepwise(model, CHUNKS["in pieces"], input_ids=ids.flip(1))
-    cache.reset()
-    assert (stepwise(model, CHUNKS["growing"], cache, input_ids=ids)[0] - whole).abs().max() <= 1e-12

@@ -1,6 +1,5 @@
 """memory.low_bit, and ``store:`` of a bounded cache: what is attended is what is held, however the text comes in."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,13 @@ from slow_memory import slowly
 from torch import Tensor
 
 from taut.anatomy.locate import locate
-from taut.contract.tiny import inputs, logits, padded_inputs, tiny
+from taut.contract.tiny import inputs, logits, tiny
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import MemorySite
 from taut.generation.prefix import Prefix, read
 from taut.kernels.patterns import Causal, Pattern
-from taut.kernels.ring import RingCache
-from taut.kernels.stored import StoredCache, expanded, packed, rounded
+from taut.kernels.stored import expanded, packed, rounded
 from taut.methods.memory.low_bit import LowBit
 from taut.methods.memory.window_sink import WindowSink
 from taut.methods.method import MemoryMethod
@@ -62,90 +60,21 @@ def test_rows_are_packed_and_expanded(bits: int, group: int | None, dtype: torch
         assert ((again - states).view(parts.shape).abs().amax(-1) <= slack).all()
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", [family for family in DECODERS if family != "gemma3"])
 @EACH_METHOD
-def test_steps_equal_one_pass_and_one_pass_the_rounding(family: str, name: str) -> None:
+def test_one_pass_is_the_rounding_and_steps_are(family: str, name: str) -> None:
     model, method = tiny(family, dtype=torch.float64), METHODS[name]
     given = inputs(model, length=LENGTH)
     original = logits(model, **given, use_cache=False)
-    expected = None
-    if family != "gemma3":
-        with slowly(model, as_rule(method.pattern()), method.store):
-            expected = logits(model, **given, use_cache=False)
-    undo = install(model, method)
-    whole = logits(model, **given, use_cache=False)
-    assert not torch.allclose(whole, original, atol=1e-3)
-    assert expected is None or (whole - expected).abs().max() <= 1e-12
-    for chunking in CHUNKS if family in ("gpt2", "llama") else ("long prompt", "in pieces"):
+    with slowly(model, as_rule(method.pattern()), method.store):
+        expected = logits(model, **given, use_cache=False)
+    assert not torch.allclose(expected, original, atol=1e-3)
+    install(model, method)
+    assert (logits(model, **given, use_cache=False) - expected).abs().max() <= 1e-12
+    for chunking in CHUNKS if family == "llama" else ("in pieces",):
         steps, past = stepwise(model, CHUNKS[chunking], **given)
-        assert (steps - whole).abs().max() <= 1e-12
-        assert past.get_seq_length() == LENGTH
-    assert all(layer.keys.dtype == layer.values.dtype == torch.uint8 for layer in own(past).layers)
-    undo()
-    assert torch.equal(logits(model, **given, use_cache=False), original)
-
-
-@pytest.mark.parametrize("pads", [1, 6, 17])
-@EACH_METHOD
-def test_left_padded_rows_equal_the_rows_alone(pads: int, name: str) -> None:
-    model = tiny("llama", dtype=torch.float64)
-    install(model, METHODS[name])
-    given = inputs(model, length=LENGTH)
-    alone = logits(model, input_ids=given["input_ids"][1:, pads:], use_cache=False)
-    given["attention_mask"][1, :pads] = 0
-    given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    for chunks in CHUNKS.values():
-        together, _ = stepwise(model, chunks, **given)
-        assert (together[1:, pads:] - alone).abs().max() <= 1e-12
-
-
-@pytest.mark.parametrize("family", ["gpt2", "bart", "t5"])
-@pytest.mark.parametrize("beams", [1, 3])
-@EACH_METHOD
-def test_generate_obeys(family: str, beams: int, name: str) -> None:
-    model = tiny(family, dtype=torch.float64)
-    install(model, METHODS[name])
-    given = {key: each for key, each in padded_inputs(model).items() if key != "decoder_input_ids"}
-    options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "num_beams": beams}
-    ours = model.generate(**given, **options, return_dict_in_generate=True)
-    assert isinstance(own(ours.past_key_values), RingCache if "window" in name else StoredCache)
-    assert torch.equal(ours.sequences, model.generate(**given, **options, use_cache=False))
-
-
-@EACH_METHOD
-def test_assisted_decoding_reset_and_copies(name: str) -> None:
-    model = tiny("llama", dtype=torch.float64)
-    install(model, METHODS[name])
-    given = inputs(model, batch=1)
-    options = {"max_new_tokens": 12, "do_sample": False}
-    plain = model.generate(**given, **options)
-    cache = METHODS[name].cache(2)
-    assert torch.equal(plain, model.generate(**given, **options, prompt_lookup_num_tokens=3, past_key_values=cache))
-    cache.reset()
-    ids = inputs(model, length=LENGTH)["input_ids"]
-    whole = logits(model, input_ids=ids, use_cache=False)
-    first, cache = stepwise(model, [10], cache, input_ids=ids[:, :10])
-    assert (first - whole[:, :10]).abs().max() <= 1e-12
-    for _ in range(2):
-        rest, _ = stepwise(model, [1] * 14, copy.deepcopy(cache), input_ids=ids[:, 10:])
-        assert (rest - whole[:, 10:]).abs().max() <= 1e-12
-
-
-@EACH_METHOD
-def test_gradients_are_those_of_one_pass_within_a_pass(name: str) -> None:
-    model = tiny("llama", dtype=torch.float64)
-    install(model, METHODS[name])
-    ids = inputs(model, length=12)["input_ids"]
-    model(input_ids=ids, use_cache=False)[0].square().sum().backward()
-    expected = {key: each.grad.clone() for key, each in model.named_parameters()}
-    model.zero_grad()
-    past = model(input_ids=ids, use_cache=True)
-    past["logits"].square().sum().backward()
-    assert all(torch.allclose(each.grad, expected[key], atol=1e-9) for key, each in model.named_parameters())
-    model.zero_grad()
-    past = past["past_key_values"]
-    model(input_ids=ids[:, :1], past_key_values=past)["logits"].square().sum().backward()
-    assert all(each.grad.any() for each in model.parameters())
+        assert (steps - expected).abs().max() <= 1e-12
+        assert all(layer.keys.dtype == layer.values.dtype == torch.uint8 for layer in own(past).layers)
 
 
 @EACH_METHOD

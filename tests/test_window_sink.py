@@ -1,10 +1,8 @@
 """memory.window_sink: bounded, with true positions, whatever way the tokens come in."""
 
-import copy
-
 import pytest
 import torch
-from decoding import CHUNKS, DECODERS, LENGTH, install, own, stepwise
+from decoding import CHUNKS, LENGTH, install, stepwise
 from transformers import DynamicCache, PreTrainedModel
 
 from taut.anatomy.locate import locate
@@ -12,7 +10,7 @@ from taut.contract.tiny import inputs, logits, padded_inputs, tiny
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite, MemorySite
 from taut.kernels import blocked
-from taut.kernels.ring import Ring, RingCache
+from taut.kernels.ring import Ring
 from taut.methods.attention.local_global import LocalGlobal
 from taut.methods.memory.identity import Identity
 from taut.methods.memory.window_sink import WindowSink
@@ -46,38 +44,6 @@ def test_ring_is_the_cache_it_stands_for(sinks: int, window: int) -> None:
         assert len(columns) == min(count, ring.capacity)
 
 
-@pytest.mark.parametrize("family", DECODERS)
-@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
-def test_steps_equal_one_pass(family: str, chunks: list[int]) -> None:
-    model = tiny(family, dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
-    before = logits(model, **given, use_cache=False)
-    _install(model)
-    whole = logits(model, **given, use_cache=False)
-    assert not torch.allclose(before, whole, atol=1e-3)
-    steps, past = stepwise(model, chunks, **given)
-    assert (steps - whole).abs().max() <= 1e-12
-    for layer in own(past).layers:
-        assert layer.keys.shape[2] == layer.values.shape[2] == SINKS + WINDOW
-    assert past.get_seq_length() == LENGTH
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("pads", [1, 6, 17])
-@pytest.mark.parametrize("chunks", [[LENGTH], *CHUNKS.values()], ids=["one pass", *CHUNKS])
-def test_left_padded_rows_equal_the_rows_alone(family: str, pads: int, chunks: list[int]) -> None:
-    model = tiny(family, dtype=torch.float64)
-    _install(model)
-    given = inputs(model, length=LENGTH)
-    alone = logits(model, input_ids=given["input_ids"][1:, pads:], use_cache=False)
-    other = logits(model, input_ids=given["input_ids"][:1], use_cache=False)
-    given["attention_mask"][1, :pads] = 0
-    given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    together, _ = stepwise(model, chunks, **given)
-    assert (together[1:, pads:] - alone).abs().max() <= 1e-12
-    assert (together[:1] - other).abs().max() <= 1e-12
-
-
 def test_holes_in_the_mask_stay_hidden() -> None:
     model = tiny("llama", dtype=torch.float64)
     _install(model)
@@ -91,22 +57,6 @@ def test_holes_in_the_mask_stay_hidden() -> None:
     assert (one - two)[real].abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bart", "t5"])
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate_obeys(family: str, beams: int) -> None:
-    model = tiny(family)
-    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
-    options = {"max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False, "num_beams": beams}
-    stock = model.generate(**given, **options)
-    undo = _install(model)
-    ours = model.generate(**given, **options, return_dict_in_generate=True)
-    assert isinstance(own(ours.past_key_values), RingCache)
-    assert torch.equal(ours.sequences, model.generate(**given, **options, use_cache=False))
-    assert all(layer.keys.shape[2] == SINKS + WINDOW for layer in own(ours.past_key_values).layers)
-    undo()
-    assert torch.equal(model.generate(**given, **options), stock)
-
-
 def test_a_returned_cache_goes_on() -> None:
     model = tiny("llama")
     _install(model)
@@ -116,19 +66,6 @@ def test_a_returned_cache_goes_on() -> None:
     first = model.generate(**given, **options)
     second = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=10, do_sample=False)
     assert torch.equal(second, whole[:, : second.shape[1]])
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_assisted_decoding_takes_tokens_back(family: str) -> None:
-    model = tiny(family)
-    _install(model)
-    given = inputs(model, batch=1)
-    options = {"max_new_tokens": 14, "do_sample": False}
-    plain = model.generate(**given, **options)
-    cache = METHOD.cache(2)
-    assert torch.equal(plain, model.generate(**given, **options, prompt_lookup_num_tokens=3, past_key_values=cache))
-    with pytest.raises(TautError, match="pass an empty cache of this recipe"):
-        model.generate(**given, **options, prompt_lookup_num_tokens=3)
 
 
 def test_crop_equals_never_having_seen() -> None:
@@ -204,21 +141,6 @@ def test_packed_sequences_have_sinks_of_theirown() -> None:
     assert (packed - apart).abs().max() <= 1e-12
 
 
-def test_gradients_flow_with_and_without_a_cache() -> None:
-    model = tiny("llama", dtype=torch.float64)
-    _install(model)
-    ids = inputs(model, length=12)["input_ids"]
-    model(input_ids=ids, use_cache=False)[0].square().sum().backward()
-    expected = {name: each.grad.clone() for name, each in model.named_parameters()}
-    model.zero_grad()
-    past, total = None, 0.0
-    for start, stop in ((0, 9), (9, 10), (10, 11), (11, 12)):
-        output = model(input_ids=ids[:, start:stop], past_key_values=past, use_cache=True)
-        past, total = output["past_key_values"], total + output["logits"].square().sum()
-    total.backward()
-    assert all(torch.allclose(each.grad, expected[name], atol=1e-9) for name, each in model.named_parameters())
-
-
 def test_inference_mode_and_back() -> None:
     model = tiny("llama")
     _install(model)
@@ -228,18 +150,6 @@ def test_inference_mode_and_back() -> None:
     with torch.no_grad():
         step = model(input_ids=ids[:, 11:], past_key_values=past)["logits"]
     assert torch.allclose(step, logits(model, input_ids=ids)[:, 11:], atol=1e-4)
-
-
-def test_copies_of_model_and_cache_are_independent() -> None:
-    model = tiny("llama", dtype=torch.float64)
-    _install(model)
-    twin = copy.deepcopy(model)
-    ids = inputs(model, length=LENGTH)["input_ids"]
-    whole = logits(model, input_ids=ids, use_cache=False)
-    _, prefix = stepwise(twin, [10], input_ids=ids[:, :10])
-    for _ in range(2):
-        rest, _ = stepwise(twin, [1] * 14, copy.deepcopy(prefix), input_ids=ids[:, 10:])
-        assert (rest - whole[:, 10:]).abs().max() <= 1e-12
 
 
 def test_what_cannot_be_served_is_told() -> None:
@@ -272,15 +182,6 @@ def test_cost_and_keep() -> None:
     assert Identity().predict(site) == site.dense()
     with pytest.raises(TautError, match="the least keep is 0.0500"):
         WindowSink.parse({}, 0.03).solve(site, 0.03)
-
-
-def test_predicted_bytes_are_held() -> None:
-    model = tiny("llama")
-    site = next(site for site in locate(model, LENGTH).sites if isinstance(site, MemorySite))
-    _install(model)
-    _, past = stepwise(model, CHUNKS["long prompt"], input_ids=inputs(model, batch=1, length=LENGTH)["input_ids"])
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in past.layers)
-    assert held == METHOD.predict(site).cache_bytes_per_token * LENGTH
 
 
 def test_identity_leaves_the_model_alone() -> None:

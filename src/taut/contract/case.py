@@ -62,10 +62,10 @@ class Case:
         apply(model, self.planned(model), self.batches(model))
         return model
 
-    def planned(self, model: PreTrainedModel) -> Plan:
-        """The plan, or Skip with the refusal when the family has no place for the method."""
+    def planned(self, model: PreTrainedModel, length: int | None = None) -> Plan:
+        """The plan, or Skip with the refusal when the family has no place for the method. ``length`` as make has it."""
         try:
-            return make(model, self.recipe())
+            return make(model, self.recipe(), length)
         except TautError as error:
             if "fits no site" in str(error):
                 raise Skip(str(error).partition("fits no site: ")[2]) from None
