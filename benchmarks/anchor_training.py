@@ -33,6 +33,8 @@ CLAIM = (
 )
 ANCHORS: dict[str, Any] = {"memory": {"method": "anchor", "anchors": [".", "!", "?"], "longest": 64}}
 PAIRS, FILLERS, QUESTIONS = 8, 5, 24
+LESSONS = (1, 2, 4, PAIRS)
+"""Pairs of the texts that are learned from, as many of each kind; asked are those with the most."""
 
 
 def sizes(width: int, layers: int, positions: int) -> str:
@@ -68,9 +70,9 @@ def recall(folder: Path, given: Namespace) -> dict[str, Any]:
     learned = folder / "pairs.txt"
     if not learned.is_file():
         draw = random.Random(1)
-        learned.write_text(
-            "\n\n".join(_asked(text, draw) for text, *_ in documents(given.texts, PAIRS, FILLERS, seed=1))
-        )
+        # Looking up one of two is learned soon, and one of eight then.
+        lessons = [documents(given.texts // len(LESSONS), pairs, FILLERS, seed=pairs) for pairs in LESSONS]
+        learned.write_text("\n\n".join(_asked(text, draw) for each in zip(*lessons, strict=True) for text, *_ in each))
     return {
         # With the usual .02 a model this narrow attends to everything alike, and looks nothing up for a thousand steps.
         "model": f"{sizes(128, 4, 256)},initializer_range=0.08",
