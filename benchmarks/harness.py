@@ -72,12 +72,14 @@ def record(
     verdict = {True: "holds", False: "does NOT hold", None: "no promise"}[passed]
     console.print(f"{name}: {verdict}{' (quick run: no record)' if quick else ''}")
     if not quick:
+        # Of a whole path the last part: the rest says something of one machine only.
+        words = (Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
         content = {
             "name": name,
             "claim": claim,
             "passed": passed,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": " ".join([Path(sys.argv[0]).name, *words]),
             "environment": environment(torch.get_num_threads()) | {"kernels": kernel_path(_device())},
             "notes": notes,
             "rows": rows,
