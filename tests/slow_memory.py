@@ -18,6 +18,18 @@ Rule = Callable[[Tensor, Tensor, float], Tensor]
 """(B, H, T, K) queries, (B, H', T, K) keys, scaling -> (B, H, T, T) bool: who sees whom."""
 
 
+def by_heads(one_head: Callable[[Tensor, Tensor, float], Tensor], query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """(B, H, T, K), (B, H', T, K) -> (B, H, T, T): what ``one_head`` says of each key head and its queries."""
+    batch, heads, length, _ = query.shape
+    group = heads // key.shape[1]
+    allowed = torch.zeros(batch, heads, length, length, dtype=torch.bool)
+    for row in range(batch):
+        for head in range(key.shape[1]):
+            mine = slice(head * group, (head + 1) * group)
+            allowed[row, mine] = one_head(query[row, mine], key[row, head], scaling)
+    return allowed
+
+
 @dataclass(frozen=True)
 class Evicting:
     """The entries that stay, one at a time. ``score``: norm, accumulated or last; ``chunks``: how the text came in."""
@@ -29,14 +41,7 @@ class Evicting:
     dropped: set[tuple[int, ...]] = field(default_factory=set)
 
     def __call__(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
-        batch, heads, length, _ = query.shape
-        group = heads // key.shape[1]
-        allowed = torch.zeros(batch, heads, length, length, dtype=torch.bool)
-        for row in range(batch):
-            for head in range(key.shape[1]):
-                mine = slice(head * group, (head + 1) * group)
-                allowed[row, mine] = self._one_head(query[row, mine], key[row, head], scaling)
-        return allowed
+        return by_heads(self._one_head, query, key, scaling)
 
     def _one_head(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         """(G, T, K), (T, K) -> (T, T)."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from decoding import CHUNKS, LENGTH, install, own, stepwise
-from slow_memory import slowly
+from slow_memory import by_heads, slowly
 from torch import Tensor
 
 from taut.anatomy.locate import locate
@@ -43,14 +43,7 @@ class MostUsed:
     places: set[int] = field(default_factory=set)
 
     def __call__(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
-        batch, heads, length, _ = query.shape
-        group = heads // key.shape[1]
-        allowed = torch.zeros(batch, heads, length, length, dtype=torch.bool)
-        for row in range(batch):
-            for head in range(key.shape[1]):
-                mine = slice(head * group, (head + 1) * group)
-                allowed[row, mine] = self._one_head(query[row, mine], key[row, head], scaling)
-        return allowed
+        return by_heads(self._one_head, query, key, scaling)
 
     def _one_head(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         """(G, T, K), (T, K) -> (T, T)."""

@@ -1,5 +1,6 @@
 """The contract of a method: what it says of a site, what it costs there, and how it is installed."""
 
+import re
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable
@@ -82,6 +83,8 @@ class Method(ABC):
             first = error.errors()[0]
             key, words = ".".join(str(step) for step in first["loc"]), first["msg"].removeprefix("Value error, ")
             given = f"{key} = {first['input']!r}" if key else cls.id
+            if first["type"] == "literal_error" and isinstance(first["input"], str):
+                words = nearest(first["input"], re.findall(r"'([^']*)'", first["ctx"]["expected"]))
             raise TautError(f"{where}: {given}: {words}") from None
 
     def reads(self, tokenizer: Callable[[], Any]) -> "Method":

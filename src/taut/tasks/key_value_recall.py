@@ -15,7 +15,7 @@ from taut.core.errors import TautError
 from taut.core.record import Score
 from taut.tasks import task
 from taut.tasks._language import CACHED, logits
-from taut.tasks.task import Progress, Task, kind
+from taut.tasks.task import Progress, Task, writes_text
 
 KEYS, VALUES, FILLERS = 64, 64, 128
 """Words of each kind: frequent ones of the built-in text, none of two kinds."""
@@ -46,8 +46,7 @@ class KeyValueRecall(Task):
     Knobs: ClassVar[type[Knobs]] = Knobs
 
     def fits(self, model: PreTrainedModel) -> str | None:
-        found = kind(model)
-        return None if found == "causal" else f"{type(model).__name__} does not predict the next token ({found})"
+        return writes_text(model)
 
     def evaluated(self) -> data.Data:
         texts = tuple((f"{text} {question} {answer}.",) for text, question, answer, _ in self._documents())

@@ -13,7 +13,7 @@ from taut.core.record import Score
 from taut.tasks import task
 from taut.tasks._encode import usable_length
 from taut.tasks._language import CACHED, causal_windows, logits, surprise, tokenize
-from taut.tasks.task import Progress, Task, kind
+from taut.tasks.task import Progress, Task, writes_text
 
 FIRST = 16
 """Tokens of context at most in the first range; every further range ends at twice the context."""
@@ -39,8 +39,7 @@ class LossByPosition(Task):
     Knobs: ClassVar[type[Knobs]] = Knobs
 
     def fits(self, model: PreTrainedModel) -> str | None:
-        found = kind(model)
-        return None if found == "causal" else f"{type(model).__name__} does not predict the next token ({found})"
+        return writes_text(model)
 
     def evaluated(self) -> data.Data:
         return data.paragraphs(self.knobs.data, self.knobs.split, self.knobs.limit)

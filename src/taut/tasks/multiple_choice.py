@@ -16,7 +16,7 @@ from taut.core.record import Score
 from taut.tasks import task
 from taut.tasks._encode import usable_length
 from taut.tasks._language import CACHED
-from taut.tasks.task import Progress, Task, kind
+from taut.tasks.task import Progress, Task, writes_text
 
 KEPT_FOR_EXAMPLES = 10
 """One row in so many, the last ones of the fixed order, is never scored: worked examples are drawn from these."""
@@ -44,8 +44,7 @@ class MultipleChoice(Task):
     Knobs: ClassVar[type[Knobs]] = Knobs
 
     def fits(self, model: PreTrainedModel) -> str | None:
-        found = kind(model)
-        return None if found == "causal" else f"{type(model).__name__} does not predict the next token ({found})"
+        return writes_text(model)
 
     def evaluated(self) -> data.Data:
         return self.splits()[0]

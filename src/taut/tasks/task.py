@@ -129,6 +129,12 @@ def kind(model: PreTrainedModel) -> Kind:
     return "masked" if model.get_output_embeddings() is not None else "states"
 
 
+def writes_text(model: PreTrainedModel) -> str | None:
+    """None when a model predicts the next token, else the reason."""
+    found = kind(model)
+    return None if found == "causal" else f"{type(model).__name__} does not predict the next token ({found})"
+
+
 def reads_text(model: PreTrainedModel) -> str | None:
     """None when a model takes token ids and so gives vectors of texts, else the reason."""
     if model.main_input_name != "input_ids":
