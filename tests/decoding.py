@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from taut.anatomy.locate import locate
@@ -40,23 +38,3 @@ def install(model: PreTrainedModel, method: MemoryMethod) -> Callable[[], None]:
 
 def own(cache: Cache) -> Cache:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-
-
-def stepwise(model: PreTrainedModel, chunks: list[int], past: Cache | None = None, **given: Tensor) -> tuple:
-    """Logits of all steps together, and the cache."""
-    key = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
-    ids, places = given.pop(key), given.pop("position_ids", None)
-    mask = given.pop("attention_mask", None) if key == "input_ids" else None
-    pieces, start = [], 0
-    with torch.no_grad():
-        for count in chunks:
-            step = {key: ids[:, start : start + count]}
-            if places is not None:
-                step["position_ids"] = places[:, start : start + count]
-            start += count
-            if mask is not None:
-                step["attention_mask"] = mask[:, :start]
-            output = model(**given, **step, past_key_values=past, use_cache=True)
-            past = output["past_key_values"]
-            pieces.append(output["logits"])
-    return torch.cat(pieces, 1), past

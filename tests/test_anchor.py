@@ -5,11 +5,11 @@ import warnings
 
 import pytest
 import torch
-from decoding import CHUNKS, DECODERS, LENGTH, install, stepwise
+from decoding import CHUNKS, DECODERS, LENGTH, install
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
-from taut.contract.tiny import inputs, logits, tiny
+from taut.contract.tiny import inputs, logits, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.kernels import anchors

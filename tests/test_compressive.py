@@ -4,10 +4,10 @@ from collections import deque
 
 import pytest
 import torch
-from decoding import CHUNKS, LENGTH, install, stepwise
+from decoding import CHUNKS, LENGTH, install
 from slow_compression import slow_reference
 
-from taut.contract.tiny import inputs, logits, tiny
+from taut.contract.tiny import inputs, logits, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.kernels.cache import Incoming

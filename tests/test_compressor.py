@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoding import CHUNKS, LENGTH, install, stepwise
+from decoding import CHUNKS, LENGTH, install
 from slow_compression import SLOW, slow_reference
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from taut.anatomy.locate import locate
-from taut.contract.tiny import inputs, logits, tiny
+from taut.contract.tiny import inputs, logits, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import MemorySite

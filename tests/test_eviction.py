@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from decoding import CHUNKS, DECODERS, LENGTH, install, own, stepwise
+from decoding import CHUNKS, DECODERS, LENGTH, install, own
 from slow_memory import Evicting, slowly
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from taut.anatomy.locate import locate
-from taut.contract.tiny import inputs, logits, padded_inputs, tiny
+from taut.contract.tiny import inputs, logits, padded_inputs, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite, MemorySite
 from taut.kernels import eviction

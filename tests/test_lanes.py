@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoding import install, stepwise
+from decoding import install
 from runs import LLAMA, small
 from test_train import Cut, cut_at, same, weights
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from taut.contract.tiny import inputs, logits, tiny
+from taut.contract.tiny import inputs, logits, stepwise, tiny
 from taut.core.errors import TautError
 from taut.methods.memory.compressive import Compressive
 from taut.methods.memory.segment_recurrence import SegmentRecurrence

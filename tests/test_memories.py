@@ -11,12 +11,12 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
-from decoding import CHUNKS, DECODERS, LENGTH, own, stepwise
+from decoding import CHUNKS, DECODERS, LENGTH, own
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from taut.contract.case import Case, Skip, cases, rows
-from taut.contract.tiny import inputs, logits, padded_inputs
+from taut.contract.tiny import inputs, logits, padded_inputs, stepwise
 from taut.core.errors import TautError
 from taut.core.registry import METHODS
 from taut.kernels.cache import PositionedCache

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoding import CHUNKS, LENGTH, install, own, stepwise
+from decoding import CHUNKS, LENGTH, install, own
 from slow_memory import by_heads, slowly
 from torch import Tensor
 
 from taut.anatomy.locate import locate
-from taut.contract.tiny import inputs, logits, padded_inputs, tiny
+from taut.contract.tiny import inputs, logits, padded_inputs, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import MemorySite

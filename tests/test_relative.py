@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoding import CHUNKS, DECODERS, LENGTH, stepwise
+from decoding import CHUNKS, DECODERS, LENGTH
 from runs import small
 from test_train import Cut, cut_at, same, weights
 from torch import nn
@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import taut
 from taut.anatomy.locate import locate
-from taut.contract.tiny import FAMILIES, inputs, logits, padded_inputs, tiny
+from taut.contract.tiny import FAMILIES, inputs, logits, padded_inputs, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite
 from taut.methods.attention.relative import Relative

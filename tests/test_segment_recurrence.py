@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoding import CHUNKS, LENGTH, install, own, stepwise
+from decoding import CHUNKS, LENGTH, install, own
 from slow_memory import slowly
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import taut
-from taut.contract.tiny import inputs, logits, tiny
+from taut.contract.tiny import inputs, logits, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.kernels import blocked

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoding import CHUNKS, DECODERS, LENGTH, install, own, stepwise
+from decoding import CHUNKS, DECODERS, LENGTH, install, own
 from slow_memory import slowly
 from torch import Tensor
 
 from taut.anatomy.locate import locate
-from taut.contract.tiny import inputs, logits, tiny
+from taut.contract.tiny import inputs, logits, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import MemorySite

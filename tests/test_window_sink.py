@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from decoding import CHUNKS, LENGTH, install, stepwise
+from decoding import CHUNKS, LENGTH, install
 from transformers import DynamicCache, PreTrainedModel
 
 from taut.anatomy.locate import locate
-from taut.contract.tiny import inputs, logits, padded_inputs, tiny
+from taut.contract.tiny import inputs, logits, padded_inputs, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite, MemorySite
 from taut.kernels import blocked

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from taut.cli.app import app
-from taut.cli.options import Json, finish, pairs
+from taut.cli.options import Device, Json, finish, pairs
 from taut.core.errors import TautError
 
 
@@ -16,12 +16,13 @@ def check(
         list[str] | None, typer.Option(help="tiny families to try; default: four representatives")
     ] = None,
     knob: Annotated[list[str] | None, typer.Option(help="key=value instead of the method's own test row")] = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Run the contract suite on one method, yours included."""
     from taut import display, verbs
 
-    rows = verbs.check(method, family or (), pairs(knob) or None)
+    rows = verbs.check(method, family or (), pairs(knob) or None, device=device)
     failed = any(row["status"] == "failed" for row in rows)
     finish(as_json, {"method": method, "passed": not failed, "rows": rows}, lambda: display.checks(rows))
     if failed:

@@ -26,11 +26,13 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """``entry`` is what a recipe would say for the method's slot, without the method's name."""
+    """``entry`` is what a recipe would say for the method's slot, without the method's name. Everything happens on
+    ``device``."""
 
     method: str
     family: str
     entry: tuple[tuple[str, Any], ...] = ()
+    device: str = "cpu"
 
     @property
     def label(self) -> str:
@@ -51,7 +53,7 @@ class Case:
         return Recipe.parse(dict.fromkeys(self.slots, line), self.label)
 
     def model(self, dtype: torch.dtype = torch.float32, seed: int = 0, head: str = "default") -> PreTrainedModel:
-        return tiny(self.family, dtype=dtype, seed=seed, head=head)
+        return tiny(self.family, dtype=dtype, seed=seed, head=head).to(self.device)
 
     def batches(self, model: PreTrainedModel) -> list[dict[str, Tensor]]:
         """Calibration: different tokens than the checks use."""
@@ -93,8 +95,10 @@ def rows() -> dict[str, list[dict[str, Any]]]:
     return yaml.safe_load(files("taut.contract").joinpath("rows.yaml").read_text())
 
 
-def cases(method: str, families: tuple[str, ...], entries: list[dict[str, Any]] | None = None) -> list[Case]:
+def cases(
+    method: str, families: tuple[str, ...], entries: list[dict[str, Any]] | None = None, device: str = "cpu"
+) -> list[Case]:
     """Every entry of the method's row on every family; a method without a row is tried with its defaults."""
     METHODS.get(method)
     chosen = rows().get(method, [{}]) if entries is None else entries
-    return [Case(method, family, tuple(entry.items())) for family in families for entry in chosen]
+    return [Case(method, family, tuple(entry.items()), device) for family in families for entry in chosen]

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from taut.contract.case import Case, Skip
-from taut.contract.tiny import inputs, logits, padded_inputs
+from taut.contract.tiny import inputs, logits, padded_inputs, stepwise
 from taut.contract.workers import Worker, bits_equal
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
@@ -72,14 +72,14 @@ def flops_are_counted(case: Case) -> None:
         if step.method.uncounted:
             raise Skip(step.method.uncounted)
         part = model.get_submodule(step.site.path)
-        tokens = 16
+        tokens, there = 16, {"device": model.device}
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             if isinstance(part, TablePart):
-                part(torch.arange(tokens))
+                part(torch.arange(tokens, **there))
                 for _ in step.site.heads:
-                    part.logits(torch.randn(tokens, step.site.width))
+                    part.logits(torch.randn(tokens, step.site.width, **there))
             else:
-                part(torch.randn(tokens, step.site.inputs))
+                part(torch.randn(tokens, step.site.inputs, **there))
         counted = counter.get_total_flops() / tokens
         assert abs(step.cost.flops_per_token - counted) <= 0.02 * counted + 1e-9, (step.site.name, counted)
         seen += 1
@@ -119,7 +119,8 @@ def gradients_flow(case: Case) -> None:
             module.p = 0.0
     output = model(**inputs(model))
     answer = output["logits"] if "logits" in output else output["last_hidden_state"]
-    (answer * torch.randn(answer.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+    direction = torch.randn(answer.shape, generator=torch.Generator().manual_seed(0))
+    (answer * direction.to(answer.device)).sum().backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.numel() and not name.endswith("position_bias"):
             assert parameter.grad is not None, name
@@ -150,7 +151,7 @@ def padding_does_not_leak(case: Case) -> None:
         positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         given["position_ids"] = other["position_ids"] = positions
     before, after = logits(model, **given), logits(model, **other)
-    real = torch.ones(before.shape[:2], dtype=torch.bool)
+    real = torch.ones(before.shape[:2], dtype=torch.bool, device=before.device)
     if not model.config.is_encoder_decoder:
         real = ~padding
     assert torch.allclose(before[real], after[real], atol=2e-5, rtol=0)
@@ -161,7 +162,7 @@ def padding_does_not_leak(case: Case) -> None:
     if "position_ids" in alone:
         alone["position_ids"] = alone["position_ids"][:, keep]
     single = logits(model, **alone)[0]
-    _assert_close(model, before[-1][real[-1]], single, atol=5e-4)
+    assert_close(model, before[-1][real[-1]], single, atol=5e-4)
 
 
 def steps_equal_full_pass(case: Case) -> None:
@@ -171,17 +172,8 @@ def steps_equal_full_pass(case: Case) -> None:
     case.need_equal_steps(model)
     given = inputs(model, length=14)
     whole = logits(model, **given, use_cache=False)
-    key = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
-    ids = given.pop(key)
-    mask = given.pop("attention_mask") if key == "input_ids" else None
-    past, pieces = None, []
-    with torch.no_grad():
-        for start, stop in [(0, 4), *((index, index + 1) for index in range(4, 14))]:
-            step = {key: ids[:, start:stop], **({"attention_mask": mask[:, :stop]} if mask is not None else {})}
-            output = model(**given, **step, past_key_values=past, use_cache=True)
-            past = output["past_key_values"]
-            pieces.append(output["logits"])
-    _assert_close(model, torch.cat(pieces, 1), whole, atol=1e-4)
+    steps, _ = stepwise(model, [4, *[1] * 10], **given)
+    assert_close(model, steps, whole, atol=1e-4)
 
 
 def undo_to_the_bit(case: Case) -> None:
@@ -256,9 +248,9 @@ def merged_is_equivalent(case: Case) -> None:
     for name, part in parts.items():
         merged = part.merged()
         if isinstance(part, TablePart):
-            ids = torch.arange(part.num_embeddings)
+            ids = torch.arange(part.num_embeddings, device=model.device)
             assert torch.allclose(part(ids), merged * part.scale, atol=1e-5), name
-            hidden = torch.randn(5, part.embedding_dim)
+            hidden = torch.randn(5, part.embedding_dim, device=model.device)
             assert torch.allclose(part.logits(hidden), hidden @ merged.t(), atol=1e-3, rtol=1e-3), name
         elif isinstance(part, LinearPart):
             x = seen[name]
@@ -276,11 +268,11 @@ def builds_from_scratch(case: Case) -> None:
     for step in case.planned(model).steps:
         if isinstance(step.method, PartMethod):
             torch.manual_seed(0)
-            part = step.method.build(step.site, torch.device("cpu"), torch.float32)
+            part = step.method.build(step.site, model.device, torch.float32)
             if isinstance(step.site, TableSite):
-                assert part(torch.arange(4)).isfinite().all()
+                assert part(torch.arange(4, device=model.device)).isfinite().all()
             elif isinstance(step.site, LinearSite):
-                assert part(torch.randn(2, step.site.inputs)).isfinite().all()
+                assert part(torch.randn(2, step.site.inputs, device=model.device)).isfinite().all()
             seen += 1
     if not seen:
         raise Skip("no part with tensors of its own")
@@ -344,7 +336,7 @@ def composes(case: Case) -> None:
     assert answer.isfinite().all()
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        assert bits_equal(case.answer(type(model).from_pretrained(folder).eval()), answer)
+        assert bits_equal(case.answer(type(model).from_pretrained(folder).to(case.device).eval()), answer)
 
 
 def _inputs_of_maps(case: Case, model: PreTrainedModel) -> dict[str, Tensor]:
@@ -366,7 +358,8 @@ def _approximate(model: PreTrainedModel) -> float:
     return max((float(step.method.approximate) for step in steps), default=0.0)
 
 
-def _assert_close(model: PreTrainedModel, a: Tensor, b: Tensor, atol: float) -> None:
+def assert_close(model: PreTrainedModel, a: Tensor, b: Tensor, atol: float) -> None:
+    """Two answers of a model are one up to rounding; how far that goes, its methods say."""
     if _approximate(model):
         assert (a - b).norm() <= _approximate(model) * b.norm()
     else:

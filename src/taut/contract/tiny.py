@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 VOCABULARY = 96
 STANDARD_DEVIATION = 0.3
@@ -158,12 +158,14 @@ def is_decoder(model: PreTrainedModel) -> bool:
 
 
 def inputs(model: PreTrainedModel, batch: int = 2, length: int = 12, seed: int = 0) -> dict[str, Tensor]:
-    """Random ids without special tokens and a mask of ones, (B, T) int64; ``decoder_input_ids`` (B, T) when needed."""
+    """Random ids without special tokens and a mask of ones, (B, T) int64; ``decoder_input_ids`` (B, T) when needed.
+    They lie where the model does, and are the same everywhere."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=generator)
+    ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=generator).to(model.device)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
-        given["decoder_input_ids"] = torch.randint(5, model.config.vocab_size, (batch, length), generator=generator)
+        decoded = torch.randint(5, model.config.vocab_size, (batch, length), generator=generator)
+        given["decoder_input_ids"] = decoded.to(model.device)
     return given
 
 
@@ -184,6 +186,28 @@ def logits(model: PreTrainedModel, **given: Tensor) -> Tensor:
     with torch.no_grad():
         output = model(**given)
     return output["logits"] if "logits" in output else output["last_hidden_state"]
+
+
+def stepwise(
+    model: PreTrainedModel, chunks: list[int], past: Cache | None = None, **given: Tensor
+) -> tuple[Tensor, Cache]:
+    """Logits (B, T, V) of a text that comes in these ``chunks``, through the model's cache, and the cache."""
+    key = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+    ids, places = given.pop(key), given.pop("position_ids", None)
+    mask = given.pop("attention_mask", None) if key == "input_ids" else None
+    pieces, start = [], 0
+    with torch.no_grad():
+        for count in chunks:
+            step = {key: ids[:, start : start + count]}
+            if places is not None:
+                step["position_ids"] = places[:, start : start + count]
+            start += count
+            if mask is not None:
+                step["attention_mask"] = mask[:, :start]
+            output = model(**given, **step, past_key_values=past, use_cache=True)
+            past = output["past_key_values"]
+            pieces.append(output["logits"])
+    return torch.cat(pieces, 1), past
 
 
 @torch.no_grad()

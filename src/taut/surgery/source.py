@@ -87,12 +87,23 @@ def check_folder(folder: Path) -> Path:
     return folder
 
 
+def check_device(device: str) -> torch.device:
+    """The device of a name. Raises TautError when it is not on this machine, naming those that are."""
+    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    # Not torch.device(): that knows the names of devices nobody has.
+    if device not in (*there, *(["cuda"] if there[1:] else [])):
+        raise TautError(f"device = {device!r}: not here; expected {' or '.join(there)}")
+    return torch.device(device)
+
+
 def open_model(source: Source, dtype: torch.dtype | None = None, device: str = "cpu", seed: int = 0) -> PreTrainedModel:
     """The model in evaluation mode, every key accounted for. ``dtype`` None keeps the checkpoint's own.
 
     The device ``disk`` leaves the weights of a folder where they are; each module reads its own when it is called, and
-    computes on the CPU. Raises TautError for missing, unexpected or mismatched keys.
+    computes on the CPU. Raises TautError for missing, unexpected or mismatched keys, and a device that is not here.
     """
+    if device != "disk":
+        check_device(device)
     config = source.config
     if source.folder is None:
         device = "cpu" if device == "disk" else device

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from taut.core.errors import TautError
 from taut.surgery.apply import check_writable, copy_companions, whole_folder
-from taut.surgery.source import open_skeleton
+from taut.surgery.source import check_device, open_skeleton
 from taut.training.budget import Costs, costs_of, plan_course
 from taut.training.corpus import Corpus, read_corpus
 from taut.training.guide import Guides, guided_parts
@@ -246,9 +246,7 @@ class _Run:
 
 def _arguments(spec: TrainSpec, state: Path, device: str) -> TrainingArguments:
     """Raises TautError for a device or a reporter that is not there, and for a batch that does not divide."""
-    kind = torch.device(device).type
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise TautError(f"device = {device!r}: not here; expected cpu{', cuda' if torch.cuda.is_available() else ''}")
+    kind = check_device(device).type
     if spec.precision == "float16" and kind == "cpu":
         raise TautError("precision = 'float16': needs a GPU; use float32 or bfloat16 on a CPU")
     if spec.report_to != "none" and find_spec(spec.report_to) is None:

@@ -117,8 +117,10 @@ draw = report
 """The verb under a second name, for ``compare``, whose option ``report`` hides it."""
 
 
-def check(method: str, families: Sequence[str] = (), knobs: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def check(
+    method: str, families: Sequence[str] = (), knobs: dict[str, Any] | None = None, *, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """Run the contract suite on one method; a row per check and case: ``passed``, ``skipped`` or ``failed``, why."""
     from taut.contract.suite import run
 
-    return run(method, tuple(families), knobs)
+    return run(method, tuple(families), knobs, device)

@@ -1,0 +1,79 @@
+"""Every method on a GPU: its contract there, and that what happens there is what happens on the CPU.
+
+Without a GPU all of this is skipped but the wrong input.
+"""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import LOW_RANK, small
+
+from taut.contract.case import Case, Skip, cases
+from taut.contract.checks import CHECKS
+from taut.contract.device_checks import DEVICE_CHECKS
+from taut.contract.suite import run
+from taut.contract.tiny import REPRESENTATIVES
+from taut.core.errors import TautError
+from taut.core.registry import METHODS
+from taut.surgery.source import check_device
+from taut.training.loop import Moment
+from taut.training.run import train
+
+HERE = torch.cuda.is_available()
+ALL = CHECKS | DEVICE_CHECKS
+RECIPES = {
+    "dense": {},
+    "low rank": LOW_RANK,
+    "anchors": {"memory": {"method": "anchor", "every": 5}},
+    "relative": {"attention": {"method": "relative"}},
+}
+need_gpu = pytest.mark.skipif(not HERE, reason="no GPU here")
+
+
+def on_the_device() -> list:
+    found = [case for method in METHODS.built_in() for case in cases(method, REPRESENTATIVES, device="cuda")]
+    return [pytest.param(case, id=case.label) for case in found] if HERE else []
+
+
+@need_gpu
+@pytest.mark.parametrize("case", on_the_device())
+@pytest.mark.parametrize("check", ALL if HERE else [])
+def test_contract_on_the_device(check: str, case: Case) -> None:
+    try:
+        ALL[check](case)
+    except Skip as reason:
+        pytest.skip(str(reason))
+
+
+@need_gpu
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_training_there_is_training_here(recipe: dict[str, Any], tmp_path: Path) -> None:
+    spec = small(tmp_path, recipe=recipe)
+    here, there = (train(spec, tmp_path / kind, device=kind).record["evaluations"] for kind in ("cpu", "cuda"))
+    assert [each["loss"] for each in there] == pytest.approx([each["loss"] for each in here], abs=1e-3)
+
+
+@need_gpu
+def test_training_there_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    spec = small(tmp_path, precision="bfloat16", recipe=RECIPES["anchors"], save={"steps": 2})
+    whole = train(spec, tmp_path / "whole", device="cuda").record
+
+    def interrupt(moment: Moment) -> None:
+        if moment.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert train(spec, tmp_path / "cut", device="cuda", progress=interrupt).status == "interrupted"
+    again = train(spec, tmp_path / "cut", device="cuda").record
+    assert again["evaluations"][-1]["loss"] == pytest.approx(whole["evaluations"][-1]["loss"], abs=1e-2)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta"])
+def test_a_device_that_is_not_here(device: str) -> None:
+    with pytest.raises(TautError, match="not here; expected cpu"):
+        check_device(device)
+    with pytest.raises(TautError, match="not here; expected cpu"):
+        run("embedding.low_rank", device=device)
