@@ -1,6 +1,7 @@
 """Decoding behind a long prefix with an anchor cache, against full caches and against no prefix at all."""
 
 import copy
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from transformers import Cache, PreTrainedModel, StaticCache
 
 import taut
 from taut.generation.prefix import Prefix
-from taut.measurement.clock import compare
+from taut.measurement import memory, sandbox
+from taut.measurement.clock import Timing, compare
 from taut.measurement.count import cache_bytes
 from taut.surgery.source import open_model, resolve
 
@@ -29,11 +31,13 @@ CLAIM = (
 )
 NOTES = (
     f"time of {STEPS} tokens, one by one; random weights, as it does not matter what the tokens are. 'one token': the "
-    "same model and memory behind a prefix of one token, which no cache can beat. 'anchors, int8': "
-    "weights in 8 bits as well, which lowers that floor. cache bytes: held before the first "
-    f"token. {ANSWER} tokens after the question cost what decoding costs; 'read again' has a full DynamicCache then"
+    "same model and memory behind a prefix of one token, which no cache can beat. 'anchors, int8' (on a CPU): weights "
+    "in 8 bits as well, which lowers that floor. cache bytes: held before the first token. "
+    f"{ANSWER} tokens after the question cost what decoding costs; 'read again' has a full DynamicCache then. peak "
+    f"bytes, in fresh processes: the cache and what decoding {STEPS} tokens took beyond it. rows: texts that share "
+    "the prefix, each with a cache of its own. The targets are those of a CPU with two threads"
 )
-OURS = ("anchors", "one token", "anchors, int8")
+OURS, INT8 = ("anchors", "one token"), "anchors, int8"
 
 
 def prefix_of(length: int) -> Tensor:
@@ -43,52 +47,72 @@ def prefix_of(length: int) -> Tensor:
     return ids
 
 
-def caches(models: dict[str, PreTrainedModel], ids: Tensor) -> dict[str, Callable[[], Cache]]:
-    """A cache of each kind, ready for the token after the prefix. Each call goes back to that state."""
+def tried(device: str) -> dict[str, PreTrainedModel]:
+    """The model of each kind of cache; on a CPU one with int8 weights, too."""
+    torch.manual_seed(0)
+    dense = open_model(resolve(MODEL), device=device)
+    kept = {"memory": {"method": "anchor", "ids": [7], "longest": 0}}
+    tightened = taut.apply(copy.deepcopy(dense), kept)
+    models = {"DynamicCache": dense, "StaticCache": dense, "anchors": tightened, "one token": tightened}
+    if device == "cpu":
+        light = {slot: {"method": "low_bit"} for slot in ("embedding", "projection", "feedforward")}
+        models[INT8] = taut.apply(copy.deepcopy(dense), light | kept)
+    return models
+
+
+def fresh(kind: str, model: PreTrainedModel, ids: Tensor, rows: int = 1) -> Callable[[], Cache]:
+    """What gives a cache of this kind for ``rows`` texts, ready for the token after the prefix. Each call goes back to
+    that state."""
     length = len(ids)
-    dynamic = taut.prefix(models["DynamicCache"], ids).memory
-    static = StaticCache(config=models["StaticCache"].config, max_cache_len=length + STEPS)
+    if kind in (*OURS, INT8):
+        kept = taut.prefix(model, ids[:1] if kind == "one token" else ids)
+        return lambda: kept.cache(rows)
+    dynamic = taut.prefix(model, ids).cache(rows)
+    if kind == "DynamicCache":
+
+        def back() -> Cache:
+            if dynamic.get_seq_length() > length:
+                dynamic.crop(length - dynamic.get_seq_length())
+            return dynamic
+
+        return back
+    static = StaticCache(config=model.config, max_cache_len=length + STEPS)
     for full, layer in zip(dynamic.layers, static.layers, strict=True):
         layer.update(full.keys, full.values)
-    ours = {name: taut.prefix(models[name], ids[:1] if name == "one token" else ids) for name in OURS}
 
-    def fresh_dynamic() -> Cache:
-        if dynamic.get_seq_length() > length:
-            dynamic.crop(length - dynamic.get_seq_length())
-        return dynamic
-
-    def fresh_static() -> Cache:
+    def emptied() -> Cache:
         for layer in static.layers:
             layer.cumulative_length.fill_(length)
         return static
 
-    kinds = {"DynamicCache": fresh_dynamic, "StaticCache": fresh_static}
-    return kinds | {name: prefix.cache for name, prefix in ours.items()}
+    return emptied
 
 
-def decoding(model: PreTrainedModel, fresh: Callable[[], Cache], first: int, steps: int) -> Callable[[], None]:
-    """``steps`` tokens, one at a time."""
-    tokens = torch.arange(200, 200 + steps).view(steps, 1, 1)
+def decoding(model: PreTrainedModel, cache_of: Callable[[], Cache], first: int, rows: int = 1) -> Callable[[], None]:
+    """STEPS tokens of each row, one at a time."""
+    tokens = torch.arange(200, 200 + STEPS, device=model.device).view(STEPS, 1, 1).repeat(1, rows, 1)
+    places = torch.arange(first, first + STEPS, device=model.device).view(STEPS, 1, 1)
 
     def run() -> None:
-        cache = fresh()
-        for place, token in enumerate(tokens, first):
-            model(input_ids=token, past_key_values=cache, position_ids=torch.tensor([[place]]), use_cache=True)
+        cache = cache_of()
+        for token, place in zip(tokens, places, strict=True):
+            model(input_ids=token, past_key_values=cache, position_ids=place, use_cache=True)
 
     return run
 
 
-def scoring(dense: PreTrainedModel, tightened: PreTrainedModel, prefix: Tensor) -> dict[str, Callable[[], Any]]:
+def scoring(models: dict[str, PreTrainedModel], prefix: Tensor) -> dict[str, Callable[[], Any]]:
     """The logits of a question behind the prefix: everything read again, or the prefix's caches."""
-    question = torch.arange(300, 300 + QUESTION)[None]
-    whole = torch.cat([prefix[None], question], 1)
+    dense, tightened = models["DynamicCache"], models["anchors"]
+    question = torch.arange(300, 300 + QUESTION, device=dense.device)[None]
+    whole = torch.cat([prefix[None].to(dense.device), question], 1)
     full, anchors = taut.prefix(dense, prefix), taut.prefix(tightened, prefix)
 
     def behind(model: PreTrainedModel, kept: Prefix) -> Callable[[], Any]:
-        memory = kept.memory
+        held = kept.memory
 
         def run() -> Any:
-            cache = memory if kept is full else kept.cache()
+            cache = held if kept is full else kept.cache()
             answer = model(input_ids=question, past_key_values=cache, use_cache=True)
             if kept is full:
                 # A slice, where a copy would be timed.
@@ -102,60 +126,88 @@ def scoring(dense: PreTrainedModel, tightened: PreTrainedModel, prefix: Tensor) 
 
 
 @torch.inference_mode()
+def peak(kind: str, length: int, rows: int, device: str) -> dict[str, Any]:
+    """Bytes of the cache, and the most that decoding took beyond what was held before. For a process of its own."""
+    model = tried(device)[kind]
+    cache_of = fresh(kind, model, prefix_of(length), rows)
+    run = decoding(model, cache_of, length, rows)
+    held = cache_bytes(cache_of())
+    with memory.watch(device) as watched:
+        run()
+    return {"cache": held, "extra": watched.extra}
+
+
+def decoded(models: dict[str, PreTrainedModel], length: int, rows: int, threads: int, given: Namespace) -> tuple:
+    """Rows of the record that compare a token with each kind of cache; and the times."""
+    caches = {kind: fresh(kind, model, prefix_of(length), rows) for kind, model in models.items()}
+    held = {kind: cache_bytes(cache_of()) for kind, cache_of in caches.items()}
+    calls = {kind: decoding(models[kind], cache_of, length, rows) for kind, cache_of in caches.items()}
+    repeats = 3 if given.quick else given.repeats
+    times = compare(calls, repeats=repeats, threads=threads, device=given.device)
+    wanted = length == PREFIXES[-1] and threads == 2 and given.device == "cpu"
+    targets = {"DynamicCache": DYNAMIC, "StaticCache": STATIC, "one token": 1 / EMPTY, INT8: None}
+    found = []
+    for kind in (each for each in targets if each in models):
+        where = {"what": "a token", "prefix": length, "rows": rows, "threads": threads, "against": kind}
+        row = against(times[kind], times["anchors"], targets[kind] if wanted else None, **where)
+        sizes = {"their cache bytes": held[kind], "our cache bytes": held["anchors"]}
+        found.append(row | sizes | {"ms a token": times["anchors"].median * 1e3 / STEPS})
+    return found, times
+
+
+def asked(
+    models: dict[str, PreTrainedModel], length: int, threads: int, token: dict[str, Timing], given: Namespace
+) -> list[dict[str, Any]]:
+    """Rows of the record that compare a question behind the prefix; with an answer, at the times of a ``token``."""
+    calls, repeats = scoring(models, prefix_of(length)), 3 if given.quick else 6
+    times = compare(calls, repeats=repeats, threads=threads, device=given.device)
+    wanted = length == PREFIXES[-1] and threads == 2 and given.device == "cpu"
+    found = []
+    for name, target in (("read again", SCORING), ("full cache", None)):
+        where = {"what": f"a question of {QUESTION}", "prefix": length, "rows": 1, "threads": threads, "against": name}
+        found.append(against(times[name], times["anchors"], target if wanted else None, **where))
+    kinds = {"read again": "DynamicCache", "full cache": "DynamicCache", "anchors": "anchors"}
+    ends = {f"{name}, s": times[name].median + ANSWER / STEPS * token[kind].median for name, kind in kinds.items()}
+    where = {"what": f"question and {ANSWER} tokens", "prefix": length, "rows": 1, "threads": threads}
+    return [*found, where | ends]
+
+
+@torch.inference_mode()
 def main() -> int:
-    given = options(CLAIM, repeats=15)
-    torch.manual_seed(0)
-    dense = open_model(resolve(MODEL))
-    memory = {"memory": {"method": "anchor", "ids": [7], "longest": 0}}
-    tightened = taut.apply(copy.deepcopy(dense), memory)
-    light = {slot: {"method": "low_bit"} for slot in ("embedding", "projection", "feedforward")}
-    models = {"DynamicCache": dense, "StaticCache": dense, "anchors": tightened, "one token": tightened}
-    models["anchors, int8"] = taut.apply(copy.deepcopy(dense), light | memory)
-    rows, figure = [], []
+    given = options(CLAIM, repeats=15, rows=1)
+    models = tried(given.device)
+    rows: list[dict[str, Any]] = []
     for length in PREFIXES[:1] if given.quick else PREFIXES:
-        kinds = caches(models, prefix_of(length))
-        held = {name: cache_bytes(fresh()) for name, fresh in kinds.items()}
-        for threads in (1, 2):
-            calls = {name: decoding(models[name], fresh, length, STEPS) for name, fresh in kinds.items()}
-            times = compare(calls, repeats=3 if given.quick else given.repeats, threads=threads)
-            wanted = length == PREFIXES[-1] and threads == 2
-            targets = {"DynamicCache": DYNAMIC, "StaticCache": STATIC, "one token": 1 / EMPTY, "anchors, int8": None}
-            for name, target in targets.items():
-                where = {"what": "a token", "prefix": length, "threads": threads, "against": name}
-                row = against(times[name], times["anchors"], target if wanted else None, **where)
-                sizes = {"their cache bytes": held[name], "our cache bytes": held["anchors"]}
-                rows.append(row | sizes | {"ms a token": times["anchors"].median * 1e3 / STEPS})
-                figure.append({"prefix": length, "threads": threads, "against": name, "ratio": row["faster"].value})
-            asked = scoring(dense, tightened, prefix_of(length))
-            questions = compare(asked, repeats=3 if given.quick else 6, threads=threads)
-            times |= {f"question: {name}": each for name, each in questions.items()}
-            ours = times["question: anchors"]
-            for name, target in (("read again", SCORING), ("full cache", None)):
-                where = {"what": f"a question of {QUESTION}", "prefix": length, "threads": threads, "against": name}
-                row = against(times[f"question: {name}"], ours, target if wanted else None, **where)
-                rows.append(row)
-                figure.append({"prefix": length, "threads": threads, "against": name, "ratio": row["faster"].value})
-            token = {"read again": "DynamicCache", "full cache": "DynamicCache", "anchors": "anchors"}
-            ends = {
-                name: times[f"question: {name}"].median + ANSWER / STEPS * times[kind].median
-                for name, kind in token.items()
-            }
-            rows.append(
-                {"what": f"question and {ANSWER} tokens", "prefix": length, "threads": threads}
-                | {f"{name}, s": seconds for name, seconds in ends.items()}
-            )
-    if not given.quick:
-        draw(figure, RECORDS / "anchor_cache.png")
-    return record("anchor_cache", CLAIM, rows, all(row.get("holds", True) for row in rows), NOTES, given.quick)
+        for threads in (1, 2) if given.device == "cpu" else (1,):
+            found, token = decoded(models, length, 1, threads, given)
+            rows += [*found, *asked(models, length, threads, token, given)]
+            if given.rows > 1:
+                rows += decoded(models, length, given.rows, threads, given)[0]
+    length = PREFIXES[0 if given.quick else -1]
+    for count in sorted({1, given.rows}):
+        taken = {}
+        for kind in models:
+            arguments = {"kind": kind, "length": length, "rows": count, "device": given.device}
+            taken[kind] = sandbox.call("anchor_cache:peak", arguments).result
+        sizes = {f"{kind}, peak bytes": each["cache"] + (each["extra"] or 0) for kind, each in taken.items()}
+        rows.append({"what": f"memory of {STEPS} tokens", "prefix": length, "rows": count} | sizes)
+    if not given.quick and given.device == "cpu":
+        draw(rows, RECORDS / "anchor_cache.png")
+    passed = all(row.get("holds", True) for row in rows) if given.device == "cpu" else None
+    return record("anchor_cache", CLAIM, rows, passed, NOTES, given.quick, given.device)
 
 
-def draw(points: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """How many times faster than each, by the length of the prefix, 2 threads."""
     import altair
 
-    shown = [point for point in points if point["threads"] == 2 and point["against"] not in OURS]
+    points = [
+        {name: row[name] for name in ("prefix", "against")} | {"ratio": row["faster"].value}
+        for row in rows
+        if row.get("threads") == 2 and row["rows"] == 1 and row.get("against") not in (None, *OURS, INT8)
+    ]
     chart = (
-        altair.Chart(altair.Data(values=shown), width=420, height=260, title="Behind a prefix kept in 40 anchors")
+        altair.Chart(altair.Data(values=points), width=420, height=260, title="Behind a prefix kept in 40 anchors")
         .mark_line(point=True)
         .encode(
             altair.X("prefix:Q", scale=altair.Scale(type="log", base=2), title="prefix, tokens"),

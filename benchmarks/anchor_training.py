@@ -156,7 +156,7 @@ def main() -> int:
     notes = "language: perplexity, 'ratio' is of losses in nats; recall: accuracy, read through the cache; chance is "
     notes += f"{1 / PAIRS:.3f}. cache: entries after one text of {PAIRS} segments of {FILLERS + 4} words"
     passed = all(row.get("holds", True) for row in rows)
-    return record("anchor_training", CLAIM, rows, passed, notes, given.quick)
+    return record("anchor_training", CLAIM, rows, passed, notes, given.quick, given.device)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def main() -> int:
         )
     passed = all(row["holds"] for row in rows if "holds" in row)
     notes = "threads 1 and 2 for each length; memory in a fresh process, the result included"
-    return record("attention_local_global", CLAIM, rows, passed, notes, given.quick)
+    return record("attention_local_global", CLAIM, rows, passed, notes, given.quick, given.device)
 
 
 if __name__ == "__main__":

@@ -55,20 +55,32 @@ def against(dense: Timing, ours: Timing, at_least: float | None = None, **where:
 
 
 def record(
-    name: str, claim: str, rows: Sequence[dict[str, Any]], passed: bool | None, notes: str = "", quick: bool = False
+    name: str,
+    claim: str,
+    rows: Sequence[dict[str, Any]],
+    passed: bool | None,
+    notes: str = "",
+    quick: bool = False,
+    device: str = "cpu",
 ) -> int:
-    """Print ``rows`` as a table; write ``records/<name>.json`` unless ``quick``. Quantities keep their raw samples.
+    """Print ``rows`` as tables, one for each set of columns; write ``records/<name>.json`` unless ``quick``. Of another
+    device than the CPU it is ``records/<name>-<device>.json``. Quantities keep their raw samples.
 
     ``passed`` None: nothing was promised. Returns the exit status: 1 when a promise was not kept.
     """
+    kind = torch.device(device).type
+    name = name if kind == "cpu" else f"{name}-{kind}"
     console = Console(width=max(Console().width, 120))
-    table = Table(title=claim, caption=notes or None)
-    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if not _raw(rows, key)]
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(_shown(row.get(column)) for column in columns))
-    console.print(table)
+    console.print(claim)
+    for group in _alike(rows):
+        table = Table()
+        columns = [key for key in dict.fromkeys(key for row in group for key in row) if not _raw(group, key)]
+        for column in columns:
+            table.add_column(column, justify="right")
+        for row in group:
+            table.add_row(*(_shown(row.get(column)) for column in columns))
+        console.print(table)
+    console.print(notes)
     verdict = {True: "holds", False: "does NOT hold", None: "no promise"}[passed]
     console.print(f"{name}: {verdict}{' (quick run: no record)' if quick else ''}")
     if not quick:
@@ -80,7 +92,7 @@ def record(
             "passed": passed,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join([Path(sys.argv[0]).name, *words]),
-            "environment": environment(torch.get_num_threads()) | {"kernels": kernel_path(_device())},
+            "environment": environment(torch.get_num_threads()) | {"kernels": kernel_path(device)},
             "notes": notes,
             "rows": rows,
         }
@@ -121,8 +133,12 @@ def seen(folder: str, key: str) -> Iterator[dict[str, Any]]:
         path.write_text(json.dumps(known))
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _alike(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows that measure the same: those that only lack a target belong to the rest of their kind."""
+    groups: dict[frozenset[str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(frozenset(row) - {"target", "holds"}, []).append(row)
+    return list(groups.values())
 
 
 def _raw(rows: Sequence[dict[str, Any]], key: str) -> bool:

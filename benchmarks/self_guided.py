@@ -241,7 +241,7 @@ def main() -> int:
         print(f"{len(bench.done)} runs are kept in {bench.folder}; the same command goes on from there")
         return 130
     notes = "; ".join(found) + f". Loss: nats a token of held-out text; FLOPs: {TRAINING} x forward, guides included"
-    return record("self_guided", CLAIM, bench.rows(), None, notes, given.quick)
+    return record("self_guided", CLAIM, bench.rows(), None, notes, given.quick, given.device)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,9 @@ def main() -> int:
         "ids, for 6 and 3 bits, 4-bit floats and tensor trains (here of uniform ids, nearly all distinct), and for "
         "tied heads"
     )
-    return record("table_lookup", CLAIM, rows, all(row.get("holds", True) for row in rows), notes, given.quick)
+    return record(
+        "table_lookup", CLAIM, rows, all(row.get("holds", True) for row in rows), notes, given.quick, given.device
+    )
 
 
 if __name__ == "__main__":

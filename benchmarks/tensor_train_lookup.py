@@ -84,7 +84,15 @@ def main() -> int:
         "one thread; 'faster': how many times faster than what it is held against; 'holds': the whole 95 % interval "
         f"reaches the target. A table of rank {PROMISED} holds {numbers:,} numbers for {ROWS * WIDTH:,}"
     )
-    return record("tensor_train_lookup", CLAIM, rows, all(row.get("holds", True) for row in rows), notes, given.quick)
+    return record(
+        "tensor_train_lookup",
+        CLAIM,
+        rows,
+        all(row.get("holds", True) for row in rows),
+        notes,
+        given.quick,
+        given.device,
+    )
 
 
 if __name__ == "__main__":

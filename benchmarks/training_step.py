@@ -85,7 +85,7 @@ def main() -> int:
     found += rows(names, True, given.quick, given.device, max(3, repeats // 3))
     notes = "linear maps of torch and fused AdamW on both sides; 'by FLOPs': the ratio that FLOPs alone would give"
     passed = all(row["holds"] for row in found if "holds" in row)
-    return record("training_step", CLAIM, found, passed, notes, given.quick)
+    return record("training_step", CLAIM, found, passed, notes, given.quick, given.device)
 
 
 if __name__ == "__main__":

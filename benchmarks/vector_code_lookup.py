@@ -82,7 +82,7 @@ def main() -> int:
 
     notes = "'holds': the whole 95 % interval is at or above 1 / 1.5. Lengths kept apart. No promise for the other rows"
     passed = all(row.get("holds", True) for row in rows)
-    return record("vector_code_lookup", CLAIM, rows, passed, notes, given.quick)
+    return record("vector_code_lookup", CLAIM, rows, passed, notes, given.quick, given.device)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from taut.training.loop import Moment
 from taut.training.run import train
 
 HERE = torch.cuda.is_available()
-ALL = CHECKS | DEVICE_CHECKS
+QUICK = ("bert", "llama")
 RECIPES = {
     "dense": {},
     "low rank": LOW_RANK,
@@ -34,17 +34,24 @@ RECIPES = {
 need_gpu = pytest.mark.skipif(not HERE, reason="no GPU here")
 
 
-def on_the_device() -> list:
-    found = [case for method in METHODS.built_in() for case in cases(method, REPRESENTATIVES, device="cuda")]
-    return [pytest.param(case, id=case.label) for case in found] if HERE else []
+def jobs() -> list:
+    """What is particular to a device, on an encoder and a decoder; the whole contract is for ``make test-all``."""
+    if not HERE:
+        return []
+    found = []
+    for case in (case for method in METHODS.built_in() for case in cases(method, REPRESENTATIVES, device="cuda")):
+        for check in CHECKS | DEVICE_CHECKS:
+            quick = check in DEVICE_CHECKS and case.family in QUICK
+            marks = () if quick else pytest.mark.full
+            found.append(pytest.param(check, case, id=f"{check}-{case.label}", marks=marks))
+    return found
 
 
 @need_gpu
-@pytest.mark.parametrize("case", on_the_device())
-@pytest.mark.parametrize("check", ALL if HERE else [])
+@pytest.mark.parametrize(("check", "case"), jobs())
 def test_contract_on_the_device(check: str, case: Case) -> None:
     try:
-        ALL[check](case)
+        (CHECKS | DEVICE_CHECKS)[check](case)
     except Skip as reason:
         pytest.skip(str(reason))
 
