@@ -134,11 +134,15 @@ def seen(folder: str, key: str) -> Iterator[dict[str, Any]]:
 
 
 def _alike(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows that measure the same: those that only lack a target belong to the rest of their kind."""
-    groups: dict[frozenset[str], list[dict[str, Any]]] = {}
+    """Rows that measure the same: all columns of one are among those of the others, or the other way round."""
+    groups: list[tuple[set[str], list[dict[str, Any]]]] = []
     for row in rows:
-        groups.setdefault(frozenset(row) - {"target", "holds"}, []).append(row)
-    return list(groups.values())
+        columns, group = next((each for each in groups if each[0] <= set(row) or each[0] >= set(row)), (set(), []))
+        if not group:
+            groups.append((columns, group))
+        columns |= set(row)
+        group.append(row)
+    return [group for _, group in groups]
 
 
 def _raw(rows: Sequence[dict[str, Any]], key: str) -> bool:

@@ -32,6 +32,11 @@ class Segments(Marked):
         same = query.div(STEP, rounding_mode="floor") == key.div(STEP, rounding_mode="floor")
         return same | ((key % STEP > 0) & (query & ANCHOR == 0))
 
+    def sections(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        # An empty entry has the number of any segment: those before it are lower, or its own.
+        numbers = key.div(STEP, rounding_mode="floor").cummax(1).values.contiguous()
+        return torch.searchsorted(numbers, query.div(STEP, rounding_mode="floor").contiguous()), key % STEP > 0
+
     @property
     def settled(self) -> int:
         return 0

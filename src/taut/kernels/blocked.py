@@ -62,9 +62,9 @@ def attend(
 
     plan = list(_plan(view, window, first, rows or (CPU_ROWS if query.device.type == "cpu" else DEVICE_ROWS)))
     blocks = (
-        _fused(query[:, :, block], keys, values, _mask(view, pattern, (block, spans), query), bias, **options)
+        fused(query[:, :, block], keys, values, _mask(view, pattern, (block, spans), query), bias, **options)
         for (block, spans), keys, values, bias in zip(
-            plan, _slices(key, plan), _slices(value, plan), _bias(position_bias, plan), strict=True
+            plan, slices(key, plan), slices(value, plan), _bias(position_bias, plan), strict=True
         )
     )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
@@ -164,8 +164,12 @@ def _mask(view: View, pattern: Pattern, block: Block, query: Tensor) -> Tensor |
     because a row that sees nothing must not become NaN."""
     rows, spans = block
     columns = [slice(*span) for span in spans]
+
+    def allowed() -> Tensor:
+        return torch.cat([view.block(rows, each, query.device, pattern) for each in columns], -1)
+
     if view.rule is not None or view.marks is not None or any(view.padded(each) for each in columns):
-        return _additive(view, pattern, rows, columns, query)
+        return additive(allowed(), query.dtype)
     low = spans[-1][0]
     memory = view.pattern or Causal()
     inner = low >= view.reach(pattern.settled) + memory.settled
@@ -173,20 +177,19 @@ def _mask(view: View, pattern: Pattern, block: Block, query: Tensor) -> Tensor |
     place = (rows.start - low, turn) if inner else (rows.start, low)
     memo = (pattern, inner, place, rows.stop - rows.start, *(high - low for low, high in spans), query.dtype)
     if memo not in view.memo:
-        view.memo[memo] = _additive(view, pattern, rows, columns, query)
+        view.memo[memo] = additive(allowed(), query.dtype)
     return view.memo[memo]
 
 
-def _additive(view: View, pattern: Pattern, rows: slice, columns: list[slice], query: Tensor) -> Tensor | None:
-    allowed = torch.cat([view.block(rows, each, query.device, pattern) for each in columns], -1)
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A bool mask as what is added to scores; None when all is seen."""
     if bool(allowed.all()):
         return None
-    return torch.zeros(allowed.shape, dtype=query.dtype, device=query.device).masked_fill_(
-        ~allowed, torch.finfo(query.dtype).min
-    )
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return zeros.masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
-def _fused(
+def fused(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, *, scaling: Any, dropout: float
 ) -> Tensor:
     """One fused call on a block: (B, H, t, K), (B, H', s, K) -> (B, H, t, K)."""
@@ -222,7 +225,7 @@ class _Slices(torch.autograd.Function):
         return total, None
 
 
-def _slices(tensor: Tensor, plan: list[Block]) -> Iterator[Tensor]:
+def slices(tensor: Tensor, plan: list[Block]) -> Iterator[Tensor]:
     """The keys or values of each block, (B, H', s, K): views where a block has one span."""
     if torch.is_grad_enabled() and tensor.requires_grad:
         pieces = iter(_Slices.apply(tensor, [span for _, spans in plan for span in spans]))

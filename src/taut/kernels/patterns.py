@@ -136,6 +136,12 @@ class Marked(Pattern):
     def between(self, query: Tensor, key: Tensor) -> Tensor:
         """(..., Q) and (..., S) marks -> (..., Q, S) bool, causality aside."""
 
+    def sections(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Marks (B or 1, T) and (B or 1, S), oldest first -> (B or 1, T) int64, at which key a query's section begins,
+        and (B or 1, S) bool, which keys others may see from beyond it: a block kernel looks nowhere else. None where a
+        text has no sections."""
+        return None
+
     def allowed(self, query: Tensor, key: Tensor) -> Tensor:
         return Causal().allowed(query, key)
 
@@ -240,24 +246,26 @@ class View:
                 self.memo[key] = None if self.queries == 1 and bool(mask.all()) else mask
         return self.memo[key]
 
-    def block(self, rows: slice, columns: slice, device: torch.device, pattern: Pattern | None = None) -> Tensor:
-        """The part of the mask for these queries and keys: (B or 1, 1, t, s) bool."""
+    def block(
+        self, rows: slice, columns: slice | Tensor, device: torch.device, pattern: Pattern | None = None
+    ) -> Tensor:
+        """The part of the mask for these queries and keys: (B or 1, 1, t, s) bool. Keys may be (B or 1, s) places."""
         if pattern is not None or self.rule is not None:
             self._need_places()
         query = self._shifted(torch.arange(self.queries, device=device)[rows] + self.query_start)
-        key = self._keys(device)[..., columns]
+        key = _at(self._keys(device), columns)
         seen = key[..., None, :] >= 0 if self.key_positions is not None else torch.ones((), dtype=torch.bool).to(device)
         if self.causal and self.rule is None:
             seen = seen & Causal().allowed(query, key)
         for each in (self.pattern, pattern):
             if each is not None and self.packed is not None:
-                seen = seen & each.allowed(self.packed[:, rows], self.packed[:, columns])
+                seen = seen & each.allowed(self.packed[:, rows], _at(self.packed, columns))
             elif each is not None:
                 seen = seen & each.allowed(query, key)
         if self.marks is not None:
-            seen = seen & self.pattern.between(self.marks[0][:, rows], self.marks[1][:, columns])
+            seen = seen & self.pattern.between(self.marks[0][:, rows], _at(self.marks[1], columns))
         if self.padding is not None:
-            seen = seen & self.padding[:, None, columns].to(device)
+            seen = seen & _at(self.padding.to(device), columns)[:, None]
         if self.rule is not None:
             seen = seen & self._ruled(query, key)
         seen = seen if seen.dim() == 3 else seen.expand(1, query.shape[-1], key.shape[-1])
@@ -315,3 +323,11 @@ class View:
         query, key = (query + offset)[:, None, :, None], (key + offset).clamp(min=0)[:, None, None, :]
         rows = torch.arange(self.batch, device=query.device)[:, None, None, None]
         return self.rule(rows, torch.zeros_like(rows[:1]), query, key)[:, 0]
+
+
+def _at(each: Tensor, columns: slice | Tensor) -> Tensor:
+    """(B or 1, S) at a slice of its columns, or at places (B or 1, s): (B or 1, s)."""
+    if isinstance(columns, slice):
+        return each[..., columns]
+    rows = max(len(each), len(columns))
+    return each.expand(rows, -1).gather(1, columns.expand(rows, -1))

@@ -29,6 +29,9 @@ class Knobs(task.Knobs):
     limit: int = Field(200, ge=1, description="texts, one question each")
     pairs: int = Field(16, ge=2, le=KEYS, description="segments of a text, each with a key and its value")
     fillers: int = Field(5, ge=0, description="words after the value that mean nothing")
+    between: str = Field(
+        "=", description="what stands between key and value; empty: nothing, so that a look back of one word is enough"
+    )
     batch_size: int = Field(8, ge=1, le=4096, description="texts run at once; does not change the score")
     cached: int | None = Field(None, ge=1, description=CACHED)
 
@@ -92,10 +95,12 @@ class KeyValueRecall(Task):
         return (self.score("accuracy", "share", how, right, "higher", facts, {"chance": 1 / self.knobs.pairs}),)
 
     def _documents(self) -> list[tuple[str, str, str, list[str]]]:
-        return documents(self.knobs.limit, self.knobs.pairs, self.knobs.fillers, seed=0)
+        return documents(self.knobs.limit, self.knobs.pairs, self.knobs.fillers, 0, self.knobs.between)
 
 
-def documents(count: int, pairs: int, fillers: int, seed: int) -> list[tuple[str, str, str, list[str]]]:
+def documents(
+    count: int, pairs: int, fillers: int, seed: int, between: str = "="
+) -> list[tuple[str, str, str, list[str]]]:
     """``count`` times: the text of all segments, a question, its answer, and all values in their order. The same seed
     gives the same texts."""
     draw = random.Random(seed)
@@ -103,9 +108,11 @@ def documents(count: int, pairs: int, fillers: int, seed: int) -> list[tuple[str
     found = []
     for _ in range(count):
         chosen = list(zip(draw.sample(keys, pairs), draw.sample(values, pairs), strict=True))
-        text = " ".join(" ".join([key, "=", value, *draw.choices(others, k=fillers)]) + "." for key, value in chosen)
-        key, answer = draw.choice(chosen)
-        found.append((text, f"{key} =", answer, [value for _, value in chosen]))
+        named = [[key, between] if between else [key] for key, _ in chosen]
+        ends = [[value, *draw.choices(others, k=fillers)] for _, value in chosen]
+        text = " ".join(" ".join(words) + "." for words in map(list.__add__, named, ends))
+        asked = draw.randrange(pairs)
+        found.append((text, " ".join(named[asked]), chosen[asked][1], [value for _, value in chosen]))
     return found
 
 

@@ -1,0 +1,110 @@
+"""Exact attention to one's own section and to a few keys before it: a loop of fused calls, never T x S.
+
+A text under a ``Marked`` pattern falls into sections. A block of queries sees its own sections, which lie side by side,
+and of what is older the kept keys alone: those are gathered once, and a block takes as many of them as are older than
+its sections. Training under the anchors' mask (Pang et al. 2024, 2402.07616) costs what is looked at; the loop is ours.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from taut.kernels import blocked
+from taut.kernels.cache import gathered
+from taut.kernels.patterns import View
+
+WORTH = 0.7
+"""The share of all pairs from which on one call with a mask of them all is as fast."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The queries ``rows`` see keys ``low`` to ``high``, and those of the first ``count`` kept ones that are older."""
+
+    rows: slice
+    count: int
+    low: int
+    high: int
+
+    @property
+    def pairs(self) -> int:
+        return (self.rows.stop - self.rows.start) * (self.count + self.high - self.low)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Places (B or 1, C) of the kept keys, oldest first, which of these are some, (B or 1, C) bool, and the blocks."""
+
+    kept: Tensor
+    real: Tensor
+    blocks: tuple[Block, ...]
+
+
+def plan(view: View, device: torch.device, rows: int | None = None) -> Plan | None:
+    """How to go about it in blocks of ``rows`` queries; None where a view is not of this kind, or is read as fast in
+    one call. Looked up once for all layers."""
+    memo = ("sections", device, rows)
+    if memo not in view.memo:
+        view.memo[memo] = _planned(view, device, rows) if view.marks is not None and view.causal else None
+    return view.memo[memo]
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, view: View, plan: Plan, *, scaling: float | None, dropout: float = 0.0
+) -> Tensor:
+    """Softmax attention under ``view`` as planned: query (B, H, T, K), key and value (B, H', S, K) with H a multiple of
+    H' -> (B, T, H, K), any floating dtype. ``scaling`` None: K^-1/2. Queries that see nothing (padding) get finite
+    values without meaning."""
+    spans = [(block.rows, [(block.low, block.high)]) for block in plan.blocks]
+    older = [gathered(each, plan.kept) for each in (key, value)]
+    found = []
+    for block, keys, values in zip(plan.blocks, blocked.slices(key, spans), blocked.slices(value, spans), strict=True):
+        if block.count:
+            keys, values = (
+                torch.cat([each[:, :, : block.count], own], 2) for each, own in zip(older, (keys, values), strict=True)
+            )
+        mask = _mask(view, plan, block, query)
+        rows = query[:, :, block.rows]
+        found.append(blocked.fused(rows, keys, values, mask, None, scaling=scaling, dropout=dropout).transpose(1, 2))
+    return torch.cat(found, 1)
+
+
+def _planned(view: View, device: torch.device, rows: int | None) -> Plan | None:
+    rows = rows or (blocked.CPU_ROWS if device.type == "cpu" else blocked.DEVICE_ROWS)
+    if view.queries <= rows or (found := view.pattern.sections(*view.marks)) is None:
+        return None
+    starts, kept = found
+    if view.key_positions is not None:
+        kept = kept & (view.key_positions.to(device) >= 0)
+    before = torch.nn.functional.pad(kept.long().cumsum(1).amax(0), (1, 0))
+    first = starts.amin(0)[::rows]
+    # One look at the device.
+    lows, counts = torch.stack([first, before[first]]).tolist()
+    blocks = []
+    for top, low, count in zip(range(0, view.queries, rows), lows, counts, strict=True):
+        bottom = min(top + rows, view.queries)
+        high = bottom + view.keys - view.queries
+        # Some keys more, as the fused kernels are faster then.
+        low = max(0, low - (low - high - count) % blocked.ALIGNMENT)
+        blocks.append(Block(slice(top, bottom), count if low else 0, low, high))
+    if sum(block.pairs for block in blocks) > WORTH * view.queries * view.keys:
+        return None
+    order = (~kept).long().argsort(dim=1, stable=True)[:, : max(counts)]
+    real = torch.arange(order.shape[1], device=device) < kept.sum(1, keepdim=True)
+    return Plan(order, real, tuple(blocks))
+
+
+def _mask(view: View, plan: Plan, block: Block, query: Tensor) -> Tensor | None:
+    """The additive mask of a block, (B or 1, 1, t, s), shared by layers; None when all is seen."""
+    memo = ("sections", block.rows.start, block.rows.stop, query.dtype)
+    if memo not in view.memo:
+        allowed = view.block(block.rows, slice(block.low, block.high), query.device)
+        if block.count:
+            places = plan.kept[:, : block.count]
+            older = view.block(block.rows, places, query.device)
+            older = older & (plan.real[:, : block.count] & (places < block.low))[:, None, None]
+            batch = max(len(older), len(allowed))
+            allowed = torch.cat([each.expand(batch, -1, -1, -1) for each in (older, allowed)], -1)
+        view.memo[memo] = blocked.additive(allowed, query.dtype)
+    return view.memo[memo]
