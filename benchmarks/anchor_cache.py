@@ -3,6 +3,7 @@
 import copy
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +186,10 @@ def main() -> int:
                 rows += decoded(models, length, given.rows, threads, given)[0]
     length = PREFIXES[0 if given.quick else -1]
     for count in sorted({1, given.rows}):
-        taken = {}
-        for kind in models:
-            arguments = {"kind": kind, "length": length, "rows": count, "device": given.device}
-            taken[kind] = sandbox.call("anchor_cache:peak", arguments).result
+        asks = [{"kind": kind, "length": length, "rows": count, "device": given.device} for kind in models]
+        with ThreadPoolExecutor(2) as pool:
+            outcomes = list(pool.map(lambda given: sandbox.call("anchor_cache:peak", given), asks))
+        taken = {kind: outcome.result for kind, outcome in zip(models, outcomes, strict=True)}
         sizes = {f"{kind}, peak bytes": each["cache"] + (each["extra"] or 0) for kind, each in taken.items()}
         rows.append({"what": f"memory of {STEPS} tokens", "prefix": length, "rows": count} | sizes)
     if not given.quick and given.device == "cpu":

@@ -297,6 +297,11 @@ def test_recall_texts_hold_every_key_once_with_its_value():
         assert [segment[2] for segment in segments] == among
     assert key_value_recall.documents(3, 4, 1, seed=1) == key_value_recall.documents(3, 4, 1, seed=1)
     assert key_value_recall.documents(3, 4, 1, seed=1) != key_value_recall.documents(3, 4, 1, seed=2)
+    bare = key_value_recall.documents(20, 12, 3, seed=4, between="")
+    assert [text.replace(" =", "") for text, *_ in key_value_recall.documents(20, 12, 3, seed=4)] == [
+        text for text, *_ in bare
+    ]
+    assert all(question in text.split() for text, question, *_ in bare)
     keys, values, fillers = key_value_recall.words()
     assert len({*keys, *values, *fillers}) == 64 + 64 + 128
 
