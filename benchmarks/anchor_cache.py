@@ -39,6 +39,8 @@ NOTES = (
     "the prefix, each with a cache of its own. The targets are those of a CPU with two threads"
 )
 OURS, INT8 = ("anchors", "one token"), "anchors, int8"
+TARGETS = {"DynamicCache": DYNAMIC, "StaticCache": STATIC, "one token": 1 / EMPTY, INT8: None}
+"""What the anchors' time is compared with, and how many times faster it shall be."""
 
 
 def prefix_of(length: int) -> Tensor:
@@ -138,6 +140,20 @@ def peak(kind: str, length: int, rows: int, device: str) -> dict[str, Any]:
     return {"cache": held, "extra": watched.extra}
 
 
+def remembered(count: int, given: Namespace) -> dict[str, Any]:
+    """A row of the record that says what each kind of cache takes for ``count`` texts."""
+    length = PREFIXES[0 if given.quick else -1]
+    kinds = [kind for kind in (*TARGETS, "anchors") if kind != INT8 or given.device == "cpu"]
+    asks = [{"kind": kind, "length": length, "rows": count, "device": given.device} for kind in kinds]
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(lambda ask: sandbox.call("anchor_cache:peak", ask).result, asks))
+    sizes = {
+        f"{kind}, peak bytes": found["cache"] + (found["extra"] or 0)
+        for kind, found in zip(kinds, outcomes, strict=True)
+    }
+    return {"what": f"memory of {STEPS} tokens", "prefix": length, "rows": count} | sizes
+
+
 def decoded(models: dict[str, PreTrainedModel], length: int, rows: int, threads: int, given: Namespace) -> tuple:
     """Rows of the record that compare a token with each kind of cache; and the times."""
     caches = {kind: fresh(kind, model, prefix_of(length), rows) for kind, model in models.items()}
@@ -146,11 +162,10 @@ def decoded(models: dict[str, PreTrainedModel], length: int, rows: int, threads:
     repeats = 3 if given.quick else given.repeats
     times = compare(calls, repeats=repeats, threads=threads, device=given.device)
     wanted = length == PREFIXES[-1] and threads == 2 and given.device == "cpu"
-    targets = {"DynamicCache": DYNAMIC, "StaticCache": STATIC, "one token": 1 / EMPTY, INT8: None}
     found = []
-    for kind in (each for each in targets if each in models):
+    for kind in (each for each in TARGETS if each in models):
         where = {"what": "a token", "prefix": length, "rows": rows, "threads": threads, "against": kind}
-        row = against(times[kind], times["anchors"], targets[kind] if wanted else None, **where)
+        row = against(times[kind], times["anchors"], TARGETS[kind] if wanted else None, **where)
         sizes = {"their cache bytes": held[kind], "our cache bytes": held["anchors"]}
         found.append(row | sizes | {"ms a token": times["anchors"].median * 1e3 / STEPS})
     return found, times
@@ -176,22 +191,15 @@ def asked(
 @torch.inference_mode()
 def main() -> int:
     given = options(CLAIM, repeats=15, rows=1)
+    # Before this process takes memory of its own: a GPU's is shared.
+    rows = [remembered(count, given) for count in sorted({1, given.rows})]
     models = tried(given.device)
-    rows: list[dict[str, Any]] = []
     for length in PREFIXES[:1] if given.quick else PREFIXES:
         for threads in (1, 2) if given.device == "cpu" else (1,):
             found, token = decoded(models, length, 1, threads, given)
             rows += [*found, *asked(models, length, threads, token, given)]
             if given.rows > 1:
                 rows += decoded(models, length, given.rows, threads, given)[0]
-    length = PREFIXES[0 if given.quick else -1]
-    for count in sorted({1, given.rows}):
-        asks = [{"kind": kind, "length": length, "rows": count, "device": given.device} for kind in models]
-        with ThreadPoolExecutor(2) as pool:
-            outcomes = list(pool.map(lambda given: sandbox.call("anchor_cache:peak", given), asks))
-        taken = {kind: outcome.result for kind, outcome in zip(models, outcomes, strict=True)}
-        sizes = {f"{kind}, peak bytes": each["cache"] + (each["extra"] or 0) for kind, each in taken.items()}
-        rows.append({"what": f"memory of {STEPS} tokens", "prefix": length, "rows": count} | sizes)
     if not given.quick and given.device == "cpu":
         draw(rows, RECORDS / "anchor_cache.png")
     passed = all(row.get("holds", True) for row in rows) if given.device == "cpu" else None

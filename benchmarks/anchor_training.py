@@ -143,7 +143,7 @@ def main() -> int:
         precision="float32",
         steps=500,
         texts=32_000,
-        recall_steps=1000,
+        recall_steps=500,
         limit=400_000,
     )
     if given.quick:

@@ -56,6 +56,13 @@ def test_contract_on_the_device(check: str, case: Case) -> None:
         pytest.skip(str(reason))
 
 
+@pytest.mark.parametrize("method", ["embedding.low_rank", "linear.low_bit", "attention.relative", "memory.anchor"])
+@pytest.mark.parametrize("check", DEVICE_CHECKS)
+def test_the_checks_run_without_a_gpu(check: str, method: str) -> None:
+    """Where the other device is the CPU itself they show nothing, but they cannot rot."""
+    DEVICE_CHECKS[check](cases(method, ("llama",))[0])
+
+
 @need_gpu
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_training_there_is_training_here(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -43,10 +43,15 @@ class Plan:
 
 def plan(view: View, device: torch.device, rows: int | None = None) -> Plan | None:
     """How to go about it in blocks of ``rows`` queries; None where a view is not of this kind, or is read as fast in
-    one call. Looked up once for all layers."""
+    one call. Looked up once for all layers.
+
+    On a GPU only where ``rows`` are given: launching the loop's kernels costs more there than looking at all pairs, 1.3
+    to 5 times at up to 8192 tokens (H200, ``benchmarks/anchor_attention.py``).
+    """
     memo = ("sections", device, rows)
     if memo not in view.memo:
-        view.memo[memo] = _planned(view, device, rows) if view.marks is not None and view.causal else None
+        suits = view.marks is not None and view.causal and (rows is not None or device.type == "cpu")
+        view.memo[memo] = _planned(view, device, rows or blocked.CPU_ROWS) if suits else None
     return view.memo[memo]
 
 
@@ -70,8 +75,7 @@ def attend(
     return torch.cat(found, 1)
 
 
-def _planned(view: View, device: torch.device, rows: int | None) -> Plan | None:
-    rows = rows or (blocked.CPU_ROWS if device.type == "cpu" else blocked.DEVICE_ROWS)
+def _planned(view: View, device: torch.device, rows: int) -> Plan | None:
     if view.queries <= rows or (found := view.pattern.sections(*view.marks)) is None:
         return None
     starts, kept = found
