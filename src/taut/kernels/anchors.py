@@ -331,4 +331,7 @@ def _first(incoming: Incoming, queries: int) -> Incoming:
 
 
 def _is_one_of(ids: Tensor, few: tuple[int, ...]) -> Tensor:
+    if len(few) < 2:
+        # Without a tensor to look them up in: this runs for every token that is decoded.
+        return ids == few[0] if few else torch.zeros_like(ids, dtype=torch.bool)
     return torch.isin(ids, torch.tensor(few, dtype=ids.dtype, device=ids.device))

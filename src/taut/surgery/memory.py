@@ -44,7 +44,9 @@ class Memory:
     layers: int
 
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        given = {**inspect.signature(base.forward).bind_partial(*args).arguments, **kwargs}
+        given = dict(kwargs)
+        if args:
+            given |= inspect.signature(base.forward).bind_partial(*args).arguments
         asked = self._asked(base, given.get("past_key_values"), given.get("use_cache"))
         cache = self._cache(base, given.get("past_key_values")) if asked or self.method.makes_keys else None
         if cache is not None:
@@ -112,7 +114,7 @@ class Memory:
 
 def _restarts(positions: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """(B or 1, T) positions -> where a packed sequence begins; None unless that is what they say."""
-    if positions is None or mask is not None or positions.dim() != 2:
+    if positions is None or mask is not None or positions.dim() != 2 or positions.shape[1] < 2:
         return None
     first = torch.cat([torch.zeros_like(positions[:, :1], dtype=torch.bool), positions.diff() != 1], 1)
     return first if bool(first.any()) else None
