@@ -129,6 +129,20 @@ def test_generated_text_says_what_it_cost(recipe: str) -> None:
     assert not torch.equal(drawn[0], drawn[2])
 
 
+def test_a_whole_model_in_few_bits_generates_and_counts_itself() -> None:
+    """With parts in other slots, table and head among them, beside the memory."""
+    light = {slot: {"method": "low_bit"} for slot in ("embedding", "projection", "feedforward")}
+    model = taut.apply(tiny("llama", vocab_size=SIZE), light | RECIPES["anchor"])
+    found = taut.generate(model, "One sentence. Another", tokenizer=tiny_tokenizer(), tokens=4)
+    plain = taut.generate(tiny("llama", vocab_size=SIZE), "One sentence. Another", tokenizer=tiny_tokenizer(), tokens=4)
+    assert found.full_cache_bytes == plain.full_cache_bytes > found.cache_bytes
+    numbers = sum(each.numel() for each in tiny("llama", vocab_size=SIZE).parameters())
+    for recipe in ({}, RECIPES["anchor"], {"embedding": light["embedding"]} | RECIPES["anchor"]):
+        other = tiny("llama", vocab_size=SIZE)
+        told = taut.footprint(taut.apply(other, recipe) if recipe else other)
+        assert f" {numbers / 1e6:.2f} M parameters" in told
+
+
 def test_the_command_line_reads_once_and_goes_on(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m", "llama")
     recipe, text = tmp_path / "r.yaml", tmp_path / "t.txt"

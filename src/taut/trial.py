@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from taut.anatomy.locate import locate
 from taut.core.environment import environment
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.record import Quantity, Record, Score
 from taut.core.registry import TASKS
-from taut.core.site import Site
 from taut.core.spec import TrialSpec
 from taut.data import calibration_texts
 from taut.measurement.clock import ratio
@@ -28,7 +26,7 @@ from taut.measurement.kernels import kernel_path
 from taut.measurement.memory import peak_memory
 from taut.measurement.speed import filled_cache, forward_case, speed
 from taut.methods.method import PartMethod
-from taut.surgery.apply import is_tightened, save, steps_of
+from taut.surgery.apply import is_tightened, save, sites_of, steps_of
 from taut.surgery.plan import Plan, make
 from taut.surgery.source import Source, open_model, open_skeleton, open_tokenizer, resolve
 from taut.training.heal import tighten_and_heal
@@ -265,25 +263,14 @@ def _opened(source: Source, spec: TrialSpec, dtype: torch.dtype) -> tuple[PreTra
 
 def _footprint(model: PreTrainedModel) -> Footprint:
     """Per slot; a packed part counts for the parameters it stands for."""
-    if not is_tightened(model):
-        return count(model, _sites(model))
-    steps = steps_of(model)
-    packed = {step.site.path: step.cost.parameters for step in steps if _is_packed(model, step.site)}
-    return count(model, _sites(model), packed)
+    steps = steps_of(model) if is_tightened(model) else ()
+    parts = {step.site.path: step.cost.parameters for step in steps if isinstance(step.method, PartMethod)}
+    return count(model, sites_of(model), {path: number for path, number in parts.items() if _is_packed(model, path)})
 
 
-def _is_packed(model: PreTrainedModel, site: Site) -> bool:
-    tensors = model.get_submodule(site.path).state_dict().values() if site.path else ()
-    return site.slot != "attention" and any(not tensor.is_floating_point() for tensor in tensors)
-
-
-def _sites(model: PreTrainedModel) -> tuple[Site, ...]:
-    """The sites of a model, tightened or not: those of a skeleton of its configuration and class."""
-    if not is_tightened(model):
-        return locate(model).sites
-    config = type(model.config).from_dict(model.config.to_dict())
-    with torch.device("meta"):
-        return locate(type(model)._from_config(config)).sites
+def _is_packed(model: PreTrainedModel, path: str) -> bool:
+    tensors = model.get_submodule(path).state_dict().values()
+    return any(not tensor.is_floating_point() for tensor in tensors)
 
 
 def _task(task: dict[str, Any]) -> Any:

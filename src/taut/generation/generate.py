@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from taut.anatomy.locate import locate
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.generation.prefix import Prefix, check_length, empty_cache
+from taut.surgery.apply import sites_of
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def generate(
     new = found.sequences[0, whole.shape[1] :]
     cache = found.past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    site = next(site for site in locate(model).sites if isinstance(site, MemorySite))
+    site = next(site for site in sites_of(model) if isinstance(site, MemorySite))
     first = (pieces.first or time.perf_counter()) - started
     return Generated(
         text=tokenizer.decode(new, skip_special_tokens=True),

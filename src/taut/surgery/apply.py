@@ -13,8 +13,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import _plugin
+from taut.anatomy.locate import locate
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
+from taut.core.site import Site
 from taut.methods.method import PartMethod
 from taut.surgery import checkpoint
 from taut.surgery.align import align_tensors
@@ -121,6 +123,18 @@ def surgery_of(model: PreTrainedModel) -> Surgery:
 def steps_of(model: PreTrainedModel) -> tuple[Step, ...]:
     """The steps of a tightened model, each with its site in this very model."""
     return surgery_of(model).steps
+
+
+def untouched(model: PreTrainedModel) -> PreTrainedModel:
+    """A skeleton of the model as if nothing had been done to it: its class, configuration and dtype, no values."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    with torch.device("meta"):
+        return type(model)._from_config(config, dtype=model.dtype)
+
+
+def sites_of(model: PreTrainedModel) -> tuple[Site, ...]:
+    """The sites of a model, tightened or not."""
+    return locate(untouched(model) if is_tightened(model) else model).sites
 
 
 def save(model: PreTrainedModel, out: str | Path, source: Path | None = None) -> Path:

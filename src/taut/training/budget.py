@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -11,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from taut.anatomy.locate import locate
 from taut.core.errors import TautError
 from taut.core.site import LinearSite, TableSite
-from taut.surgery.apply import is_tightened, steps_of
+from taut.surgery.apply import is_tightened, steps_of, untouched
 from taut.training.flops import TRAINING, USE, matched_share
 from taut.training.guide import Guides
 from taut.training.schedule import Course, course
@@ -35,9 +34,7 @@ class Costs:
 def costs_of(model: PreTrainedModel, length: int, guides: Guides | None = None) -> Costs:
     """From shapes, for rows of ``length`` tokens. Counted are every linear map, the head over the vocabulary and all
     score pairs of attention, masked or not, as ``flops`` says; norms, biases and lookups are not."""
-    config = type(model.config).from_dict(model.config.to_dict())
-    with torch.device("meta"):
-        plain = type(model)._from_config(config)
+    plain = untouched(model)
     methods = {step.site.name: step.method for step in steps_of(model)} if is_tightened(model) else {}
     sites = locate(plain, length).sites
     dense = sum(site.dense().flops_per_token for site in sites)
