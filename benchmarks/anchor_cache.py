@@ -131,6 +131,8 @@ def scoring(models: dict[str, PreTrainedModel], prefix: Tensor) -> dict[str, Cal
 @torch.inference_mode()
 def peak(kind: str, length: int, rows: int, device: str) -> dict[str, Any]:
     """Bytes of the cache, and the most that decoding took beyond what was held before. For a process of its own."""
+    # Two such processes side by side, each with two threads, would wait for each other most of the time.
+    torch.set_num_threads(1)
     model = tried(device)[kind]
     cache_of = fresh(kind, model, prefix_of(length), rows)
     run = decoding(model, cache_of, length, rows)
