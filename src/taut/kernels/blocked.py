@@ -61,10 +61,12 @@ def attend(
         return dense(query, key, value, view, pattern=pattern, position_bias=position_bias, **options)
 
     plan = list(_plan(view, window, first, rows or (CPU_ROWS if query.device.type == "cpu" else DEVICE_ROWS)))
+    # Split, not sliced: gradients of slices would be as large as all queries, each.
+    pieces = query.split([block.stop - block.start for block, _ in plan], 2)
     blocks = (
-        fused(query[:, :, block], keys, values, _mask(view, pattern, (block, spans), query), bias, **options)
-        for (block, spans), keys, values, bias in zip(
-            plan, slices(key, plan), slices(value, plan), _bias(position_bias, plan), strict=True
+        fused(rows, keys, values, _mask(view, pattern, (block, spans), query), bias, **options)
+        for (block, spans), rows, keys, values, bias in zip(
+            plan, pieces, slices(key, plan), slices(value, plan), _bias(position_bias, plan), strict=True
         )
     )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):

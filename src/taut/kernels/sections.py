@@ -5,6 +5,7 @@ and of what is older the kept keys alone: those are gathered once, and a block t
 its sections. Training under the anchors' mask (Pang et al. 2024, 2402.07616) costs what is looked at; the loop is ours.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,18 +62,23 @@ def attend(
     """Softmax attention under ``view`` as planned: query (B, H, T, K), key and value (B, H', S, K) with H a multiple of
     H' -> (B, T, H, K), any floating dtype. ``scaling`` None: K^-1/2. Queries that see nothing (padding) get finite
     values without meaning."""
-    spans = [(block.rows, [(block.low, block.high)]) for block in plan.blocks]
-    older = [gathered(each, plan.kept) for each in (key, value)]
-    found = []
-    for block, keys, values in zip(plan.blocks, blocked.slices(key, spans), blocked.slices(value, spans), strict=True):
-        if block.count:
-            keys, values = (
-                torch.cat([each[:, :, : block.count], own], 2) for each, own in zip(older, (keys, values), strict=True)
-            )
-        mask = _mask(view, plan, block, query)
-        rows = query[:, :, block.rows]
-        found.append(blocked.fused(rows, keys, values, mask, None, scaling=scaling, dropout=dropout).transpose(1, 2))
-    return torch.cat(found, 1)
+    pieces = query.split([block.rows.stop - block.rows.start for block in plan.blocks], 2)
+    seen = zip(*(_seen(each, plan) for each in (key, value)), strict=True)
+    found = (
+        blocked.fused(rows, keys, values, _mask(view, plan, block, query), None, scaling=scaling, dropout=dropout)
+        for block, rows, (keys, values) in zip(plan.blocks, pieces, seen, strict=True)
+    )
+    return torch.cat([each.transpose(1, 2) for each in found], 1)
+
+
+def _seen(held: Tensor, plan: Plan) -> Iterator[Tensor]:
+    """The keys or values of each block, (B, H', s, K): kept ones, then its own."""
+    own = blocked.slices(held, [(block.rows, [(block.low, block.high)]) for block in plan.blocks])
+    older = blocked.slices(
+        gathered(held, plan.kept), [(block.rows, [(0, block.count)]) for block in plan.blocks if block.count]
+    )
+    for block, each in zip(plan.blocks, own, strict=True):
+        yield torch.cat([next(older), each], 2) if block.count else each
 
 
 def _planned(view: View, device: torch.device, rows: int) -> Plan | None:
