@@ -35,7 +35,8 @@ NOTES = (
     "same model and memory behind a prefix of one token, which no cache can beat. 'anchors, int8' (on a CPU): weights "
     "in 8 bits as well, which lowers that floor. cache bytes: held before the first token. "
     f"{ANSWER} tokens after the question cost what decoding costs; 'read again' has a full DynamicCache then. peak "
-    f"bytes, in fresh processes: the cache and what decoding {STEPS} tokens took beyond it. rows: texts that share "
+    f"bytes, in fresh processes: the cache and what decoding {STEPS} tokens took beyond it and beyond what reading the "
+    "prefix had used. rows: texts that share "
     "the prefix, each with a cache of its own. The targets are those of a CPU with two threads"
 )
 OURS, INT8 = ("anchors", "one token"), "anchors, int8"
@@ -222,7 +223,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         .mark_line(point=True)
         .encode(
             altair.X("prefix:Q", scale=altair.Scale(type="log", base=2), title="prefix, tokens"),
-            altair.Y("ratio:Q", scale=altair.Scale(type="log"), title="times faster than"),
+            altair.Y("ratio:Q", scale=altair.Scale(type="log", domainMin=0.8, nice=False), title="times faster than"),
             altair.Color("against:N", title=None),
         )
     )
