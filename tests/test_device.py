@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from folders import tiny_folder
 from runs import LOW_RANK, small
 
+import taut
 from taut.contract.case import Case, Skip, cases
 from taut.contract.checks import CHECKS
 from taut.contract.device_checks import DEVICE_CHECKS
@@ -83,6 +85,22 @@ def test_training_there_goes_on_after_an_interruption(tmp_path: Path) -> None:
     assert train(spec, tmp_path / "cut", device="cuda", progress=interrupt).status == "interrupted"
     again = train(spec, tmp_path / "cut", device="cuda").record
     assert again["evaluations"][-1]["loss"] == pytest.approx(whole["evaluations"][-1]["loss"], abs=1e-2)
+
+
+def test_a_device_has_a_name_or_is_one(tmp_path: Path) -> None:
+    for device in ("cpu", torch.device("cpu")):
+        assert check_device(device) == torch.device("cpu")
+        assert taut.load(tiny_folder(tmp_path / str(type(device)), "llama"), device=device).device.type == "cpu"
+
+
+def test_another_accelerator_is_a_device_but_nothing_to_train_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert check_device("mps") == torch.device("mps")
+    with pytest.raises(TautError, match="expected cpu or mps or mps:0"):
+        check_device("cuda")
+    with pytest.raises(TautError, match=r"expected cpu$"):
+        check_device("mps", ("cpu", "cuda"))
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta"])

@@ -87,12 +87,15 @@ def check_folder(folder: Path) -> Path:
     return folder
 
 
-def check_device(device: str) -> torch.device:
-    """The device of a name. Raises TautError when it is not on this machine, naming those that are."""
-    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    # Not torch.device(): that knows the names of devices nobody has.
-    if device not in (*there, *(["cuda"] if there[1:] else [])):
-        raise TautError(f"device = {device!r}: not here; expected {' or '.join(there)}")
+def check_device(device: str | torch.device, kinds: tuple[str, ...] = ()) -> torch.device:
+    """The device of a name. Raises TautError when it is not on this machine, or not one of ``kinds`` where these are
+    given, naming those that are."""
+    there, found = ["cpu"], torch.accelerator.current_accelerator(check_available=True)
+    if found is not None and (not kinds or found.type in kinds):
+        there += [found.type, *(f"{found.type}:{index}" for index in range(torch.accelerator.device_count()))]
+    # Not torch.device() alone: that knows the names of devices nobody has.
+    if str(device) not in there:
+        raise TautError(f"device = {str(device)!r}: not here; expected {' or '.join(there)}")
     return torch.device(device)
 
 
@@ -103,7 +106,7 @@ def open_model(source: Source, dtype: torch.dtype | None = None, device: str = "
     computes on the CPU. Raises TautError for missing, unexpected or mismatched keys, and a device that is not here.
     """
     if device != "disk":
-        check_device(device)
+        device = str(check_device(device))
     config = source.config
     if source.folder is None:
         device = "cpu" if device == "disk" else device

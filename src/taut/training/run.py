@@ -246,7 +246,7 @@ class _Run:
 
 def _arguments(spec: TrainSpec, state: Path, device: str) -> TrainingArguments:
     """Raises TautError for a device or a reporter that is not there, and for a batch that does not divide."""
-    kind = check_device(device).type
+    kind = check_device(device, ("cpu", "cuda")).type
     if spec.precision == "float16" and kind == "cpu":
         raise TautError("precision = 'float16': needs a GPU; use float32 or bfloat16 on a CPU")
     if spec.report_to != "none" and find_spec(spec.report_to) is None:
