@@ -10,13 +10,18 @@ from pathlib import Path
 from taut.core.errors import TautError, nearest
 from taut.core.slot import KINDS
 
+FOLDER_MODULE = "method"
+"""The module of a method's folder that holds its class."""
+
 
 @dataclass(frozen=True)
 class Registry:
-    """Finds one class a file, in the folders ``kinds`` of a package and in the entry points of ``group``.
+    """Finds one class a file or folder, in the folders ``kinds`` of a package and in the entry points of ``group``.
 
-    An id is ``kind.file`` (or ``file`` where there are no kinds); the class is the one whose own ``id`` says the
-    same. Packages outside add theirs through the entry-point group, with the id as the entry point's name.
+    An id is ``kind.name`` (or ``name`` where there are no kinds). ``name`` is a file, or a folder with ``method.py``
+    and whatever that method alone needs; a name that begins with ``_`` is neither. The class is the one whose own
+    ``id`` says the same. Packages outside add theirs through the entry-point group, with the id as the entry point's
+    name.
     """
 
     noun: str
@@ -30,9 +35,12 @@ class Registry:
         found: dict[str, str] = {}
         for kind in self.kinds or ("",):
             for info in pkgutil.iter_modules([str(root / kind)]):
-                if not info.ispkg and not info.name.startswith("_") and info.name not in ("part", "store", "task"):
-                    parts = [part for part in (kind, info.name) if part]
-                    found[".".join(parts)] = ".".join([self.package, *parts])
+                if info.name.startswith("_") or info.name in ("part", "store", "task"):
+                    continue
+                parts = [part for part in (kind, info.name) if part]
+                module = [FOLDER_MODULE] if info.ispkg else []
+                if not info.ispkg or (root / kind / info.name / f"{FOLDER_MODULE}.py").is_file():
+                    found[".".join(parts)] = ".".join([self.package, *parts, *module])
         return found
 
     @cached_property
