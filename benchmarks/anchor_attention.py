@@ -7,11 +7,11 @@ from harness import against, options, record
 from torch import Tensor
 from torch.nn import functional as F
 
-from taut.kernels import blocked, sections
-from taut.kernels.anchors import Anchoring, Segments
-from taut.kernels.cache import Incoming
-from taut.kernels.patterns import View
 from taut.measurement.clock import compare
+from taut.methods.memory.anchor.cache import Anchoring, Segments
+from taut.ops.attention import blocked, sections
+from taut.ops.attention.masks import View
+from taut.ops.caches.base import Incoming
 
 HEADS, WIDTH, SEGMENT = 8, 64, 25
 TARGETS = {512: None, 1024: None, 4096: 3.0, 8192: 5.0}

@@ -8,11 +8,11 @@ from harness import against, options, record
 from torch import Tensor
 from torch.nn import functional as F
 
-from taut.kernels.patterns import View
 from taut.measurement import sandbox
 from taut.measurement.clock import compare
 from taut.measurement.memory import watch
 from taut.methods.attention.local_global import LocalGlobal
+from taut.ops.attention.masks import View
 
 WINDOW, HEADS, WIDTH = 256, 8, 64
 TARGETS = {4096: None, 8192: 6.0, 16384: 10.0}

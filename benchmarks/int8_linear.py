@@ -6,8 +6,8 @@ from torch import nn
 
 from taut.core.site import LinearSite
 from taut.measurement.clock import compare
-from taut.methods.linear.low_bit import LowBitLinear
-from taut.methods.method import Calibration
+from taut.methods.base import Calibration
+from taut.methods.linear.low_bit.method import LowBitLinear
 
 CLAIM = "linear.low_bit int8: faster than dense fp32 at 1, 16 and 512 tokens"
 SHAPES = [(384, 1536), (768, 3072), (1024, 4096), (2048, 8192)]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from taut.core.recipe import Recipe
 from taut.data.texts import text
-from taut.kernels.compressor import Compressor
+from taut.ops.caches.pooling import Compressor
 from taut.surgery.apply import apply
 from taut.surgery.source import open_model, open_tokenizer, resolve
 

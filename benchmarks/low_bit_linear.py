@@ -8,8 +8,8 @@ from torch import nn
 
 from taut.core.site import LinearSite
 from taut.measurement.clock import compare
-from taut.methods.linear.low_bit import LowBitLinear, LowBitLinearPart
-from taut.methods.method import Calibration
+from taut.methods.base import Calibration
+from taut.methods.linear.low_bit.method import LowBitLinear, LowBitLinearPart
 
 CLAIM = "linear.low_bit: int8 no slower than dense fp32 at 1 and 512 tokens, int4 no slower at 1, on one thread"
 SHAPES = [(384, 1536), (1024, 4096), (2048, 2048)]

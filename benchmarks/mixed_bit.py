@@ -17,15 +17,15 @@ from real_models import MINILM, STORIES, location
 from torch import Tensor
 
 from taut import data
-from taut.anatomy.locate import locate
+from taut.architectures.locate import locate
 from taut.comparison.statistics import Interval, difference, paired_bootstrap, ratio
 from taut.core.errors import TautError
 from taut.core.record import Quantity, Score
 from taut.core.registry import METHODS
 from taut.core.site import TableSite
+from taut.methods.base import Calibration, EmbeddingMethod
 from taut.methods.embedding.low_bit import LowBitEmbedding
-from taut.methods.embedding.mixed_bit import MixedBitEmbedding
-from taut.methods.method import Calibration, EmbeddingMethod
+from taut.methods.embedding.mixed_bit.method import MixedBitEmbedding
 from taut.surgery.calibrate import calibrate, token_batches
 from taut.surgery.source import open_model, open_tokenizer, resolve
 from taut.tasks.agreement import Agreement

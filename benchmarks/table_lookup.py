@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from taut.core.site import TableSite
 from taut.measurement.clock import compare
+from taut.methods.base import Calibration
 from taut.methods.embedding.low_bit import LowBitEmbedding, LowBitTable
 from taut.methods.embedding.product_quantized import ProductQuantizedEmbedding
-from taut.methods.embedding.tensor_train import TensorTrainEmbedding
-from taut.methods.method import Calibration
+from taut.methods.embedding.tensor_train.method import TensorTrainEmbedding
 from taut.methods.part import TablePart
 
 ROWS, GROUPS, PEER = 0.8, 0.9, 20.0

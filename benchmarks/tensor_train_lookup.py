@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from taut.core.site import TableSite
 from taut.measurement.clock import compare
-from taut.methods.embedding.tensor_train import TensorTrainEmbedding, TensorTrainTable
+from taut.methods.embedding.tensor_train.method import TensorTrainEmbedding, TensorTrainTable
 
 ROWS, WIDTH, TOKENS = 50_000, 768, 8192
 RANKS, PROMISED = (8, 16, 32, 64), 16

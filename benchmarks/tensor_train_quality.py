@@ -22,9 +22,9 @@ from taut import data
 from taut.comparison.statistics import paired_bootstrap
 from taut.core.record import Quantity
 from taut.core.site import TableSite
+from taut.methods.base import Calibration, EmbeddingMethod
 from taut.methods.embedding.low_rank import LowRankEmbedding
-from taut.methods.embedding.tensor_train import STANDARD_DEVIATION, TensorTrainEmbedding
-from taut.methods.method import Calibration, EmbeddingMethod
+from taut.methods.embedding.tensor_train.method import STANDARD_DEVIATION, TensorTrainEmbedding
 from taut.surgery.source import open_model, open_tokenizer, resolve
 
 KEPT = 0.981

@@ -19,7 +19,7 @@ from transformers import (
 import taut
 from taut.core.registry import METHODS
 from taut.measurement.count import folder_bytes
-from taut.methods.method import PartMethod
+from taut.methods.base import PartMethod
 from taut.surgery.apply import steps_of
 
 ROWS, WIDTH, LAYERS, HEADS = 4096, 256, 2, 4

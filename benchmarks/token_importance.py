@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from taut import data
-from taut.anatomy.locate import locate
+from taut.architectures.locate import locate
 from taut.comparison.statistics import rank_correlation, student_interval
 from taut.core.record import Quantity
 from taut.core.site import TableSite
-from taut.kernels.rowwise import RowFormat, pack, unpack
-from taut.methods.method import Calibration
+from taut.methods.base import Calibration
+from taut.ops.quantization.rowwise import RowFormat, pack, unpack
 from taut.surgery.calibrate import calibrate, token_batches
 from taut.surgery.source import open_model, open_tokenizer, resolve
 

@@ -19,7 +19,7 @@ from taut.core.errors import TautError
 from taut.core.registry import METHODS
 from taut.core.site import AttentionSite, LinearSite, MemorySite, Site, TableSite
 from taut.ledger import Ledger
-from taut.methods.method import Method
+from taut.methods.base import Method
 from taut.reporting.words import score, signed
 
 ROOT = Path(__file__).parent.parent

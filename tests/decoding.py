@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
-from taut.anatomy.locate import locate
+from taut.architectures.locate import locate
 from taut.contract.tiny import FAMILIES
 from taut.core.site import MemorySite
-from taut.methods.method import LEARNED, MemoryMethod
+from taut.methods.base import LEARNED, MemoryMethod
 from taut.surgery.memory import install_memory
 
 DECODERS = [name for name, family in FAMILIES.items() if family.attention == "sdpa" and family.decoder]

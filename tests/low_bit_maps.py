@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from taut.core.site import LinearSite
-from taut.methods.linear.low_bit import LowBitLinear, LowBitLinearPart
-from taut.methods.method import Calibration
+from taut.methods.base import Calibration
+from taut.methods.linear.low_bit.method import LowBitLinear, LowBitLinearPart
 
 CPU = torch.device("cpu")
 SHAPES = [(64, 48), (33, 7), (5, 130), (256, 1024)]

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from taut.contract.tiny import logits
-from taut.kernels.compressor import Compressor
-from taut.kernels.stored import rounded
-from taut.methods.memory.compressive import Compressive
+from taut.methods.memory.compressive.method import Compressive
+from taut.ops.caches.pooling import Compressor
+from taut.ops.caches.quantized import rounded
 
 Slow = Callable[[Tensor, Tensor | None], Tensor]
 """(B, H', rate, K) and a weight -> (B, H', K)."""

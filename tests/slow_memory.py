@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from taut.kernels.blocked import reference
-from taut.kernels.stored import rounded
 from taut.methods.store import Store
+from taut.ops.attention.blocked import reference
+from taut.ops.caches.quantized import rounded
 
 Rule = Callable[[Tensor, Tensor, float], Tensor]
 """(B, H, T, K) queries, (B, H', T, K) keys, scaling -> (B, H, T, T) bool: who sees whom."""

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from taut.core.errors import TautError
 from taut.core.site import TableSite
+from taut.methods.base import Calibration
 from taut.methods.embedding.adaptive import AdaptiveEmbedding, AdaptiveTable
-from taut.methods.method import Calibration
 
 CPU = torch.device("cpu")
 THIRDS = {"bands": [0.2, 0.3, 0.5], "factor": 2}

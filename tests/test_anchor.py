@@ -12,11 +12,11 @@ from torch import Tensor
 from taut.contract.tiny import inputs, logits, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
-from taut.kernels import anchors
-from taut.kernels.anchors import Anchoring, Segments
-from taut.kernels.cache import Incoming
-from taut.kernels.patterns import Causal
-from taut.methods.memory.anchor import Anchor
+from taut.methods.memory.anchor import cache as anchor_cache
+from taut.methods.memory.anchor.cache import Anchoring, Segments
+from taut.methods.memory.anchor.method import Anchor
+from taut.ops.attention.masks import Causal
+from taut.ops.caches.base import Incoming
 
 ANCHORS = tuple(range(3, 20))
 """Of 97 tokens: about every sixth."""
@@ -248,7 +248,7 @@ def test_wrong_input_is_told() -> None:
 
 
 def test_a_segment_that_never_ends_is_cut_and_told_once() -> None:
-    anchors._warn_of_long_segments.cache_clear()
+    anchor_cache._warn_of_long_segments.cache_clear()
     ids = torch.full((1, 12), 60)
     with pytest.warns(UserWarning, match="no anchor for 5 tokens"):
         marks = Anchoring(ids=(7,), longest=5).marks(incoming(ids), Anchoring().start(incoming(ids)))[0]

@@ -13,13 +13,13 @@ from taut.contract.tiny import tiny
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import LinearSite
-from taut.kernels.block_fit import block_factors, block_factors_for, definite
-from taut.kernels.blocks import block_product, reference
-from taut.kernels.svd import DAMPING, balanced_factors_for, damped
+from taut.methods.base import Calibration
 from taut.methods.linear.block_dense import BlockDenseLinear
 from taut.methods.linear.block_shuffle import BlockShuffleLinear
 from taut.methods.linear.low_rank import LowRankLinear
-from taut.methods.method import Calibration
+from taut.ops.factors.block_fit import block_factors, block_factors_for, definite
+from taut.ops.factors.block_matmul import block_product, reference
+from taut.ops.factors.svd import DAMPING, balanced_factors_for, damped
 from taut.surgery.plan import make
 
 CPU = torch.device("cpu")
@@ -219,7 +219,7 @@ def test_a_gram_matrix_that_rounding_made_indefinite_is_damped_until_it_is_not()
 def test_no_turn_of_the_fit_raises_the_error(monkeypatch):
     weight, seen, errors = matrix(16, 24), gram(24), []
     for sweeps in range(6):
-        monkeypatch.setattr("taut.kernels.block_fit.SWEEPS", sweeps)
+        monkeypatch.setattr("taut.ops.factors.block_fit.SWEEPS", sweeps)
         found = torch.cat([u @ v for u, v in block_factors_for(weight, seen, [2, 2, 2], DAMPING)], dim=1)
         errors.append(torch.trace((weight - found) @ damped(seen, DAMPING) @ (weight - found).T).item())
     assert all(after <= before * (1 + 1e-9) for before, after in pairwise(errors))

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taut.core.errors import TautError
-from taut.kernels import gptq
-from taut.kernels.float_grid import FloatGrid
-from taut.methods.linear.low_bit import GRIDS, LowBitLinearPart
-from taut.methods.method import Calibration
+from taut.methods.base import Calibration
+from taut.methods.linear.low_bit import gptq
+from taut.methods.linear.low_bit.float_activations import FloatGrid
+from taut.methods.linear.low_bit.method import GRIDS, LowBitLinearPart
 
 
 def slow_compensation(weight: Tensor, gram: Tensor, rounded) -> Tensor:

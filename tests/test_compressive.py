@@ -10,11 +10,11 @@ from slow_compression import slow_reference
 from taut.contract.tiny import inputs, logits, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
-from taut.kernels.cache import Incoming
-from taut.kernels.compressed import CompressedCache
-from taut.kernels.queues import Compression
-from taut.methods.memory.compressive import Compressive
-from taut.methods.memory.segment_recurrence import SegmentRecurrence
+from taut.methods.memory.compressive.method import Compressive
+from taut.methods.memory.compressive.pooled_cache import CompressedCache
+from taut.methods.memory.segment_recurrence.method import SegmentRecurrence
+from taut.ops.caches.base import Incoming
+from taut.ops.caches.queues import Compression
 
 CPU = torch.device("cpu")
 METHOD = Compressive.parse({"segment": 4, "memory": 3, "compressed": 2, "rate": 3})

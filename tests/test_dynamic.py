@@ -9,9 +9,9 @@ from torch import Tensor
 
 from taut.core.errors import TautError
 from taut.core.site import TableSite
-from taut.kernels.bands import pack_classes
-from taut.methods.embedding.dynamic import DynamicEmbedding
-from taut.methods.method import Calibration
+from taut.methods.base import Calibration
+from taut.methods.embedding.dynamic.method import DynamicEmbedding
+from taut.ops.tables.bands import pack_classes
 
 CPU = torch.device("cpu")
 STORES = [None, {"bits": 8}, {"bits": 4, "group": 4}]

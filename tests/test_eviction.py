@@ -7,16 +7,16 @@ from slow_memory import Evicting, slowly
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from taut.anatomy.locate import locate
+from taut.architectures.locate import locate
 from taut.contract.tiny import inputs, logits, padded_inputs, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite, MemorySite
-from taut.kernels import eviction
-from taut.kernels.eviction import Cut
 from taut.methods.attention.local_global import LocalGlobal
-from taut.methods.eviction import EvictionMethod
+from taut.methods.memory._eviction import EvictionMethod
 from taut.methods.memory.attention_score import AttentionScore
 from taut.methods.memory.key_norm import KeyNorm
+from taut.ops.caches import eviction
+from taut.ops.caches.eviction import Cut
 from taut.surgery.attend import install_attention
 
 ENTRIES = 6

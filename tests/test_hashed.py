@@ -9,9 +9,9 @@ from torch import Tensor
 
 from taut.core.errors import TautError
 from taut.core.site import TableSite
-from taut.kernels.hashing import best_weights, combine, fit_buckets, hashed, mix
-from taut.methods.embedding.hashed import HashedEmbedding
-from taut.methods.method import Calibration
+from taut.methods.base import Calibration
+from taut.methods.embedding.hashed.hashing import best_weights, combine, fit_buckets, hashed, mix
+from taut.methods.embedding.hashed.method import HashedEmbedding
 
 CPU = torch.device("cpu")
 STORES = [None, {"bits": 8}, {"bits": 4, "group": 8}]

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from taut.contract.tiny import inputs, logits, stepwise, tiny
 from taut.core.errors import TautError
-from taut.methods.memory.compressive import Compressive
-from taut.methods.memory.segment_recurrence import SegmentRecurrence
+from taut.methods.base import LEARNED
+from taut.methods.memory.compressive.method import Compressive
+from taut.methods.memory.segment_recurrence.method import SegmentRecurrence
 from taut.methods.memory.window_sink import WindowSink
-from taut.methods.method import LEARNED
 from taut.training.corpus import read_corpus
 from taut.training.lanes import Lanes
 from taut.training.losses import IGNORED

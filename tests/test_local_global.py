@@ -11,15 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from taut import plan
-from taut.anatomy.locate import locate
+from taut.architectures.locate import locate
 from taut.contract.tiny import FAMILIES, inputs, logits, padded_inputs, tiny
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite
-from taut.kernels import blocked
-from taut.kernels.patterns import Sink, View
 from taut.methods.attention.identity import Identity
 from taut.methods.attention.local_global import LocalGlobal
-from taut.methods.method import AttentionMethod
+from taut.methods.base import AttentionMethod
+from taut.ops.attention import blocked
+from taut.ops.attention.masks import Sink, View
 from taut.surgery.attend import install_attention
 
 CPU = torch.device("cpu")

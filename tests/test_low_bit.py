@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from taut.core.errors import TautError
 from taut.core.site import LinearSite, TableSite
+from taut.methods.base import Calibration
 from taut.methods.embedding.low_bit import LowBitEmbedding
-from taut.methods.method import Calibration
 
 CPU = torch.device("cpu")
 NOTHING = Calibration()

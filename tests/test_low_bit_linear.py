@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from taut.core.errors import TautError
 from taut.core.site import TableSite
-from taut.kernels import int8_linear, low_bit_linear
-from taut.methods.linear.low_bit import LowBitLinear
-from taut.methods.method import Calibration
+from taut.methods.base import Calibration
+from taut.methods.linear.low_bit.method import LowBitLinear
+from taut.ops.quantization import grouped_linear, int8_linear
 
 
 class Largest(TorchDispatchMode):
@@ -186,7 +186,7 @@ class TestGroups:
     def test_forward_is_the_dense_map(self, shape: tuple[int, int], knobs: dict) -> None:
         part = fitted(*shape, **knobs)
         merged, bias = part.merged().double(), part.bias.double()
-        for tokens in (0, 1, 2, low_bit_linear.FEW_TOKENS, low_bit_linear.FEW_TOKENS + 1, 40):
+        for tokens in (0, 1, 2, grouped_linear.FEW_TOKENS, grouped_linear.FEW_TOKENS + 1, 40):
             x = normal(tokens, shape[1], seed=7)
             expected = F.linear(x.double(), merged, bias)
             with torch.no_grad():

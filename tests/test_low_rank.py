@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 from taut.core.errors import TautError
 from taut.core.site import LinearSite, TableSite
-from taut.kernels.svd import truncated_svd
+from taut.methods.base import Calibration
 from taut.methods.embedding.low_rank import LowRankEmbedding
 from taut.methods.linear.low_rank import DAMPING, LowRankLinear
-from taut.methods.method import Calibration
+from taut.ops.factors.svd import truncated_svd
 
 CPU = torch.device("cpu")
 NOTHING = Calibration()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from taut.core.errors import TautError
 from taut.core.site import TableSite
+from taut.methods.base import Calibration
 from taut.methods.embedding.matryoshka import MatryoshkaEmbedding
-from taut.methods.method import Calibration
 
 CPU = torch.device("cpu")
 STORES = [None, {"bits": 8}, {"bits": 4, "group": 4}]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import StaticCache
 
-from taut.anatomy.locate import locate
+from taut.architectures.locate import locate
 from taut.contract.tiny import inputs, tiny
 from taut.core.errors import TautError
 from taut.measurement import clock, energy, memory, sandbox, speed

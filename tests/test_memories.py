@@ -19,8 +19,8 @@ from taut.contract.case import Case, Skip, cases, rows
 from taut.contract.tiny import inputs, logits, padded_inputs, stepwise
 from taut.core.errors import TautError
 from taut.core.registry import METHODS
-from taut.kernels.cache import PositionedCache
-from taut.methods.method import LEARNED, MemoryMethod
+from taut.methods.base import LEARNED, MemoryMethod
+from taut.ops.caches.base import PositionedCache
 from taut.surgery.apply import apply, undo
 from taut.surgery.plan import Step
 

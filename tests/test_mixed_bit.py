@@ -10,12 +10,12 @@ from torch import Tensor
 
 from taut.core.errors import TautError
 from taut.core.site import LinearSite, TableSite
-from taut.kernels.allocation import allocate
-from taut.kernels.bands import banded, map_bytes, pack_classes, places
-from taut.kernels.compensation import match, pack_records, unpack_records
-from taut.kernels.rowwise import RowFormat, pack, unpack
-from taut.methods.embedding.mixed_bit import MixedBitEmbedding, MixedBitTable
-from taut.methods.method import Calibration
+from taut.methods.base import Calibration
+from taut.methods.embedding.mixed_bit.compensation import match, pack_records, unpack_records
+from taut.methods.embedding.mixed_bit.method import MixedBitEmbedding, MixedBitTable
+from taut.ops.quantization.rowwise import RowFormat, pack, unpack
+from taut.ops.tables.allocation import allocate
+from taut.ops.tables.bands import banded, map_bytes, pack_classes, places
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 COST = torch.tensor([10, 14, 20, 28, 40])

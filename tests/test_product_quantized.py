@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from taut.core.errors import TautError
 from taut.core.site import LinearSite, TableSite
-from taut.kernels.code_search import assign, decode, refine, search, weighted_error
-from taut.kernels.gather import gather_rows
-from taut.kernels.kmeans import kmeans, means, nearest
-from taut.kernels.product_codes import CodeLayout, decode_lengths, encode_lengths, lookup, scores
+from taut.methods.base import Calibration
 from taut.methods.embedding.product_quantized import ProductQuantizedEmbedding, ProductTable
-from taut.methods.method import Calibration
+from taut.ops.codebooks.gather import gather_rows
+from taut.ops.codebooks.kmeans import kmeans, means, nearest
+from taut.ops.codebooks.product_codes import CodeLayout, decode_lengths, encode_lengths, lookup, scores
+from taut.ops.codebooks.search import assign, decode, refine, search, weighted_error
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 LAYOUTS = [

@@ -12,7 +12,7 @@ import yaml
 from documents import DOCUMENTS, ROOT, Block, blocks, files
 
 from taut import cli
-from taut.anatomy.families import FAMILIES
+from taut.architectures.families import FAMILIES
 from taut.comparison.study import Study
 from taut.contract.checks import CHECKS, PROCESS_CHECKS
 from taut.core.recipe import Recipe

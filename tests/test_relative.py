@@ -11,12 +11,12 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import taut
-from taut.anatomy.locate import locate
+from taut.architectures.locate import locate
 from taut.contract.tiny import FAMILIES, inputs, logits, padded_inputs, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite
-from taut.methods.attention.relative import Relative
-from taut.methods.method import LEARNED
+from taut.methods.attention.relative.method import Relative
+from taut.methods.base import LEARNED
 from taut.surgery.positions import unturned
 from taut.training.lanes import Lanes
 from taut.training.run import train
@@ -255,7 +255,7 @@ def test_where_positions_enter_must_be_known(monkeypatch: pytest.MonkeyPatch) ->
         known = [site.positions for site in locate(model).in_slot("attention")]
         assert all(known)
         with monkeypatch.context() as patch:
-            patch.setattr("taut.anatomy.locate.FAMILIES", {})
+            patch.setattr("taut.architectures.locate.FAMILIES", {})
             assert [site.positions for site in locate(model).in_slot("attention")] == known
     site = AttentionSite(
         slot="attention", path="x", heads=2, key_heads=2, head_width=8, causal=True, position="rope", length=8

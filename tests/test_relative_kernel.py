@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from taut.core.site import AttentionSite
-from taut.kernels import relative
-from taut.kernels.patterns import Pattern, Sink, View
-from taut.kernels.recurrence import Recurrence
-from taut.methods.attention.relative import Relative
-from taut.methods.method import LEARNED
+from taut.methods.attention.relative import kernel
+from taut.methods.attention.relative.method import Relative
+from taut.methods.base import LEARNED
+from taut.methods.memory.segment_recurrence.mask import Recurrence
+from taut.ops.attention.masks import Pattern, Sink, View
 
 EXACT = 1e-12
 
@@ -73,7 +73,7 @@ def test_the_formula_entry_by_entry(
     view = View(2, queries, keys, query_start=before, causal=causal, padding=padding)
     apart = (torch.arange(queries)[:, None] + before - torch.arange(keys)).expand(2, -1, -1)
     seen = padding[:, None] & ((apart >= 0) | (not causal))
-    found = relative.attend(*states, view, clamp=clamp, rows=rows, **learned)
+    found = kernel.attend(*states, view, clamp=clamp, rows=rows, **learned)
     assert (found - naive(*states, seen, apart, learned, clamp)).abs().max() <= EXACT
 
 
@@ -88,7 +88,7 @@ def test_a_cache_with_gaps_knows_its_distances(queries: int, clamp: int | None) 
     view = View(2, queries, positions.shape[1], 10, causal=True, starts=starts, key_positions=positions)
     apart = fresh[:, :, None] - positions[:, None]
     seen = (positions[:, None] >= 0) & (apart >= 0)
-    found = relative.attend(*states, view, clamp=clamp, **learned)
+    found = kernel.attend(*states, view, clamp=clamp, **learned)
     assert (found - naive(*states, seen, apart, learned, clamp)).abs().max() <= EXACT
 
 
@@ -101,7 +101,7 @@ def test_blocks_within_the_band_of_a_memory_are_all_that_is_needed(pattern: Patt
     seen = view.block(slice(None), slice(None), torch.device("cpu"))[0].expand(2, -1, -1)
     expected = naive(*states, seen, apart, learned, None)
     for rows in (1, 3, 7, 64):
-        assert (relative.attend(*states, view, rows=rows, **learned) - expected).abs().max() <= EXACT
+        assert (kernel.attend(*states, view, rows=rows, **learned) - expected).abs().max() <= EXACT
 
 
 @pytest.mark.parametrize("queries", [1, 5])
@@ -111,16 +111,16 @@ def test_gradients_of_states_and_of_what_is_learned(queries: int) -> None:
     view = View(1, queries, 5, query_start=5 - queries, causal=True)
 
     def answer(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Tensor:
-        return relative.attend(query, key, value, view, rows=2, **dict(zip(learned, rest, strict=True)))
+        return kernel.attend(query, key, value, view, rows=2, **dict(zip(learned, rest, strict=True)))
 
     assert torch.autograd.gradcheck(answer, given)
 
 
 def test_distances_are_taken_in_float32() -> None:
     far = torch.tensor([100_003])
-    exact = relative.sinusoid(far, 64, torch.float64)
-    assert (relative.sinusoid(far, 64, torch.bfloat16).double() - exact).abs().max() < 0.02
-    assert relative.sinusoid(far, 7, torch.float32).shape == (1, 7)
+    exact = kernel.sinusoid(far, 64, torch.float64)
+    assert (kernel.sinusoid(far, 64, torch.bfloat16).double() - exact).abs().max() < 0.02
+    assert kernel.sinusoid(far, 7, torch.float32).shape == (1, 7)
 
 
 @pytest.mark.parametrize(("length", "causal"), [(64, True), (64, False), (300, False)])

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taut.core.errors import TautError
-from taut.kernels import rowwise, tied_head
-from taut.kernels.rowwise import RowFormat
+from taut.ops.quantization import rowwise, tied_head
+from taut.ops.quantization.rowwise import RowFormat
 
 INTEGERS = [
     *(RowFormat(8, 48, 48), RowFormat(8, 48, 16), RowFormat(8, 7, 7), RowFormat(8, 47, 9)),

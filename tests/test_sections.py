@@ -6,11 +6,11 @@ from decoding import install
 from torch import Tensor
 
 from taut.contract.tiny import inputs, logits, stepwise, tiny
-from taut.kernels import blocked, sections
-from taut.kernels.anchors import AnchorCache, Anchoring, Segments
-from taut.kernels.cache import Incoming
-from taut.kernels.patterns import WHOLE, View
-from taut.methods.memory.anchor import Anchor
+from taut.methods.memory.anchor.cache import AnchorCache, Anchoring, Segments
+from taut.methods.memory.anchor.method import Anchor
+from taut.ops.attention import blocked, sections
+from taut.ops.attention.masks import WHOLE, View
+from taut.ops.caches.base import Incoming
 
 CPU = torch.device("cpu")
 ANCHORS = tuple(range(12))

@@ -14,10 +14,10 @@ import taut
 from taut.contract.tiny import inputs, logits, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
-from taut.kernels import blocked
-from taut.kernels.patterns import View
-from taut.kernels.recurrence import Recurrence
-from taut.methods.memory.segment_recurrence import SegmentRecurrence
+from taut.methods.memory.segment_recurrence.mask import Recurrence
+from taut.methods.memory.segment_recurrence.method import SegmentRecurrence
+from taut.ops.attention import blocked
+from taut.ops.attention.masks import View
 
 SEGMENT, MEMORY = 4, 3
 METHOD = SegmentRecurrence.parse({"segment": SEGMENT, "memory": MEMORY})

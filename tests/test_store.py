@@ -7,8 +7,8 @@ from taut.contract.tiny import tiny
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import TableSite
+from taut.methods.base import Calibration
 from taut.methods.embedding.low_rank import LowRankEmbedding
-from taut.methods.method import Calibration
 from taut.methods.store import Store, stored_bytes
 from taut.surgery.apply import apply
 from taut.surgery.plan import make

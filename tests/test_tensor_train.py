@@ -10,14 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trains import ROWS, WIDTH, counts, fitted, matrix, method, site
 
 from taut.core.errors import TautError
-from taut.kernels.integers import read_integers
-from taut.kernels.tensor_train import TrainShape, expand
-from taut.kernels.tensor_train_fit import (
-    principal_order,
-    row_factors,
-)
-from taut.methods.embedding.tensor_train import STANDARD_DEVIATION
-from taut.methods.method import Calibration
+from taut.methods.base import Calibration
+from taut.methods.embedding.tensor_train.bit_packing import read_integers
+from taut.methods.embedding.tensor_train.fit import principal_order, row_factors
+from taut.methods.embedding.tensor_train.kernel import TrainShape, expand
+from taut.methods.embedding.tensor_train.method import STANDARD_DEVIATION
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from trains import ROWS, WIDTH, fitted, matrix, method, site
 
 from taut.core.errors import TautError
-from taut.kernels import tensor_train as kernel
-from taut.kernels.integers import bits_below, pack_integers, packed_bytes, read_integers
-from taut.kernels.tensor_train import TrainShape, expand, prefixes, scores, vectors
-from taut.kernels.tensor_train_fit import (
+from taut.methods.base import Calibration
+from taut.methods.embedding.tensor_train import kernel as kernel
+from taut.methods.embedding.tensor_train.bit_packing import bits_below, pack_integers, packed_bytes, read_integers
+from taut.methods.embedding.tensor_train.fit import (
     clipped,
     column_factors,
     decompose,
@@ -21,7 +21,7 @@ from taut.kernels.tensor_train_fit import (
     separable,
     within,
 )
-from taut.methods.method import Calibration
+from taut.methods.embedding.tensor_train.kernel import TrainShape, expand, prefixes, scores, vectors
 
 CPU = torch.device("cpu")
 SHAPE = TrainShape((3, 4, 5), (2, 3, 4), (3, 5))

@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from taut.core.errors import TautError
 from taut.core.site import TableSite
-from taut.kernels.bands import map_bytes
-from taut.kernels.coding_basis import balanced, coding_basis
-from taut.kernels.product_codes import decode_lengths
-from taut.kernels.rowwise import RowFormat, pack, unpack
-from taut.methods.embedding.two_stage import TwoStageEmbedding
-from taut.methods.method import Calibration
+from taut.methods.base import Calibration
+from taut.methods.embedding.two_stage.basis import balanced, coding_basis
+from taut.methods.embedding.two_stage.method import TwoStageEmbedding
+from taut.ops.codebooks.product_codes import decode_lengths
+from taut.ops.quantization.rowwise import RowFormat, pack, unpack
+from taut.ops.tables.bands import map_bytes
 
 CPU = torch.device("cpu")
 SMALL = {"centroids": 16, "subvector": 4, "fine_subvector": 2}

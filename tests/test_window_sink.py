@@ -5,15 +5,15 @@ import torch
 from decoding import CHUNKS, LENGTH, install
 from transformers import DynamicCache, PreTrainedModel
 
-from taut.anatomy.locate import locate
+from taut.architectures.locate import locate
 from taut.contract.tiny import inputs, logits, padded_inputs, stepwise, tiny
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite, MemorySite
-from taut.kernels import blocked
-from taut.kernels.ring import Ring
 from taut.methods.attention.local_global import LocalGlobal
 from taut.methods.memory.identity import Identity
 from taut.methods.memory.window_sink import WindowSink
+from taut.ops.attention import blocked
+from taut.ops.caches.ring import Ring
 from taut.surgery.attend import install_attention
 
 SINKS, WINDOW = 2, 5

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from taut.core.site import TableSite
-from taut.methods.embedding.tensor_train import TensorTrainEmbedding
-from taut.methods.method import Calibration
+from taut.methods.base import Calibration
+from taut.methods.embedding.tensor_train.method import TensorTrainEmbedding
 
 ROWS, WIDTH = 57, 24
 

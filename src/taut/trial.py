@@ -25,7 +25,7 @@ from taut.measurement.energy import energy
 from taut.measurement.kernels import kernel_path
 from taut.measurement.memory import peak_memory
 from taut.measurement.speed import filled_cache, forward_case, speed
-from taut.methods.method import PartMethod
+from taut.methods.base import PartMethod
 from taut.surgery.apply import is_tightened, save, sites_of, steps_of
 from taut.surgery.plan import Plan, make
 from taut.surgery.source import Source, open_model, open_skeleton, open_tokenizer, resolve

@@ -15,7 +15,7 @@ from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.registry import METHODS
 from taut.core.slot import KIND_OF_SLOT
-from taut.methods.method import MemoryMethod
+from taut.methods.base import MemoryMethod
 from taut.surgery.apply import apply
 from taut.surgery.plan import Plan, make
 

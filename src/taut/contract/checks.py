@@ -21,7 +21,7 @@ from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.registry import METHODS
 from taut.core.site import LinearSite, TableSite
-from taut.methods.method import LEARNED, PartMethod
+from taut.methods.base import LEARNED, PartMethod
 from taut.methods.part import LinearPart, Part, TablePart
 from taut.surgery.apply import apply, undo
 from taut.surgery.export import densify

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
-from taut.kernels.cache import PositionedCache
+from taut.ops.caches.base import PositionedCache
 from taut.surgery.apply import is_tightened, steps_of
 
 SAMPLES = 64

@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
-from taut.kernels.rowwise import RowFormat, lookup, pack, unpack
+from taut.ops.quantization.rowwise import RowFormat, lookup, pack, unpack
 
 
 class Knobs(BaseModel):

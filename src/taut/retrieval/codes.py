@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taut.core.errors import TautError, nearest
-from taut.kernels.gather import gather_rows
-from taut.kernels.int8_linear import integer_product_is_exact
-from taut.kernels.kmeans import kmeans
-from taut.kernels.kmeans import nearest as nearest_centroids
+from taut.ops.codebooks.gather import gather_rows
+from taut.ops.codebooks.kmeans import kmeans
+from taut.ops.codebooks.kmeans import nearest as nearest_centroids
+from taut.ops.quantization.int8_linear import integer_product_is_exact
 
 CENTROIDS = 256
 """One for each value of a byte."""

@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import _plugin
-from taut.anatomy.locate import locate
+from taut.architectures.locate import locate
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import Site
-from taut.methods.method import PartMethod
+from taut.methods.base import PartMethod
 from taut.surgery import checkpoint
 from taut.surgery.align import align_tensors
 from taut.surgery.calibrate import calibrate, token_batches

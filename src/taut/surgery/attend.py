@@ -23,12 +23,12 @@ from transformers.masking_utils import (
 
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite
-from taut.kernels import stock
-from taut.kernels.cache import PositionedCache
-from taut.kernels.patterns import Pattern, View
-from taut.kernels.stored import rounded
-from taut.methods.method import AttentionMethod
+from taut.methods.base import AttentionMethod
 from taut.methods.store import Store
+from taut.ops.attention import sdpa
+from taut.ops.attention.masks import Pattern, View
+from taut.ops.caches.base import PositionedCache
+from taut.ops.caches.quantized import rounded
 
 NAME = "taut"
 METHOD = "taut_attention"
@@ -73,7 +73,7 @@ def attention(
     if memory is not None and memory.store is not None:
         key, value = rounded(key, memory.store), rounded(value, memory.store)
     if method is None:
-        out = stock.attend(module, query, key, value, seen, **options)
+        out = sdpa.attend(module, query, key, value, seen, **options)
     elif options.get("softcap") is not None:
         raise TautError(f"{method.id}: the model caps its attention scores (softcap), which fused kernels cannot do")
     else:

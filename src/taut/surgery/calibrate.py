@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.core.errors import TautError
 from taut.core.site import LinearSite, Site, TableSite
-from taut.methods.method import Calibration
+from taut.methods.base import Calibration
 from taut.surgery.gradients import GRADIENT_FIELDS, evaluating, table_gradients
 
 TOKENS = 1 << 16

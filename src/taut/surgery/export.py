@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from taut.methods.method import PartMethod
+from taut.methods.base import PartMethod
 from taut.methods.part import Part
 from taut.surgery.apply import copy_companions, surgery_of, whole_folder
 from taut.surgery.install import SharedHead, dense_module

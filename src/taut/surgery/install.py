@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite, LinearSite, MemorySite, TableSite
-from taut.methods.method import LEARNED, AttentionMethod, MemoryMethod, PartMethod
+from taut.methods.base import LEARNED, AttentionMethod, MemoryMethod, PartMethod
 from taut.methods.part import LinearPart, Part, TablePart
 from taut.surgery.attend import install_attention
 from taut.surgery.memory import install_memory

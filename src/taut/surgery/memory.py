@@ -13,9 +13,9 @@ from transformers.utils import ModelOutput
 
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
-from taut.kernels.cache import Incoming, PositionedCache
-from taut.kernels.patterns import Marked
-from taut.methods.method import LEARNED, MemoryMethod
+from taut.methods.base import LEARNED, MemoryMethod
+from taut.ops.attention.masks import Marked
+from taut.ops.caches.base import Incoming, PositionedCache
 from taut.surgery.attend import Serving, first_tokens, serving, switch
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taut.anatomy.locate import Anatomy, locate
+from taut.architectures.locate import Anatomy, locate
 from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.recipe import Entry, Recipe
 from taut.core.registry import METHODS
 from taut.core.site import Site
 from taut.core.slot import SLOTS
-from taut.methods.method import Method
+from taut.methods.base import Method
 from taut.surgery.positions import check_whole_stacks
 
 SPARED = "the first layer stays dense, as in the paper; write layers: ':' to include it"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite, Site
-from taut.methods.method import AttentionMethod, Method
+from taut.methods.base import AttentionMethod, Method
 
 
 class NoPositions(nn.Module):

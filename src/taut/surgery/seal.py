@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from taut.methods.method import PartMethod
+from taut.methods.base import PartMethod
 from taut.methods.part import Part
 from taut.surgery.plan import Step
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from taut.anatomy.skeleton import model_class, skeleton
+from taut.architectures.skeleton import model_class, skeleton
 from taut.core.errors import TautError, nearest
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from taut.anatomy.locate import locate
+from taut.architectures.locate import locate
 from taut.core.errors import TautError
 from taut.core.site import LinearSite, TableSite
 from taut.surgery.apply import is_tightened, steps_of, untouched

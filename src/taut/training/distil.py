@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from taut.core.seeds import of_epoch, of_step
 from taut.methods.part import Part
-from taut.training.draws import of_epoch, of_step
 from taut.training.losses import answers, imitation, text_loss
 from taut.training.text import next_tokens
 

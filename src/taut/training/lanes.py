@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from taut.core.errors import TautError
-from taut.methods.method import AttentionMethod, MemoryMethod
+from taut.methods.base import AttentionMethod, MemoryMethod
 from taut.surgery.apply import is_tightened, steps_of
 
 NO_MEMORY = (
@@ -25,7 +25,7 @@ STATE = "state."
 
 
 class Bounded(Protocol):
-    """What a lane needs of a cache; ``taut.kernels.counted`` says what it means."""
+    """What a lane needs of a cache; ``taut.ops.caches.counted`` says what it means."""
 
     layers: Sequence[Any]
 

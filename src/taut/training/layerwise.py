@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from taut.anatomy.locate import locate
+from taut.architectures.locate import locate
 from taut.core.errors import TautError
 from taut.training.distil import Distillation, real_tokens
 from taut.training.losses import relative_error

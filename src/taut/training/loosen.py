@@ -8,10 +8,10 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from taut.anatomy.locate import locate
+from taut.architectures.locate import locate
 from taut.core.errors import TautError
 from taut.core.site import LinearSite
-from taut.methods.method import PartMethod
+from taut.methods.base import PartMethod
 from taut.methods.part import Part
 from taut.surgery.align import align_tensors
 from taut.surgery.apply import surgery_of

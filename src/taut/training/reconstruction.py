@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from taut.methods.method import LEARNED, MemoryMethod
+from taut.methods.base import LEARNED, MemoryMethod
 from taut.surgery.apply import steps_of
 
 NO_COMPRESSOR = (
@@ -21,7 +21,7 @@ NO_COMPRESSOR = (
 
 
 class Compressing(Protocol):
-    """What a model compresses with; ``taut.kernels.compressor`` says what it means."""
+    """What a model compresses with; ``taut.ops.caches.pooling`` says what it means."""
 
     def reconstructing(self) -> AbstractContextManager[list[Tensor]]: ...
 

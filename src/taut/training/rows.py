@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from taut.core.seeds import of_epoch
 from taut.training.corpus import pieces_of
-from taut.training.draws import of_epoch
 from taut.training.losses import IGNORED
 from taut.training.spec import TrainSpec
 

@@ -7,11 +7,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taut.anatomy.locate import locate
+from taut.architectures.locate import locate
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import AttentionSite
-from taut.methods.method import MemoryMethod, PartMethod
+from taut.methods.base import MemoryMethod, PartMethod
 from taut.surgery.apply import steps_of, tighten
 from taut.surgery.plan import make
 from taut.surgery.source import Source, open_model, open_skeleton, resolve

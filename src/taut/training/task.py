@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from taut.core.errors import TautError
+from taut.core.seeds import of_step
 from taut.methods.part import Part
-from taut.training.draws import of_step
 from taut.training.guide import Guides
 from taut.training.lanes import Lanes
 from taut.training.losses import IGNORED

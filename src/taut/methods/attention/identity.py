@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from taut.core.cost import Cost
 from taut.core.site import AttentionSite, Site
-from taut.kernels import stock
-from taut.kernels.patterns import Causal, View
-from taut.methods.method import AttentionMethod
+from taut.methods.base import AttentionMethod
+from taut.ops.attention import sdpa
+from taut.ops.attention.masks import Causal, View
 
 
 class Identity(AttentionMethod):
@@ -29,7 +29,7 @@ class Identity(AttentionMethod):
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, view: View, **options: Any
     ) -> Tensor:
-        return stock.attend(module, query, key, value, view, **options)
+        return sdpa.attend(module, query, key, value, view, **options)
 
     def pairs(self, site: AttentionSite) -> int:
         return Causal().pairs(site.length) if site.causal else site.length**2

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.site import AttentionSite, Site
-from taut.kernels import blocked
-from taut.kernels.patterns import Causal, View, Window
-from taut.methods.method import AttentionMethod, Knobs
+from taut.methods.base import AttentionMethod, Knobs
+from taut.ops.attention import blocked
+from taut.ops.attention.masks import Causal, View, Window
 
 
 class LocalGlobalKnobs(Knobs):

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.site import Site, TableSite
-from taut.kernels.bands import banded, map_bytes, pack_classes
-from taut.kernels.row_map import Places, RowMap
-from taut.kernels.svd import leading_directions
-from taut.methods.method import Calibration, EmbeddingMethod, Knobs
+from taut.methods.base import Calibration, EmbeddingMethod, Knobs
 from taut.methods.part import TablePart
 from taut.methods.store import Store, stored_bytes
+from taut.ops.factors.svd import leading_directions
+from taut.ops.tables.bands import banded, map_bytes, pack_classes
+from taut.ops.tables.row_map import Places, RowMap
 
 STANDARD_DEVIATION = 0.02
 """Of the entries of the table when it is trained from scratch."""

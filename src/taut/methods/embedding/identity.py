@@ -2,7 +2,7 @@
 
 from taut.core.cost import Cost
 from taut.core.site import Site
-from taut.methods.method import Method
+from taut.methods.base import Method
 
 
 class IdentityEmbedding(Method):

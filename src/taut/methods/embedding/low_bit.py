@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.site import Site, TableSite
-from taut.kernels.number_formats import BITS, NVFP4_TOP, number_format
-from taut.kernels.rowwise import RowFormat, lookup, pack, unpack
-from taut.kernels.tied_head import logits
-from taut.methods.method import Calibration, EmbeddingMethod, Knobs
+from taut.methods.base import Calibration, EmbeddingMethod, Knobs
 from taut.methods.part import TablePart
+from taut.ops.quantization.formats import BITS, NVFP4_TOP, number_format
+from taut.ops.quantization.rowwise import RowFormat, lookup, pack, unpack
+from taut.ops.quantization.tied_head import logits
 
 STANDARD_DEVIATION = 0.02
 """Of the table that a part built from scratch starts as."""

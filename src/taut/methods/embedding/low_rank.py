@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.site import TableSite
-from taut.kernels.svd import leading_directions
-from taut.methods.method import Calibration, EmbeddingMethod, Knobs
+from taut.methods.base import Calibration, EmbeddingMethod, Knobs
 from taut.methods.part import TablePart
 from taut.methods.store import Store, stored_bytes
+from taut.ops.factors.svd import leading_directions
 
 STANDARD_DEVIATION = 0.02
 """Of the entries of A B when the table is trained from scratch."""

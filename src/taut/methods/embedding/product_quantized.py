@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.site import Site, TableSite
-from taut.kernels.code_search import assign, decode, refine, search, weighted_error
-from taut.kernels.product_codes import CodeLayout, decode_lengths, encode_lengths, lookup, scores
-from taut.methods.method import Calibration, EmbeddingMethod, Knobs
+from taut.methods.base import Calibration, EmbeddingMethod, Knobs
 from taut.methods.part import TablePart
 from taut.methods.store import Store, stored_bytes
+from taut.ops.codebooks.product_codes import CodeLayout, decode_lengths, encode_lengths, lookup, scores
+from taut.ops.codebooks.search import assign, decode, refine, search, weighted_error
 
 STANDARD_DEVIATION = 0.02
 """Of the entries of a table that starts at random."""

@@ -8,12 +8,12 @@ from torch.nn import functional as F
 from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.site import LinearSite
-from taut.kernels.block_fit import block_factors, block_factors_for
-from taut.kernels.blocks import block_product
-from taut.kernels.svd import DAMPING
-from taut.methods.method import Calibration, Knobs, LinearMethod
+from taut.methods.base import Calibration, Knobs, LinearMethod
 from taut.methods.part import LinearPart
 from taut.methods.store import Store, stored_bytes
+from taut.ops.factors.block_fit import block_factors, block_factors_for
+from taut.ops.factors.block_matmul import block_product
+from taut.ops.factors.svd import DAMPING
 
 ALIGNMENT = 8
 """From 16 times this on, the rank of a block derived from ``keep`` is a multiple of it: matrix kernels are faster."""

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.site import LinearSite
-from taut.kernels.block_fit import shuffled_factors
-from taut.kernels.blocks import block_product
-from taut.kernels.svd import DAMPING
-from taut.methods.method import Calibration, Knobs, LinearMethod
+from taut.methods.base import Calibration, Knobs, LinearMethod
 from taut.methods.part import LinearPart
 from taut.methods.store import Store, stored_bytes
+from taut.ops.factors.block_fit import shuffled_factors
+from taut.ops.factors.block_matmul import block_product
+from taut.ops.factors.svd import DAMPING
 
 
 class BlockShuffleKnobs(Knobs):

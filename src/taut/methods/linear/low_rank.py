@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.site import LinearSite
-from taut.kernels.svd import DAMPING, balanced_factors, balanced_factors_for
-from taut.methods.method import Calibration, Knobs, LinearMethod
+from taut.methods.base import Calibration, Knobs, LinearMethod
 from taut.methods.part import LinearPart
 from taut.methods.store import Store, stored_bytes
+from taut.ops.factors.svd import DAMPING, balanced_factors, balanced_factors_for
 
 STANDARD_DEVIATION = 0.02
 """Of the dense weight whose best approximation a part trained from scratch starts as."""

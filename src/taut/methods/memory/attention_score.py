@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from taut.kernels.eviction import AttentionMass
-from taut.methods.eviction import EvictionKnobs, EvictionMethod
+from taut.methods.memory._eviction import EvictionKnobs, EvictionMethod
+from taut.ops.caches.eviction import AttentionMass
 
 
 class AttentionScoreKnobs(EvictionKnobs):

@@ -2,7 +2,7 @@
 
 from taut.core.cost import Cost
 from taut.core.site import MemorySite, Site
-from taut.methods.method import MemoryMethod
+from taut.methods.base import MemoryMethod
 
 
 class Identity(MemoryMethod):

@@ -1,7 +1,7 @@
 """A bounded cache that keeps the entries with the smallest keys."""
 
-from taut.kernels.eviction import KeyNorm as Norms
-from taut.methods.eviction import EvictionMethod
+from taut.methods.memory._eviction import EvictionMethod
+from taut.ops.caches.eviction import KeyNorm as Norms
 
 
 class KeyNorm(EvictionMethod):

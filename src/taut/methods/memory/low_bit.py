@@ -5,9 +5,9 @@ from typing import Literal
 from pydantic import Field
 
 from taut.core.site import MemorySite
-from taut.kernels.stored import StoredCache
-from taut.methods.method import Knobs, MemoryMethod
+from taut.methods.base import Knobs, MemoryMethod
 from taut.methods.store import Store
+from taut.ops.caches.quantized import StoredCache
 
 
 class LowBitKnobs(Knobs):

@@ -4,10 +4,10 @@ from pydantic import Field
 
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
-from taut.kernels.patterns import Sink
-from taut.kernels.ring import RingCache
-from taut.methods.method import Knobs, MemoryMethod
+from taut.methods.base import Knobs, MemoryMethod
 from taut.methods.store import CacheStore, Store
+from taut.ops.attention.masks import Sink
+from taut.ops.caches.ring import RingCache
 
 
 class WindowSinkKnobs(Knobs):

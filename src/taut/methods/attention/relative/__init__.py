@@ -1,0 +1,1 @@
+"""The method ``attention.relative`` and what it alone needs."""

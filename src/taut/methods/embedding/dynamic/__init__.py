@@ -1,0 +1,1 @@
+"""The method ``embedding.dynamic`` and what it alone needs."""

@@ -1,0 +1,1 @@
+"""The method ``embedding.hashed`` and what it alone needs."""

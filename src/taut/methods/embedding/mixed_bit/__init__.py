@@ -1,0 +1,1 @@
+"""The method ``embedding.mixed_bit`` and what it alone needs."""

@@ -1,0 +1,1 @@
+"""The method ``embedding.tensor_train`` and what it alone needs."""

@@ -1,0 +1,1 @@
+"""The method ``embedding.two_stage`` and what it alone needs."""

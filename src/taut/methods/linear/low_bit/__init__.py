@@ -1,0 +1,1 @@
+"""The method ``linear.low_bit`` and what it alone needs."""

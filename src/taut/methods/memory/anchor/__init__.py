@@ -1,0 +1,1 @@
+"""The method ``memory.anchor`` and what it alone needs."""

@@ -1,0 +1,1 @@
+"""The method ``memory.compressive`` and what it alone needs."""

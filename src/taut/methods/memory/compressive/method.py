@@ -1,0 +1,134 @@
+"""A bounded cache whose older entries are compressed, several into one, before they are dropped."""
+
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from taut.core.cost import Cost
+from taut.core.errors import TautError
+from taut.core.site import MemorySite, Site
+from taut.methods.base import Knobs, MemoryMethod
+from taut.methods.memory.compressive.most_used_cache import MASS, UsedCache
+from taut.methods.memory.compressive.pooled_cache import CompressedCache
+from taut.methods.store import CacheStore, Store
+from taut.ops.caches.pooling import REDUCTIONS, Compressor, numbers, products
+from taut.ops.caches.queues import Compression, QueueCache
+
+
+class CompressiveKnobs(Knobs):
+    segment: int = Field(256, ge=1, description="tokens of a segment; entries are compressed where one ends")
+    memory: int = Field(256, ge=0, description="tokens before the segment that are kept as they are")
+    compressed: int = Field(256, ge=0, description="compressed entries, each of rate tokens before those")
+    rate: int = Field(2, ge=1, description="tokens that become one entry")
+    pool: Literal["mean", "max", "conv", "dilated", "most_used"] = Field(
+        "mean",
+        description="what becomes of their keys, and of their values: their mean or maximum; what a convolution or "
+        "dilated ones make of them, which learn; or, head by head, the one that was attended to most",
+    )
+    store: CacheStore = Field(None, description="how keys and values are kept; none: as they come")
+
+    @model_validator(mode="after")
+    def _something_to_convolve(self) -> Self:
+        if self.pool == "dilated" and self.rate == 1:
+            raise ValueError("pool = 'dilated': a group of one token has no distances; rate is at least 2")
+        return self
+
+
+class Compressive(MemoryMethod):
+    """Tokens are read in segments. Of those before the segment the latest ``memory`` are kept as they are; older ones
+    are compressed, ``rate`` into one, and the latest ``compressed`` of these are kept.
+
+    The segment of a query at position i begins at s = floor(i / segment) segment. By then floor(max(0, s - memory) /
+    rate) groups of ``rate`` tokens are compressed; the query sees the latest ``compressed`` of these, and every token
+    behind them as it is. A compressed entry stands where its last token stood.
+
+    With ``most_used`` that holds between passes alone: who was used shows when a pass is over, so within it queries see
+    all that was held before, and all tokens of the pass up to themselves.
+    """
+
+    id = "memory.compressive"
+    summary = "recent entries, and older ones compressed several into one; bounded"
+    source = (
+        "Rae et al. 2019, Compressive Transformers (arXiv 1911.05507). Changed: cached keys and values are compressed, "
+        "not hidden states, keys with their rotary positions in them; learned pools start as the mean, each key head "
+        "with maps of its own; dilated convolutions, which the paper does not specify, have two taps at distances 1, "
+        "2, 4, ... and end at the group's first token; the most used is chosen in each group, not among all that "
+        "leaves; one optimizer for everything"
+    )
+    Knobs = CompressiveKnobs
+    dial = "memory"
+    carried = True
+    knobs: CompressiveKnobs
+
+    @property
+    def makes_keys(self) -> bool:
+        return self.knobs.pool != "most_used"
+
+    @property
+    def unequal(self) -> str | None:
+        if self.knobs.pool != "most_used":
+            return None
+        return "what was used most depends on where the text was cut, and a pass without a cache compresses nothing"
+
+    @property
+    def reconstructs(self) -> bool:
+        return self.knobs.pool in REDUCTIONS
+
+    @property
+    def store(self) -> Store | None:
+        return self.knobs.store
+
+    @property
+    def compression(self) -> Compression:
+        knobs = self.knobs
+        return Compression(knobs.segment, knobs.memory, knobs.compressed, knobs.rate)
+
+    def fits(self, site: Site) -> str | None:
+        if (reason := super().fits(site)) is not None:
+            return reason
+        if self.knobs.pool == "most_used" and site.position == "bias":
+            return "the model biases scores by distance, and what is used most would be counted without"
+        return None
+
+    def solve(self, site: MemorySite, keep: float) -> "Compressive":
+        """The longest memory for which at most ``keep`` of ``site.length`` entries remain."""
+        others = self.compression.most - self.knobs.memory
+        memory = int(keep * site.length + 1e-9) - others
+        if memory < 0:
+            raise TautError(
+                f"{self.id}: keep = {keep} of {site.length} entries is too little for a segment and compressed ones; "
+                f"the least keep is {others / site.length:.4f}, or choose smaller segment and compressed"
+            )
+        return Compressive(self.knobs.model_copy(update={"memory": memory}))
+
+    def predict(self, site: MemorySite) -> Cost:
+        """What is learned beside the entries, and what it computes; with ``most_used`` a score beside each entry."""
+        cost, knobs = super().predict(site), self.knobs
+        if knobs.pool == "most_used":
+            scores = site.layers * site.key_heads * MASS.dtype.itemsize
+            return cost + Cost(cache_bytes_per_token=scores * self.entries(site) / site.length)
+        if knobs.pool not in REDUCTIONS:
+            return cost
+        shape = knobs.pool, site.key_heads, knobs.rate, site.head_width
+        parameters = site.layers * numbers(*shape)
+        flops = 2.0 * site.layers * products(*shape) / knobs.rate
+        return cost + Cost(parameters, parameters * site.width_in_bytes, flops)
+
+    def learned(self, site: MemorySite, device: torch.device, dtype: torch.dtype) -> Compressor | None:
+        knobs = self.knobs
+        if knobs.pool not in REDUCTIONS:
+            return None
+        return Compressor(knobs.pool, site.layers, site.key_heads, knobs.rate, site.head_width, device, dtype)
+
+    def cache(self, layers: int) -> QueueCache:
+        if self.knobs.pool == "most_used":
+            return UsedCache(layers, self.compression, self.knobs.store)
+        return CompressedCache(layers, self.compression, self.knobs.pool, self.knobs.store)
+
+    def pattern(self) -> Compression | None:
+        """None with ``most_used``: see above."""
+        return None if self.knobs.pool == "most_used" else self.compression
+
+    def entries(self, site: MemorySite) -> int:
+        return min(site.length, self.compression.most)

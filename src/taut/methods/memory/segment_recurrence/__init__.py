@@ -1,0 +1,1 @@
+"""The method ``memory.segment_recurrence`` and what it alone needs."""

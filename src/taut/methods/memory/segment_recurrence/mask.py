@@ -1,0 +1,41 @@
+"""Segments of equal length that see what came shortly before them: who sees whom."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from taut.ops.attention.masks import Pattern
+
+
+@dataclass(frozen=True)
+class Recurrence(Pattern):
+    """j <= i, and j >= floor(i / segment) segment - memory: the query's own segment so far, and the ``memory`` tokens
+    before that began. No sliding window: the last token of a segment sees farther back than its first, never less far
+    than the segment's border."""
+
+    segment: int
+    memory: int
+
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        query, key = query[..., :, None], key[..., None, :]
+        return (key <= query) & (key >= query - query % self.segment - self.memory)
+
+    def pairs(self, length: int) -> int:
+        whole, rest = divmod(length, self.segment)
+        own = whole * (self.segment * (self.segment + 1) // 2) + rest * (rest + 1) // 2
+        # Segments whose memory reaches back to the first token.
+        early = min(whole, self.memory // self.segment + 1)
+        before = self.segment * (early * (early - 1) // 2) + (whole - early) * self.memory
+        return own + self.segment * before + rest * min(whole * self.segment, self.memory)
+
+    @property
+    def settled(self) -> int:
+        return self.segment + self.memory
+
+    @property
+    def period(self) -> int:
+        return self.segment
+
+    @property
+    def band(self) -> tuple[int, int]:
+        return self.segment + self.memory, 0

@@ -1,0 +1,61 @@
+"""A bounded cache: the open segment and a fixed number of entries from before it."""
+
+from pydantic import Field
+
+from taut.core.errors import TautError
+from taut.core.site import MemorySite
+from taut.methods.base import Knobs, MemoryMethod
+from taut.methods.memory.segment_recurrence.mask import Recurrence
+from taut.methods.store import CacheStore, Store
+from taut.ops.caches.ring import RingCache
+
+
+class SegmentRecurrenceKnobs(Knobs):
+    segment: int = Field(512, ge=1, description="tokens of a segment")
+    memory: int = Field(512, ge=0, description="tokens before the segment that all of it sees")
+    store: CacheStore = Field(None, description="how keys and values are kept; none: as they come")
+
+
+class SegmentRecurrence(MemoryMethod):
+    """Text is cut into segments of ``segment`` tokens; each sees itself and the ``memory`` tokens before it.
+
+    A query at i sees the key at j <= i when j >= floor(i / segment) segment - memory, positions counted from the row's
+    first real token; a full forward uses the same pattern, so decoding step by step equals it. The cache is a ring of
+    segment + memory entries: it holds a few more than are seen, and the pattern hides those. ``memory`` may be longer
+    where a model is used than where it was trained: nothing else depends on it.
+    """
+
+    id = "memory.segment_recurrence"
+    summary = "the segment being read and a fixed memory before it, reach growing with depth"
+    source = (
+        "Dai et al. 2019, Transformer-XL (arXiv 1901.02860). Changed: keys and values are cached, not hidden states, "
+        "with the model's own positions instead of relative ones (attention.relative has those); several segments are "
+        "read in one pass under the same pattern, and gradients cross the segments within it"
+    )
+    Knobs = SegmentRecurrenceKnobs
+    dial = "memory"
+    carried = True
+    knobs: SegmentRecurrenceKnobs
+
+    def solve(self, site: MemorySite, keep: float) -> "SegmentRecurrence":
+        """The longest memory for which at most ``keep`` of ``site.length`` entries remain."""
+        memory = int(keep * site.length + 1e-9) - self.knobs.segment
+        if memory < 0:
+            raise TautError(
+                f"{self.id}: keep = {keep} of {site.length} entries is less than a segment of {self.knobs.segment}; "
+                f"the least keep is {self.knobs.segment / site.length:.4f}, or choose a shorter segment"
+            )
+        return SegmentRecurrence(self.knobs.model_copy(update={"memory": memory}))
+
+    def cache(self, layers: int) -> RingCache:
+        return RingCache(layers, 0, self.knobs.segment + self.knobs.memory, self.knobs.store)
+
+    @property
+    def store(self) -> Store | None:
+        return self.knobs.store
+
+    def pattern(self) -> Recurrence:
+        return Recurrence(self.knobs.segment, self.knobs.memory)
+
+    def entries(self, site: MemorySite) -> int:
+        return min(site.length, self.knobs.segment + self.knobs.memory)

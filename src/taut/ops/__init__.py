@@ -1,0 +1,1 @@
+"""Tensor code that several methods share. It knows no models."""

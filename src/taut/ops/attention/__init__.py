@@ -1,0 +1,1 @@
+"""Who may see whom, as data, and the fused kernels that obey it."""

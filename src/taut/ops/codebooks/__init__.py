@@ -1,0 +1,1 @@
+"""Vectors named by codes: k-means, product codes, searching and gathering."""

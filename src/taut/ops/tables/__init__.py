@@ -1,0 +1,1 @@
+"""Rows of a token table: bands, maps of rows, budgets."""
