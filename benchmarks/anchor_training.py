@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 import taut
 from taut import data
-from taut.tasks.key_value_recall import documents
+from taut.evaluation.tasks.key_value_recall import documents
 
 LOSS, RECALL, SHARE, LEARNED = 1.03, 0.02, 1 / 8, 0.9
 """The last: from where on full attention has learned to look up. Below it, being as good says nothing."""

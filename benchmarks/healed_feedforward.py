@@ -22,10 +22,10 @@ from taut.core.recipe import Recipe
 from taut.core.record import Quantity
 from taut.data import calibration_texts, scored_pairs
 from taut.data.files import files_of, read
+from taut.healing.batches import token_rows
+from taut.healing.heal import heal
 from taut.surgery.apply import tighten
 from taut.surgery.source import open_tokenizer, resolve
-from taut.training.heal import heal
-from taut.training.text import token_rows
 
 FIRST = 800
 """Pairs of STS-B dev, in the order of the file, that the targets were set on."""

@@ -23,15 +23,15 @@ from taut.core.errors import TautError
 from taut.core.record import Quantity, Score
 from taut.core.registry import METHODS
 from taut.core.site import TableSite
+from taut.evaluation.task import Task
+from taut.evaluation.tasks.agreement import Agreement
+from taut.evaluation.tasks.classify import Classify
+from taut.evaluation.tasks.perplexity import Perplexity
 from taut.methods.base import Calibration, EmbeddingMethod
 from taut.methods.embedding.low_bit import LowBitEmbedding
 from taut.methods.embedding.mixed_bit.method import MixedBitEmbedding
 from taut.surgery.calibrate import calibrate, token_batches
 from taut.surgery.source import open_model, open_tokenizer, resolve
-from taut.tasks.agreement import Agreement
-from taut.tasks.classify import Classify
-from taut.tasks.perplexity import Perplexity
-from taut.tasks.task import Task
 
 WITHIN = 0.01
 CLAIM = (

@@ -17,10 +17,10 @@ from taut.comparison.statistics import paired_bootstrap
 from taut.core.recipe import Recipe
 from taut.core.record import Quantity
 from taut.data import calibration_texts, scored_pairs
+from taut.healing.heal import heal
 from taut.surgery.apply import tighten
 from taut.surgery.plan import make
 from taut.surgery.source import open_skeleton, open_tokenizer, resolve
-from taut.training.heal import heal
 
 CLAIM = (
     "minilm's table, loss of Spearman on STS-B dev, mean of 3 seeds: <= 2.2 bits: .0015 as fitted, .0005 healed; "

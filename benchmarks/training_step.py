@@ -17,9 +17,9 @@ from taut.measurement.clock import compare
 from taut.surgery.source import open_model, resolve
 from taut.training.budget import costs_of
 from taut.training.guide import Guides, guided_parts
-from taut.training.loop import make_optimizer
+from taut.training.objective import LanguageModelling
 from taut.training.spec import TrainSpec
-from taut.training.task import LanguageModelling
+from taut.training.trainer import make_optimizer
 
 KEEP, TARGET = 0.32, 1.25
 WIDTH, LAYERS, VOCABULARY, BATCH, LENGTH = 512, 6, 4096, 8, 256

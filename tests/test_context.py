@@ -16,9 +16,9 @@ import taut
 from taut import cli
 from taut.contract.tiny import tiny
 from taut.core.errors import TautError
-from taut.effective_context import losses_at
-from taut.measurement.context_length import effective_contexts, relative_gains
-from taut.tasks._language import last_logits, logits
+from taut.evaluation._language import last_logits, logits
+from taut.evaluation.context_gain import effective_contexts, relative_gains
+from taut.evaluation.effective_context import losses_at
 
 TEXT = "The statement is executed once. An exception is raised if no handler is found; naïve code fails.\n" * 4
 

@@ -9,9 +9,9 @@ from runs import LLAMA, SMALL, TEXT
 from taut import data
 from taut.core.errors import TautError
 from taut.training.corpus import read_corpus
-from taut.training.rows import Masking, Rows, Stream, spread, token_rows
+from taut.training.objective import IGNORED
 from taut.training.spec import TrainSpec
-from taut.training.task import IGNORED
+from taut.training.token_rows import Masking, Rows, Stream, spread, token_rows
 from taut.training.tokenizer import LEAST, byte_level, make_tokenizer
 
 

@@ -22,8 +22,8 @@ from taut.contract.tiny import REPRESENTATIVES
 from taut.core.errors import TautError
 from taut.core.registry import METHODS
 from taut.surgery.source import check_device
-from taut.training.loop import Moment
 from taut.training.run import train
+from taut.training.trainer import Moment
 
 HERE = torch.cuda.is_available()
 QUICK = ("bert", "llama")

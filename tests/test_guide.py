@@ -19,9 +19,9 @@ from taut.core.site import LinearSite
 from taut.methods.part import LinearPart
 from taut.training.budget import costs_of
 from taut.training.guide import Guides, guided_parts
+from taut.training.objective import LanguageModelling
 from taut.training.run import train
 from taut.training.schedule import guide_weight
-from taut.training.task import LanguageModelling
 
 KNOBS = {
     "low_rank": {"rank": 5},

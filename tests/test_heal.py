@@ -19,11 +19,11 @@ from taut.cli import app
 from taut.contract.tiny import inputs, tiny
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
+from taut.healing.settings import Healing
+from taut.healing.trainer import newest, optimizer
+from taut.healing.unpack import loosened
 from taut.methods.part import Part
 from taut.surgery.apply import apply
-from taut.training.loosen import loosened
-from taut.training.settings import Healing
-from taut.training.trainer import newest, optimizer
 
 LOW_RANK = {"embedding": {"method": "low_rank", "rank": 8}}
 STORED = {"embedding": {"method": "low_rank", "rank": 16, "store": {"method": "low_bit", "bits": 4}}}
@@ -202,7 +202,7 @@ def test_a_run_cut_off_goes_on_to_the_same_bits(tmp_path: Path, recipe: dict) ->
         if done == 5:
             raise Cut
 
-    from taut.training.heal import heal
+    from taut.healing.heal import heal
 
     with pytest.raises(Cut):
         heal(model, original, (), 9, batches=batches, state=state, seconds=0, progress=cut)
@@ -220,7 +220,7 @@ def test_a_run_cut_off_goes_on_to_the_same_bits(tmp_path: Path, recipe: dict) ->
 
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
-    from taut.training.heal import heal
+    from taut.healing.heal import heal
 
     model, original, batches = pair()
 
@@ -238,7 +238,7 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_checkpoints_hold_only_what_learns(tmp_path: Path) -> None:
     from safetensors import safe_open
 
-    from taut.training.heal import heal
+    from taut.healing.heal import heal
 
     model, original, batches = pair()
     table = model.get_input_embeddings()

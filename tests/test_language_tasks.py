@@ -17,8 +17,8 @@ from taut import data
 from taut.contract.tiny import tiny
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.tasks import agreement, key_value_recall, loss_by_position, perplexity
-from taut.tasks._language import causal_windows, masked_windows, same_length_batches, tokenize
+from taut.evaluation._language import causal_windows, masked_windows, same_length_batches, tokenize
+from taut.evaluation.tasks import agreement, key_value_recall, loss_by_position, perplexity
 
 TEXT = "The statement is executed once. An exception is raised if no handler is found; naïve code fails.\n" * 4
 

@@ -14,12 +14,12 @@ from taut import data
 from taut.contract.tiny import inputs, tiny
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
+from taut.healing.heal import heal
+from taut.healing.layerwise import blocks_of
+from taut.healing.unpack import originals
 from taut.methods.part import Part
 from taut.surgery.apply import apply
 from taut.surgery.source import open_model, resolve
-from taut.training.heal import heal
-from taut.training.layerwise import blocks_of
-from taut.training.loosen import originals
 
 RECIPE = {"feedforward": {"method": "low_rank", "rank": 12, "layers": ":"}}
 

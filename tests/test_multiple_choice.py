@@ -17,7 +17,7 @@ import taut
 from taut import data
 from taut.contract.tiny import tiny
 from taut.core.errors import TautError
-from taut.tasks.multiple_choice import MultipleChoice, shortcuts, wilson
+from taut.evaluation.tasks.multiple_choice import MultipleChoice, shortcuts, wilson
 
 harness = pytest.importorskip("lm_eval")
 WINDOW = {"method": "window_sink", "sinks": 1, "window": 6}
@@ -82,7 +82,7 @@ def test_equal_to_what_the_harness_itself_reports(shots: int, tmp_path: Path):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from taut.tasks._harness import published
+    from taut.evaluation._harness import published
 
     subject = model()
     task = MultipleChoice.parse({"data": questions_file(tmp_path), "limit": 15, "shots": shots})
@@ -153,7 +153,7 @@ def test_shortcuts_and_interval_by_hand():
 
 @pytest.mark.parametrize("shots", [1, 4])
 def test_examples_come_from_rows_that_are_never_scored(shots: int, tmp_path: Path):
-    from taut.tasks._harness import published
+    from taut.evaluation._harness import published
 
     path = questions_file(tmp_path)
     scored, examples = MultipleChoice.parse({"data": path, "limit": 36, "shots": shots}).splits()
@@ -215,7 +215,8 @@ def test_model_tokenizer_and_logging_are_left_as_they_were(family: str, tmp_path
 
 
 def test_without_the_harness_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in [name for name in sys.modules if name == "taut.tasks._harness" or name.partition(".")[0] == "lm_eval"]:
+    harness = {"taut.evaluation._harness"} | {name for name in sys.modules if name.partition(".")[0] == "lm_eval"}
+    for name in harness & set(sys.modules):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(TautError, match=r"task multiple_choice: needs lm_eval \(.*\): pip install 'taut\[eval\]'"):
@@ -313,7 +314,7 @@ PROMPTS = {
 @needs_data
 @pytest.mark.parametrize("name", PROMPTS)
 def test_published_prompts_on_a_real_model(name: str, offline: None):
-    from taut.tasks._harness import published
+    from taut.evaluation._harness import published
 
     rows = data.questions(name).rows[:5]
     task, _ = published(name, rows, rows, 0, seed=0)

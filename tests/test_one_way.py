@@ -15,16 +15,16 @@ ALLOWED = {
     "measurement": {"core"},
     "methods": {"core", "ops"},
     "surgery": {"core", "ops", "architectures", "methods", "_plugin"},
-    "tasks": {"core", "data"},
-    "retrieval": {"core", "data", "ops", "surgery", "tasks"},
-    "training": {"core", "data", "architectures", "methods", "surgery"},
+    "evaluation": {"core", "data", "surgery"},
+    "retrieval": {"core", "data", "ops", "surgery", "evaluation"},
+    "healing": {"core", "data", "architectures", "methods", "surgery"},
+    "training": {"core", "healing", "data", "architectures", "methods", "surgery"},
     "generation": {"core", "ops", "architectures", "surgery"},
-    "contract": {"core", "ops", "architectures", "methods", "surgery", "training"},
+    "contract": {"core", "ops", "architectures", "methods", "surgery", "healing"},
     "comparison": {"core", "ledger"},
     "reporting": {"core", "ledger", "comparison"},
-    "trial": {"core", "architectures", "data", "ledger", "measurement", "methods", "surgery", "tasks", "training"},
+    "trial": {"core", "architectures", "data", "ledger", "measurement", "methods", "surgery", "healing"},
     "crossover": {"core", "measurement", "methods", "surgery"},
-    "effective_context": {"core", "data", "measurement", "surgery", "tasks"},
     "runner": {"core", "comparison", "ledger", "trial"},
     "_plugin": {"surgery"},
     "__main__": {"cli"},
@@ -76,7 +76,7 @@ def test_methods_are_strangers(path: Path) -> None:
     _, kind, name, *inside = path.relative_to(ROOT).parts
     shared = [f"taut.methods.{word}" for word in ("base", "part", "store")] + [f"taut.methods.{kind}._"]
     own = [f"taut.methods.{kind}.{name}."] if inside else []
-    others = {name for name in _imports(path) if name.startswith("taut.methods.")}
+    others = {f"{name}." for name in _imports(path) if name.startswith("taut.methods.")}
     assert {name for name in others if not name.startswith((*shared, *own))} == set()
 
 

@@ -12,9 +12,9 @@ from taut.contract.tiny import inputs, tiny
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.surgery.apply import apply
+from taut.training.objective import LanguageModelling
 from taut.training.reconstruction import Reconstruction
 from taut.training.run import train
-from taut.training.task import LanguageModelling
 
 LINE = {"method": "compressive", "segment": 4, "memory": 4, "compressed": 4, "rate": 2, "pool": "conv"}
 CONV = {"memory": LINE}

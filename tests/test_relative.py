@@ -18,7 +18,7 @@ from taut.core.site import AttentionSite
 from taut.methods.attention.relative.method import Relative
 from taut.methods.base import LEARNED
 from taut.surgery.positions import unturned
-from taut.training.lanes import Lanes
+from taut.training.carried_memory import Lanes
 from taut.training.run import train
 
 RELATIVE = {"attention": {"method": "relative"}}

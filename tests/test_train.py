@@ -20,13 +20,13 @@ from typer.testing import CliRunner
 import taut
 from taut.cli import app
 from taut.core.errors import TautError
+from taut.healing.trainer import newest
 from taut.training.corpus import read_corpus
-from taut.training.loop import TWICE, Stop
-from taut.training.rows import spread, token_rows
+from taut.training.objective import LanguageModelling
 from taut.training.run import train
 from taut.training.spec import TrainSpec
-from taut.training.task import LanguageModelling
-from taut.training.trainer import newest
+from taut.training.token_rows import spread, token_rows
+from taut.training.trainer import TWICE, Stop
 
 
 class Cut(BaseException):

@@ -19,6 +19,7 @@ from taut.core.record import Quantity, Record, Score
 from taut.core.registry import TASKS
 from taut.core.spec import TrialSpec
 from taut.data import calibration_texts
+from taut.healing.heal import tighten_and_heal
 from taut.measurement.clock import ratio
 from taut.measurement.count import Footprint, cache_bytes, count, flops_per_token, folder_bytes
 from taut.measurement.energy import energy
@@ -29,7 +30,6 @@ from taut.methods.base import PartMethod
 from taut.surgery.apply import is_tightened, save, sites_of, steps_of
 from taut.surgery.plan import Plan, make
 from taut.surgery.source import Source, open_model, open_skeleton, open_tokenizer, resolve
-from taut.training.heal import tighten_and_heal
 
 Tell = Callable[[str], None]
 GENEROUS_BASE = 1.5e9

@@ -21,14 +21,14 @@ from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.registry import METHODS
 from taut.core.site import LinearSite, TableSite
+from taut.healing.distil import Comparison
+from taut.healing.trainer import optimizer
+from taut.healing.unpack import loosened
 from taut.methods.base import LEARNED, PartMethod
 from taut.methods.part import LinearPart, Part, TablePart
 from taut.surgery.apply import apply, undo
 from taut.surgery.export import densify
 from taut.surgery.plan import make
-from taut.training.distil import Comparison
-from taut.training.loosen import loosened
-from taut.training.trainer import optimizer
 
 COMPANIONS = {
     "embedding": {"method": "low_bit", "bits": 8},

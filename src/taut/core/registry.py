@@ -35,7 +35,7 @@ class Registry:
         found: dict[str, str] = {}
         for kind in self.kinds or ("",):
             for info in pkgutil.iter_modules([str(root / kind)]):
-                if info.name.startswith("_") or info.name in ("part", "store", "task"):
+                if info.name.startswith("_"):
                     continue
                 parts = [part for part in (kind, info.name) if part]
                 module = [FOLDER_MODULE] if info.ispkg else []
@@ -87,4 +87,4 @@ def _has_id(value: object, key: str) -> bool:
 
 
 METHODS = Registry("method", "taut.methods", "taut.methods", KINDS)
-TASKS = Registry("task", "taut.tasks", "taut.tasks")
+TASKS = Registry("task", "taut.evaluation.tasks", "taut.tasks")

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import data
 from taut.core.errors import TautError, nearest
+from taut.evaluation._encode import POOLINGS, encode
+from taut.evaluation.task import Progress, evaluating, reads_text
 from taut.retrieval.index import Index, chosen_codes, prefix
 from taut.surgery.source import open_model, open_tokenizer, resolve
-from taut.tasks._encode import POOLINGS, encode
-from taut.tasks.task import Progress, evaluating, reads_text
 
 LENGTH = 256
 """Tokens kept of a text where the model's folder names no number."""

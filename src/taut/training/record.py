@@ -8,10 +8,10 @@ from torch import nn
 from taut.core.environment import environment
 from taut.training.budget import ENDLESS, Costs, guided_share, use_of
 from taut.training.guide import Guides
-from taut.training.loop import Spent
-from taut.training.rows import Stream
 from taut.training.schedule import Course
 from taut.training.spec import TrainSpec
+from taut.training.token_rows import Stream
+from taut.training.trainer import Spent
 
 RECORD = "training.json"
 Status = Literal["done", "interrupted", "failed"]

@@ -12,23 +12,23 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from taut.core.errors import TautError
+from taut.healing.trainer import newest, random_states_kept
 from taut.surgery.apply import check_writable, copy_companions, whole_folder
 from taut.surgery.source import check_device, open_skeleton
 from taut.training.budget import Costs, costs_of, plan_course
+from taut.training.carried_memory import Lanes
+from taut.training.checkpoints import check, claim, disk_full_told, history
 from taut.training.corpus import Corpus, read_corpus
 from taut.training.guide import Guides, guided_parts
-from taut.training.lanes import Lanes
-from taut.training.loop import Spent, Stop, TaskTrainer, Tell, Watch, make_optimizer, make_schedule
+from taut.training.objective import Diverged, LanguageModelling
 from taut.training.reconstruction import Reconstruction
 from taut.training.record import RECORD, Status, general_facts, guide_facts, loss_facts, spent_facts
-from taut.training.rows import Masking, Rows, Stream, spread, token_rows
 from taut.training.schedule import Course, guide_weight
 from taut.training.spec import TrainSpec
 from taut.training.start import begin, resumed, settle
-from taut.training.state import check, claim, disk_full_told, history
-from taut.training.task import Diverged, LanguageModelling
+from taut.training.token_rows import Masking, Rows, Stream, spread, token_rows
 from taut.training.tokenizer import make_tokenizer
-from taut.training.trainer import newest, random_states_kept
+from taut.training.trainer import Spent, Stop, TaskTrainer, Tell, Watch, make_optimizer, make_schedule
 
 TOKENIZER, LOGS = "tokenizer", "runs"
 """In the state folder: a tokenizer that was made for the run, and what TensorBoard reads."""

@@ -1,145 +1,159 @@
-"""transformers.Trainer, told to train a Distillation and nothing else."""
+"""transformers.Trainer, told to train LanguageModelling: its clock, its evaluations, its checkpoints."""
 
 import json
 import math
-import random
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import numpy
 import torch
-from torch import nn
-from torch.utils.data import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.trainer_utils import sort_checkpoints
 
-from taut.core.errors import TautError
-from taut.training.distil import Distillation
-from taut.training.settings import Healing
+from taut.healing.trainer import SHARE
+from taut.methods.part import Part
+from taut.training.objective import Diverged, LanguageModelling
+from taut.training.schedule import rate
+from taut.training.spec import TrainSpec
+from taut.training.token_rows import Masking, Rows, Stream, example
 
-Progress = Callable[[int, int], None]
-FINISHED = "trainer_state.json"
-"""The file that Trainer writes last: a checkpoint without it was cut off."""
-SHARE = 20
-"""Checkpoints take at most one part in this many of the time."""
-
-
-def train(
-    task: Distillation,
-    optimizer: torch.optim.Optimizer,
-    choices: Healing,
-    folder: Path,
-    seconds: float = 30.0,
-    progress: Progress | None = None,
-) -> list[float]:
-    """Run all steps, or those that the newest whole checkpoint in ``folder`` lacks; the loss of every step.
-
-    A checkpoint is written every ``seconds`` (0: after every step), or less often where writing would take more than a
-    twentieth of the time. Torch's, Python's and NumPy's random states are as before afterwards. Raises TautError when
-    the loss is no longer finite.
-    """
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=choices.steps,
-        per_device_train_batch_size=1,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(choices.warmup * choices.steps),
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=task.trained[0].device.type == "cpu",
-        seed=choices.seed,
-    )
-    device = task.trained[0].device
-    if (arguments.device.type, arguments.device.index or 0) != (device.type, device.index or 0):
-        raise TautError(f"healing: the model is on {device}, and Trainer trains on {arguments.device}; move the model")
-    # Several visible GPUs would each get a copy of the task (DataParallel), which is not wanted.
-    arguments._n_gpu = min(1, arguments.n_gpu)
-    with random_states_kept():
-        trainer = Trainer(
-            task,
-            arguments,
-            data_collator=_only,
-            train_dataset=_Steps(choices.steps),
-            optimizers=(optimizer, None),
-            callbacks=[_Watch(seconds, progress)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        last = newest(folder)
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+GUIDES, SPENT, LANES = "guides.safetensors", "spent.json", "lanes-{}-of-{}.safetensors"
+"""What lies in a checkpoint beside the model and what Trainer puts there."""
+TWICE = 0.5
+"""Seconds from which on a second ctrl-C is one: torchrun passes on what the terminal has sent to all already."""
+FIRST = 0.01
+"""Of a warm-up that follows the clock: the rate of the first step."""
 
 
-def optimizer(trained: Mapping[nn.Parameter, float], rate: float) -> torch.optim.Optimizer:
-    """Adam whose rate for a tensor is ``rate`` times the size that ``trained`` gives it.
+@dataclass
+class Spent:
+    """What a run has used up so far, all processes together; kept with every checkpoint."""
 
-    Adam's steps do not shrink with the gradient: codebooks, norms and tables differ in scale by orders of magnitude,
-    and steps that suit a table in 2 bits would spoil one in 8.
-    """
-    groups = [{"params": [tensor], "lr": rate * size} for tensor, size in trained.items()]
-    # Gradients of single numbers shrink with width and batch, so the usual 1e-8 would stop large models.
-    return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-15)
+    seconds: float = 0.0
+    guide_flops: float = 0.0
+    guide_uses: int = 0
+    guide_calls: int = 0
+    finished: bool = False
+
+    @classmethod
+    def read(cls, checkpoint: Path | None) -> "Spent":
+        return cls() if checkpoint is None else cls(**json.loads((checkpoint / SPENT).read_text()))
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder`` that was written to its end."""
-    for path in reversed(sort_checkpoints(str(folder))):
+@dataclass(frozen=True)
+class Moment:
+    """How a run is going: ``done`` is the share of the budget. ``evaluation`` where the loss is of held-out text."""
+
+    step: int
+    done: float
+    loss: float
+    tokens_per_second: float
+    evaluation: bool = False
+
+
+Tell = Callable[[Moment], None]
+
+
+def make_optimizer(task: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
+    """AdamW. Biases and norms do not decay; a part's tensors do, whatever their shape."""
+    decayed, others = [], []
+    for module in task.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            matrix = tensor.dim() > 1 or isinstance(module, Part)
+            (decayed if matrix and name != "bias" else others).append(tensor)
+    groups = [
+        {"params": [tensor for tensor in dict.fromkeys(tensors) if tensor.requires_grad], "weight_decay": decay}
+        for tensors, decay in ((decayed, spec.weight_decay), (others, 0.0))
+    ]
+    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, fused=True)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, spec: TrainSpec, total: int, spent: Spent) -> LambdaLR:
+    """The learning rate by the step, or by the clock where the budget is in seconds."""
+    shape = (spec.warmup, spec.schedule, spec.floor)
+    if spec.budget.seconds is not None:
+        limit = spec.budget.seconds
+        return LambdaLR(optimizer, lambda step: rate(spent.seconds / limit, FIRST * spec.warmup, *shape))
+    return LambdaLR(optimizer, lambda step: rate(step / total, 1 / total, *shape))
+
+
+class Stop:
+    """Whether the run was asked to end: by ctrl-C, or by a machine that shuts down (SIGTERM)."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._heard_at: float | None = None
+
+    @contextmanager
+    def heard(self, tell: Callable[[str], None]) -> Iterator[None]:
+        """The first signal ends the run after its step; a second ctrl-C ends it at once. Outside the main thread,
+        where Python hears no signals, nothing changes."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            now = time.monotonic()
+            if self._heard_at is None:
+                self.asked, self._heard_at = True, now
+                tell("stopping after this step, with a checkpoint; ctrl-C once more stops at once")
+            elif number == signal.SIGINT and now - self._heard_at >= TWICE:
+                raise KeyboardInterrupt
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            json.loads((Path(path) / FINISHED).read_text())
-        except (OSError, ValueError):
-            continue
-        return Path(path)
-    return None
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-class _Steps(Dataset):
-    """The numbers of the steps; what a step does follows from its number alone."""
+class Watch(TrainerCallback):
+    """Counts time, says when to evaluate, save and stop, and ends what has diverged.
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    Training time is that of the steps: forward, backward, update. With several processes all of them decide alike.
+    """
 
-    def __len__(self) -> int:
-        return self.steps
+    def __init__(self, task: LanguageModelling, spec: TrainSpec, spent: Spent, stop: Stop, tell: Tell | None) -> None:
+        self.task, self.spec, self.spent, self.stop, self.tell = task, spec, spent, stop, tell
+        self.saved_at = time.monotonic()
+        self.wait = spec.save.seconds
+        self._began = self._last = 0.0
+        self._done = 0.0
 
-    def __getitem__(self, step: int) -> int:
-        return step
-
-
-def _only(items: list[int]) -> dict[str, int]:
-    (step,) = items
-    return {"step": step}
-
-
-class _Watch(TrainerCallback):
-    """Progress, checkpoints by the clock, and an end to what has diverged."""
-
-    def __init__(self, seconds: float, progress: Progress | None) -> None:
-        self.seconds, self.progress = seconds, progress
-        self.started = time.monotonic()
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        self.task.begin(state.global_step)
+        self._began = time.perf_counter()
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
     ) -> TrainerControl:
-        if self.progress is not None:
-            self.progress(state.global_step, state.max_steps)
-        if time.monotonic() - self.started >= self.seconds and state.global_step < state.max_steps:
-            control.should_save = True
-            self.started = time.monotonic()
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        due = time.monotonic() - self.saved_at >= self.wait
+        if self.spec.save.steps is not None:
+            due = state.global_step % self.spec.save.steps == 0
+        self._last, due, asked = agreed(args, time.perf_counter() - self._began, due, self.stop.asked)
+        self.spent.seconds += self._last
+        self.stop.asked = bool(asked)
+        limit = self.spec.budget.seconds
+        before = self._done if limit else (state.global_step - 1) / state.max_steps
+        self._done = self.spent.seconds / limit if limit else state.global_step / state.max_steps
+        self.spent.finished = self._done >= 1.0
+        every = self.spec.evaluate.every
+        control.should_evaluate = self.spent.finished or _passed(self._done, every) > _passed(before, every)
+        control.should_save = bool(due or asked or self.spent.finished)
+        control.should_training_stop = bool(asked or self.spent.finished)
         return control
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        took = time.monotonic() - self.started
-        self.seconds, self.started = self.seconds and max(self.seconds, SHARE * took), time.monotonic()
 
     def on_log(
         self,
@@ -147,19 +161,153 @@ class _Watch(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **rest: Any,
     ) -> None:
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise TautError(f"healing: the loss is {logs['loss']} at step {state.global_step}; lower learning_rate")
+        logs = logs or {}
+        # A scaled float16 gradient may overflow; the scaler then skips the step.
+        watched = ("loss",) if self.spec.precision == "float16" else ("loss", "grad_norm")
+        for name in watched:
+            if not math.isfinite(logs.get(name, 0.0)):
+                what = {"loss": "the loss", "grad_norm": "the gradient's norm"}[name]
+                raise Diverged(f"{what} is {logs[name]} at step {state.global_step}")
+        loss = logs.get("eval_loss", logs.get("loss"))
+        if self.tell is not None and loss is not None and state.is_world_process_zero:
+            tokens = self.spec.batch * self.spec.length
+            speed = tokens / self._last if self._last else 0.0
+            self.tell(Moment(state.global_step, self._done, loss, speed, "eval_loss" in logs))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        self.saved_at = time.monotonic()
 
 
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Trainer seeds every generator of the process."""
-    python, numbers = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(numbers)
+class TaskTrainer(Trainer):
+    """Evaluates by exact sums over held-out rows, and saves the model under its own names with the guides beside."""
+
+    def __init__(
+        self,
+        task: LanguageModelling,
+        arguments: TrainingArguments,
+        stream: Stream,
+        held: Rows,
+        watch: Watch,
+        optimizers: tuple[torch.optim.Optimizer, LambdaLR],
+    ) -> None:
+        super().__init__(
+            task, arguments, data_collator=stack, train_dataset=stream, optimizers=optimizers, callbacks=[watch]
+        )
+        self.remove_callback(PrinterCallback)
+        self.task, self.watch = task, watch
+        self.held, self.masking = held, stream.masking
+
+    def evaluate(self, *given: Any, **options: Any) -> dict[str, float]:
+        """The loss on all held-out rows, as the model stands without its guides."""
+        with self.accelerator.autocast():
+            metrics = held_out_losses(self.task, self.held, self.masking, self.args)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Model, guides and what was spent, from the main process. Nothing is saved over good numbers once some are
+        not finite."""
+        started = time.monotonic()
+        self.task.check_finite()
+        if self.task.lanes is not None:
+            path = self._lanes_in(output_dir or self.args.output_dir)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(self.task.lanes.state_dict(), path)
+            if self.args.world_size > 1:
+                torch.distributed.barrier()
+        spent = together(self.args, self.task, self.watch.spent)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            self.task.model.save_pretrained(folder)
+            if self.task.guides is not None:
+                save_file(self.task.guides.state_dict(), folder / GUIDES)
+            (folder / SPENT).write_text(json.dumps(asdict(spent)))
+        self.watch.wait = self.watch.wait and max(self.watch.wait, SHARE * (time.monotonic() - started))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The model was opened from the checkpoint; its guides lie beside it, and so does what its lanes carry, unless
+        there were more or fewer processes: then lanes begin anew."""
+        if self.task.guides is not None:
+            self.task.guides.load_state_dict(load_file(Path(resume_from_checkpoint) / GUIDES))
+        if self.task.lanes is not None and self._lanes_in(resume_from_checkpoint).is_file():
+            self.task.lanes.load_state_dict(load_file(self._lanes_in(resume_from_checkpoint)), self.args.device)
+
+    def _lanes_in(self, folder: str) -> Path:
+        return Path(folder) / LANES.format(self.args.process_index, max(1, self.args.world_size))
+
+
+@torch.no_grad()
+def held_out_losses(
+    task: LanguageModelling, rows: Rows, masking: Masking | None, args: TrainingArguments
+) -> dict[str, float]:
+    """``eval_loss``: nats a target, over all processes' shares of the rows; float64 sums. Of a task with a
+    reconstruction ``eval_reconstruction``, the mean over batches by their targets."""
+    training = task.training
+    task.eval()
+    lanes = task.lanes.anew() if task.lanes is not None else None
+    sums = torch.zeros(3, dtype=torch.float64, device=args.device)
+    for indices in _held_batches(rows, args):
+        batch = stack([example(rows, index, masking, index) for index in indices])
+        if lanes is not None:
+            lanes.begin()
+            batch["fresh"] = torch.tensor([not rows.follows(index) for index in indices])
+        batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
+        targets = (batch["labels"] >= 0).sum()
+        with task.reconstructing() as errors:
+            sums[0] += task.total(**batch, lanes=lanes).double()
+        sums[1] += targets
+        sums[2] += sum(errors) * targets
+    task.train(training)
+    if args.world_size > 1:
+        torch.distributed.all_reduce(sums)
+    total, count, missed = sums.tolist()
+    found = {"eval_loss": total / count}
+    return found if task.reconstruction is None else found | {"eval_reconstruction": missed / count}
+
+
+def _held_batches(rows: Rows, args: TrainingArguments) -> list[list[int]]:
+    """This process's share of the rows, in batches; lanes in their order, each batch the next row of each."""
+    size, world = args.per_device_train_batch_size, max(1, args.world_size)
+    if rows.lanes:
+        mine = range(args.process_index, rows.lanes, world)
+        groups = [mine[start : start + size] for start in range(0, len(mine), size)]
+        return [[lane * rows.steps + step for lane in group] for group in groups for step in range(rows.steps)]
+    mine = range(args.process_index, len(rows), world)
+    return [list(mine[start : start + size]) for start in range(0, len(mine), size)]
+
+
+def agreed(args: TrainingArguments, seconds: float, *flags: bool) -> tuple[float, ...]:
+    """The longest time and the union of the flags, over all processes."""
+    if args.world_size <= 1:
+        return seconds, *flags
+    said = torch.tensor([seconds, *map(float, flags)], dtype=torch.float64, device=args.device)
+    torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
+    return tuple(said.tolist())
+
+
+def together(args: TrainingArguments, task: LanguageModelling, spent: Spent) -> Spent:
+    """``spent`` with what the guides of all processes used since it was last brought up to date."""
+    guides = task.guides
+    if guides is None:
+        return spent
+    used = torch.tensor([guides.flops, guides.uses, guides.calls], dtype=torch.float64, device=args.device)
+    guides.flops, guides.uses, guides.calls = 0.0, 0, 0
+    if args.world_size > 1:
+        torch.distributed.all_reduce(used)
+    flops, uses, calls = used.tolist()
+    spent.guide_flops += flops
+    spent.guide_uses += int(uses)
+    spent.guide_calls += int(calls)
+    return spent
+
+
+def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def _passed(done: float, every: float) -> int:
+    """How many evaluations are due by now. Rounded: 3 x 0.1 is not 0.3."""
+    return math.floor(round(done / every, 9))

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from taut.crossover import Crossovers
     from taut.surgery.plan import Plan
-    from taut.training.loop import Moment
     from taut.training.run import Trained
     from taut.training.spec import TrainSpec
+    from taut.training.trainer import Moment
 
 
 def methods(kind: str | None = None) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def apply(
     the original. In memory, give them ``batches`` of model inputs instead, and methods that read the vocabulary a
     ``tokenizer``.
 
-    ``heal`` is a number of steps, or choices by name (see ``taut.training.settings``), for training what was installed
+    ``heal`` is a number of steps, or choices by name (see ``taut.healing.settings``), for training what was installed
     to answer as the original did, on the same text. With ``out`` a run that was cut off goes on when it is repeated.
     ``exclude`` names evaluation data (``stsb:dev``) of which no sentence may be read. Raises TautError for wrong input.
     """
@@ -89,7 +89,7 @@ def apply(
     options = {"dtype": read_dtype(dtype), "device": device, "seed": seed, "progress": progress}
     texts = read_texts(text, exclude)
     if heal:
-        from taut.training.heal import tighten_and_heal
+        from taut.healing.heal import tighten_and_heal
 
         # Beside the output, under a name that the next run with the same --out finds.
         options |= {
@@ -122,9 +122,9 @@ def heal(
     config now says about it (steps, seed, target, loss at both ends).
 
     ``texts`` need the ``tokenizer``; or give ``batches`` of model inputs. With the folder ``state`` a run that was cut
-    off goes on there. ``choices``: see ``taut.training.settings``. Raises TautError for wrong input.
+    off goes on there. ``choices``: see ``taut.healing.settings``. Raises TautError for wrong input.
     """
-    from taut.training.heal import heal as train
+    from taut.healing.heal import heal as train
 
     chosen = {"steps": steps, "seed": seed, **choices}
     return train(model, original, texts, chosen, tokenizer=tokenizer, batches=batches, state=state, progress=progress)

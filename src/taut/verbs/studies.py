@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from taut.effective_context import Contexts
+    from taut.evaluation.effective_context import Contexts
     from taut.ledger import Ledger
     from taut.runner import Outcome
 
@@ -55,7 +55,7 @@ def context(
     memory need as ``tokenizer``. Further options: ``positions``, ``batch_size``, ``cached``, ``split``, ``limit``.
     Raises TautError for wrong input.
     """
-    from taut.effective_context import context as run
+    from taut.evaluation.effective_context import context as run
 
     single = not isinstance(models, list | tuple)
     chosen = {"tokenizer": tokenizer, "seed": seed, "device": device, "dtype": read_dtype(dtype), "progress": progress}

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from taut.core.errors import TautError
 from taut.core.seeds import of_step
+from taut.healing.losses import IGNORED
 from taut.methods.part import Part
+from taut.training.carried_memory import Lanes
 from taut.training.guide import Guides
-from taut.training.lanes import Lanes
-from taut.training.losses import IGNORED
 from taut.training.reconstruction import Reconstruction
 
 RANKS_APART = 1 << 8

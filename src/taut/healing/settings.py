@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from taut.core.strict import Strict
-from taut.training.losses import parse_targets
+from taut.healing.losses import parse_targets
 
 Trained = Literal["parts", "norms", "adapters", "body", "all"]
 

@@ -13,8 +13,8 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
 from taut.core.errors import TautError
+from taut.healing.trainer import FINISHED, newest
 from taut.training.spec import TrainSpec
-from taut.training.trainer import FINISHED, newest
 
 RUN = "run.json"
 """Whose state it is."""

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.tasks import task
-from taut.tasks._encode import batches, pool, states, token_ids, usable_length
-from taut.tasks._language import Window, causal_windows, logits, masked_windows, same_length_batches, tokenize
-from taut.tasks.task import Progress, Task, kind, reads_text
+from taut.evaluation import task
+from taut.evaluation._encode import batches, pool, states, token_ids, usable_length
+from taut.evaluation._language import Window, causal_windows, logits, masked_windows, same_length_batches, tokenize
+from taut.evaluation.task import Progress, Task, kind, reads_text
 
 MASK_EVERY = 7
 """One in seven, close to the share that masked models are trained with."""

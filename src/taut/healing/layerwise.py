@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from taut.architectures.locate import locate
 from taut.core.errors import TautError
-from taut.training.distil import Distillation, real_tokens
-from taut.training.losses import relative_error
-from taut.training.settings import Healing
-from taut.training.trainer import Progress, optimizer, train
+from taut.healing.distil import Distillation, real_tokens
+from taut.healing.losses import relative_error
+from taut.healing.settings import Healing
+from taut.healing.trainer import Progress, optimizer, train
 
 CACHES = ("past_key_values", "past_key_value", "use_cache", "cache_position")
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.data.questions import Question
-from taut.tasks._language import logits
-from taut.tasks.task import Progress
+from taut.evaluation._language import logits
+from taut.evaluation.task import Progress
 
 PROMPTS = {
     "openbookqa": "openbookqa/openbookqa.yaml",

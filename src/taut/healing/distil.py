@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from taut.core.seeds import of_epoch, of_step
+from taut.healing.batches import next_tokens
+from taut.healing.losses import answers, imitation, text_loss
 from taut.methods.part import Part
-from taut.training.losses import answers, imitation, text_loss
-from taut.training.text import next_tokens
 
 CACHE_BYTES = 512 * 2**20
 """What the teacher's answers to batches that come again may take."""
 
 
 class Comparison:
-    """How far ``student`` is from ``teacher`` on ``batches`` of model inputs, by ``targets`` (see training.losses).
+    """How far ``student`` is from ``teacher`` on ``batches`` of model inputs, by ``targets`` (see healing.losses).
 
     A batch may hold ``labels`` (B, T), -100 where nothing is asked; without them the target ``labels`` is the next
     token.

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.tasks import task
-from taut.tasks._encode import usable_length
-from taut.tasks._language import CACHED, causal_windows, logits, surprise, tokenize
-from taut.tasks.task import Progress, Task, writes_text
+from taut.evaluation import task
+from taut.evaluation._encode import usable_length
+from taut.evaluation._language import CACHED, causal_windows, logits, surprise, tokenize
+from taut.evaluation.task import Progress, Task, writes_text
 
 FIRST = 16
 """Tokens of context at most in the first range; every further range ends at twice the context."""

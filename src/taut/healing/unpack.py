@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from taut.architectures.locate import locate
 from taut.core.errors import TautError
 from taut.core.site import LinearSite
+from taut.healing.adapters import adapted
 from taut.methods.base import PartMethod
 from taut.methods.part import Part
 from taut.surgery.align import align_tensors
 from taut.surgery.apply import surgery_of
-from taut.training.adapters import adapted
 
 LOOSE = "_loose"
 """How a part names what it will round."""

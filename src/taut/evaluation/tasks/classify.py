@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.tasks import task
-from taut.tasks._encode import encode, pool, states, token_ids, usable_length
-from taut.tasks._probe import probe
-from taut.tasks.task import Progress, Task, reads_text
+from taut.evaluation import task
+from taut.evaluation._encode import encode, pool, states, token_ids, usable_length
+from taut.evaluation._probe import probe
+from taut.evaluation.task import Progress, Task, reads_text
 
 HEAD_LEARNING_RATE = 1e-3
 

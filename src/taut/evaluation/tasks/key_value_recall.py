@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.tasks import task
-from taut.tasks._language import CACHED, logits
-from taut.tasks.task import Progress, Task, writes_text
+from taut.evaluation import task
+from taut.evaluation._language import CACHED, logits
+from taut.evaluation.task import Progress, Task, writes_text
 
 KEYS, VALUES, FILLERS = 64, 64, 128
 """Words of each kind: frequent ones of the built-in text, none of two kinds."""

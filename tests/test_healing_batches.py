@@ -8,8 +8,8 @@ from tiny_tokenizer import SIZE, tiny_tokenizer
 
 from taut import data
 from taut.contract.tiny import tiny
-from taut.training.losses import divergence, imitation, relative_error, similarity_error, text_loss
-from taut.training.text import next_tokens, text_batches, token_rows
+from taut.healing.batches import next_tokens, text_batches, token_rows
+from taut.healing.losses import divergence, imitation, relative_error, similarity_error, text_loss
 
 
 def test_losses_are_shares_and_nats() -> None:

@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from taut.contract.tiny import inputs, logits, stepwise, tiny
 from taut.core.errors import TautError
+from taut.healing.losses import IGNORED
 from taut.methods.base import LEARNED
 from taut.methods.memory.compressive.method import Compressive
 from taut.methods.memory.segment_recurrence.method import SegmentRecurrence
 from taut.methods.memory.window_sink import WindowSink
+from taut.training.carried_memory import Lanes
 from taut.training.corpus import read_corpus
-from taut.training.lanes import Lanes
-from taut.training.losses import IGNORED
-from taut.training.rows import Rows, Stream, spread, token_rows
 from taut.training.run import train
 from taut.training.spec import TrainSpec
+from taut.training.token_rows import Rows, Stream, spread, token_rows
 
 MEMORY = {"memory": {"method": "segment_recurrence", "segment": 8, "memory": 8}}
 METHODS = (

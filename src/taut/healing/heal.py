@@ -22,16 +22,16 @@ from taut.architectures.locate import locate
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import AttentionSite
+from taut.healing.batches import predicts_masked, text_batches
+from taut.healing.distil import Comparison, Distillation
+from taut.healing.layerwise import blocks_of, heal_by_layer
+from taut.healing.losses import parse_targets
+from taut.healing.settings import Healing
+from taut.healing.trainer import optimizer, train
+from taut.healing.unpack import Snapshot, learners, loosened
 from taut.surgery.apply import surgery_of, tighten
 from taut.surgery.plan import Plan
 from taut.surgery.source import Source, open_model, open_skeleton, open_tokenizer
-from taut.training.distil import Comparison, Distillation
-from taut.training.layerwise import blocks_of, heal_by_layer
-from taut.training.loosen import Snapshot, learners, loosened
-from taut.training.losses import parse_targets
-from taut.training.settings import Healing
-from taut.training.text import predicts_masked, text_batches
-from taut.training.trainer import optimizer, train
 
 Progress = Callable[[int, int], None]
 HELD = 8

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.tasks import task
-from taut.tasks._encode import encode
-from taut.tasks.task import Progress, Task, reads_text
+from taut.evaluation import task
+from taut.evaluation._encode import encode
+from taut.evaluation.task import Progress, Task, reads_text
 
 PAIRS = 450
 SHORTEST_PASSAGE = 30

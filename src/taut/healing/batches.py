@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.core.errors import TautError
 from taut.data import sentences
-from taut.training.losses import IGNORED
+from taut.healing.losses import IGNORED
 
 POOL = 16
 """Batches sorted by length together: near neighbours need little padding, and the order stays random."""

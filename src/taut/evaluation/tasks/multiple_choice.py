@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.tasks import task
-from taut.tasks._encode import usable_length
-from taut.tasks._language import CACHED
-from taut.tasks.task import Progress, Task, writes_text
+from taut.evaluation import task
+from taut.evaluation._encode import usable_length
+from taut.evaluation._language import CACHED
+from taut.evaluation.task import Progress, Task, writes_text
 
 KEPT_FOR_EXAMPLES = 10
 """One row in so many, the last ones of the fixed order, is never scored: worked examples are drawn from these."""
@@ -71,7 +71,7 @@ class MultipleChoice(Task):
         reference: PreTrainedModel | None,
     ) -> tuple[Score, ...]:
         try:
-            harness = importlib.import_module("taut.tasks._harness")
+            harness = importlib.import_module("taut.evaluation._harness")
         except ImportError as error:
             raise TautError(f"task {self.id}: needs lm_eval ({error}): pip install 'taut[eval]'") from None
         knobs = self.knobs

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from taut.core.seeds import of_epoch
+from taut.healing.losses import IGNORED
 from taut.training.corpus import pieces_of
-from taut.training.losses import IGNORED
 from taut.training.spec import TrainSpec
 
 RANDOM, KEPT = 0.1, 0.1

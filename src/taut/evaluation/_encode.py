@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taut.tasks.task import Progress
+from taut.evaluation.task import Progress
 
 
 def encode(

@@ -1,6 +1,6 @@
 """``taut.context``: how much of their context the models of a group use (relative effective context length).
 
-The measure is that of Dai et al. 2019 (arXiv 1901.02860), appendix C; see ``measurement/context_length.py``.
+The measure is that of Dai et al. 2019 (arXiv 1901.02860), appendix C; see ``evaluation/context_gain.py``.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import data as texts
 from taut.core.errors import TautError
-from taut.measurement.context_length import EffectiveContext, effective_contexts
+from taut.evaluation._encode import usable_length
+from taut.evaluation._language import Tokens, last_logits, surprise, tokenize
+from taut.evaluation.context_gain import EffectiveContext, effective_contexts
+from taut.evaluation.task import evaluating, kind
 from taut.surgery.source import Source, open_model, open_skeleton, open_tokenizer, resolve
-from taut.tasks._encode import usable_length
-from taut.tasks._language import Tokens, last_logits, surprise, tokenize
-from taut.tasks.task import evaluating, kind
 
 Progress = Callable[[int, int], None]
 

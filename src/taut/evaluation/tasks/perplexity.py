@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import data
 from taut.core.record import Score
-from taut.tasks import task
-from taut.tasks._encode import usable_length
-from taut.tasks._language import (
+from taut.evaluation import task
+from taut.evaluation._encode import usable_length
+from taut.evaluation._language import (
     CACHED,
     Window,
     causal_windows,
@@ -23,7 +23,7 @@ from taut.tasks._language import (
     surprise,
     tokenize,
 )
-from taut.tasks.task import Progress, Task, kind
+from taut.evaluation.task import Progress, Task, kind
 
 CHARACTERS = {"causal": 100_000, "masked": 2_000}
 """How much text is read when no limit is given. A masked model needs one pass a token."""

@@ -1,0 +1,1 @@
+"""Training the parts of a compressed model to answer as the original did."""
