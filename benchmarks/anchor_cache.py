@@ -17,7 +17,7 @@ from taut.generation.prefix import Prefix
 from taut.measurement import memory, sandbox
 from taut.measurement.clock import Timing, compare
 from taut.measurement.count import cache_bytes
-from taut.surgery.source import open_model, resolve
+from taut.surgery.loading import open_model, resolve
 
 MODEL = (
     "llama:hidden_size=512,num_hidden_layers=8,intermediate_size=1536,num_attention_heads=8,num_key_value_heads=8,"

@@ -17,15 +17,15 @@ from typing import Any
 from harness import options, record, seen
 
 import taut
-from taut.comparison.statistics import paired_bootstrap
 from taut.core.recipe import Recipe
 from taut.core.record import Quantity
 from taut.data import calibration_texts, scored_pairs
 from taut.data.files import files_of, read
 from taut.healing.batches import token_rows
 from taut.healing.heal import heal
+from taut.studies.statistics import paired_bootstrap
 from taut.surgery.apply import tighten
-from taut.surgery.source import open_tokenizer, resolve
+from taut.surgery.loading import open_tokenizer, resolve
 
 FIRST = 800
 """Pairs of STS-B dev, in the order of the file, that the targets were set on."""

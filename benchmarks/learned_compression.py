@@ -18,7 +18,7 @@ from taut.core.recipe import Recipe
 from taut.data.texts import text
 from taut.ops.caches.pooling import Compressor
 from taut.surgery.apply import apply
-from taut.surgery.source import open_model, open_tokenizer, resolve
+from taut.surgery.loading import open_model, open_tokenizer, resolve
 
 CLAIM = "with the model frozen, a convolution that learns from what attention misses loses less than the mean"
 SHAPE = {"method": "compressive", "segment": 16, "memory": 48, "compressed": 64, "rate": 4}

@@ -5,9 +5,9 @@ from typing import Any
 from harness import options, record
 
 import taut
-from taut.comparison.statistics import paired_bootstrap
 from taut.core.record import Quantity, Score
-from taut.surgery.source import open_tokenizer, resolve
+from taut.studies.statistics import paired_bootstrap
+from taut.surgery.loading import open_tokenizer, resolve
 
 DENSE, DECIMALS = 0.8672, 4
 CLAIM = "minilm on STS-B dev: dense .8672; int8 table within .001, int4 groups of 64 within .002, int8 linears .003"

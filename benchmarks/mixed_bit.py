@@ -18,7 +18,6 @@ from torch import Tensor
 
 from taut import data
 from taut.architectures.locate import locate
-from taut.comparison.statistics import Interval, difference, paired_bootstrap, ratio
 from taut.core.errors import TautError
 from taut.core.record import Quantity, Score
 from taut.core.registry import METHODS
@@ -30,8 +29,9 @@ from taut.evaluation.tasks.perplexity import Perplexity
 from taut.methods.base import Calibration, EmbeddingMethod
 from taut.methods.embedding.low_bit import LowBitEmbedding
 from taut.methods.embedding.mixed_bit.method import MixedBitEmbedding
-from taut.surgery.calibrate import calibrate, token_batches
-from taut.surgery.source import open_model, open_tokenizer, resolve
+from taut.studies.statistics import Interval, difference, paired_bootstrap, ratio
+from taut.surgery.calibration import calibrate, token_batches
+from taut.surgery.loading import open_model, open_tokenizer, resolve
 
 WITHIN = 0.01
 CLAIM = (

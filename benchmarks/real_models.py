@@ -10,8 +10,8 @@ from taut.contract.checks import COMPANIONS
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe, shipped
 from taut.core.registry import METHODS
+from taut.surgery.loading import open_skeleton, resolve
 from taut.surgery.plan import make
-from taut.surgery.source import open_skeleton, resolve
 
 MINILM = "minilm"
 STORIES = "stories260K"

@@ -7,10 +7,10 @@ from harness import options, record
 from real_models import MINILM, STORIES, location, recipes
 
 import taut
-from taut import trial
 from taut.core.spec import TrialSpec
 from taut.measurement.count import count, folder_bytes
-from taut.surgery.source import resolve
+from taut.studies import trial
+from taut.surgery.loading import resolve
 
 WITHIN = 0.001
 CLAIM = "the sizes that taut reports are within 0.1 % of the files"

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 import taut
 from taut import data
-from taut.comparison.statistics import paired_bootstrap
 from taut.core.record import Quantity
 from taut.evaluation.tasks.docs_retrieval import DEPTH, DocsRetrieval, ranks_of_own, reciprocal
 from taut.measurement.clock import compare, ratio
 from taut.retrieval.index import Index
+from taut.studies.statistics import paired_bootstrap
 
 CLAIM = (
     "minilm on docs_retrieval: int8 vectors (4x smaller), 192 principal numbers in int8 (8x) and bits rescored by int8 "

@@ -15,8 +15,8 @@ import taut
 from taut.core.record import Quantity
 from taut.core.registry import METHODS
 from taut.core.site import LinearSite
-from taut.crossover import calibrate_part
 from taut.measurement.clock import Timing, compare, median_interval
+from taut.surgery.tune import calibrate_part
 
 METHOD_TARGETS = {"low_rank": 3.0, "block_dense": 3.0, "block_shuffle": 2.7}
 """At keep .32, width 2048 and 512 tokens: how many times faster than dense."""

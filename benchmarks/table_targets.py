@@ -13,14 +13,14 @@ from typing import Any
 from harness import options, record, seen
 
 import taut
-from taut.comparison.statistics import paired_bootstrap
 from taut.core.recipe import Recipe
 from taut.core.record import Quantity
 from taut.data import calibration_texts, scored_pairs
 from taut.healing.heal import heal
+from taut.studies.statistics import paired_bootstrap
 from taut.surgery.apply import tighten
+from taut.surgery.loading import open_skeleton, open_tokenizer, resolve
 from taut.surgery.plan import make
-from taut.surgery.source import open_skeleton, open_tokenizer, resolve
 
 CLAIM = (
     "minilm's table, loss of Spearman on STS-B dev, mean of 3 seeds: <= 2.2 bits: .0015 as fitted, .0005 healed; "

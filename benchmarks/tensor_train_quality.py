@@ -19,13 +19,13 @@ from transformers import BertConfig, BertForMaskedLM
 
 import taut
 from taut import data
-from taut.comparison.statistics import paired_bootstrap
 from taut.core.record import Quantity
 from taut.core.site import TableSite
 from taut.methods.base import Calibration, EmbeddingMethod
 from taut.methods.embedding.low_rank import LowRankEmbedding
 from taut.methods.embedding.tensor_train.method import STANDARD_DEVIATION, TensorTrainEmbedding
-from taut.surgery.source import open_model, open_tokenizer, resolve
+from taut.studies.statistics import paired_bootstrap
+from taut.surgery.loading import open_model, open_tokenizer, resolve
 
 KEPT = 0.981
 SMALLER = (22.8, 87.4)

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from taut import data
 from taut.architectures.locate import locate
-from taut.comparison.statistics import rank_correlation, student_interval
 from taut.core.record import Quantity
 from taut.core.site import TableSite
 from taut.methods.base import Calibration
 from taut.ops.quantization.rowwise import RowFormat, pack, unpack
-from taut.surgery.calibrate import calibrate, token_batches
-from taut.surgery.source import open_model, open_tokenizer, resolve
+from taut.studies.statistics import rank_correlation, student_interval
+from taut.surgery.calibration import calibrate, token_batches
+from taut.surgery.loading import open_model, open_tokenizer, resolve
 
 RANKED = 0.7
 CLAIM = (

@@ -14,7 +14,7 @@ from torch import Tensor
 import taut
 from taut.core.registry import METHODS
 from taut.measurement.clock import compare
-from taut.surgery.source import open_model, resolve
+from taut.surgery.loading import open_model, resolve
 from taut.training.budget import costs_of
 from taut.training.guide import Guides, guided_parts
 from taut.training.objective import LanguageModelling

@@ -7,13 +7,13 @@ from typing import Any
 from harness import options, record
 
 import taut
-from taut.comparison.statistics import paired_bootstrap
 from taut.core.recipe import Recipe
 from taut.core.record import Quantity
 from taut.data import calibration_texts, scored_pairs
 from taut.measurement.count import folder_bytes
+from taut.studies.statistics import paired_bootstrap
 from taut.surgery.apply import save, tighten
-from taut.surgery.source import open_tokenizer, resolve
+from taut.surgery.loading import open_tokenizer, resolve
 
 SMALLER, LOSS = 4.5, 0.004
 CLAIM = (

@@ -11,16 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from taut import verbs
-from taut.comparison.protocol import Row, score_keys, summary
-from taut.comparison.search import behind_front
+from taut import api
 from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.registry import METHODS
 from taut.core.site import AttentionSite, LinearSite, MemorySite, Site, TableSite
-from taut.ledger import Ledger
 from taut.methods.base import Method
 from taut.reporting.words import score, signed
+from taut.studies.ledger import Ledger
+from taut.studies.protocol import Row, score_keys, summary
+from taut.studies.selection import behind_front
 
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "docs" / "methods"
@@ -118,7 +118,7 @@ def card(key: str) -> str:
 def catalogue() -> str:
     """The table of methods in README."""
     lines = ["| method | what it does | source |", "|---|---|---|"]
-    for row in verbs.methods():
+    for row in api.methods():
         if row["id"] not in METHODS.built_in():
             continue
         source = row["source"].replace("|", "\\|")
@@ -148,7 +148,7 @@ def run_contract(keys: list[str]) -> None:
     found: dict[str, dict[str, list[str]]] = {key: known[key] for key in METHODS.built_in() if key in known and keys}
     for key in keys or METHODS.built_in():
         print(key, file=sys.stderr)
-        rows = verbs.check(key)
+        rows = api.check(key)
         failed = [row for row in rows if row["status"] == "failed"]
         if failed:
             sys.exit(f"{key}: {failed[0]['check']} failed on {failed[0]['case']}: {failed[0]['reason']}")

@@ -8,7 +8,7 @@ from taut.architectures.locate import locate
 from taut.contract.tiny import FAMILIES
 from taut.core.site import MemorySite
 from taut.methods.base import LEARNED, MemoryMethod
-from taut.surgery.memory import install_memory
+from taut.surgery.cache_hook import install_memory
 
 DECODERS = [name for name, family in FAMILIES.items() if family.attention == "sdpa" and family.decoder]
 LENGTH = 24

@@ -5,9 +5,9 @@ import random
 from statistics import median
 from typing import Any
 
-from taut.comparison.study import DENSE, IDENTITY
 from taut.core.record import Quantity, Record, Score
 from taut.core.spec import TrialSpec
+from taut.studies.study import DENSE, IDENTITY
 
 DATA = {"source": "built in: pydoc_data.topics", "split": "all", "items": "120", "sha256": "ab" * 32}
 

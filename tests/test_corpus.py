@@ -81,7 +81,7 @@ def test_masked_rows_hide_the_same_number_of_tokens() -> None:
 
 
 def test_tokenizers_are_made_once(tmp_path: Path) -> None:
-    from taut.surgery.source import resolve
+    from taut.surgery.loading import resolve
 
     source = resolve(LLAMA)
     texts = [TEXT]

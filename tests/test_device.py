@@ -21,7 +21,7 @@ from taut.contract.suite import run
 from taut.contract.tiny import REPRESENTATIVES
 from taut.core.errors import TautError
 from taut.core.registry import METHODS
-from taut.surgery.source import check_device
+from taut.surgery.loading import check_device
 from taut.training.run import train
 from taut.training.trainer import Moment
 

@@ -17,7 +17,7 @@ from taut.methods.memory.attention_score import AttentionScore
 from taut.methods.memory.key_norm import KeyNorm
 from taut.ops.caches import eviction
 from taut.ops.caches.eviction import Cut
-from taut.surgery.attend import install_attention
+from taut.surgery.attention import install_attention
 
 ENTRIES = 6
 STORE = {"method": "low_bit", "bits": 4, "group": 4}

@@ -19,7 +19,7 @@ from taut.healing.layerwise import blocks_of
 from taut.healing.unpack import originals
 from taut.methods.part import Part
 from taut.surgery.apply import apply
-from taut.surgery.source import open_model, resolve
+from taut.surgery.loading import open_model, resolve
 
 RECIPE = {"feedforward": {"method": "low_rank", "rank": 12, "layers": ":"}}
 

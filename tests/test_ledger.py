@@ -13,7 +13,7 @@ from sample_records import record, spec
 
 from taut.core.errors import TautError
 from taut.core.record import Quantity
-from taut.ledger import Ledger
+from taut.studies.ledger import Ledger
 
 
 def test_a_record_comes_back_equal(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def lease_of(pid: int, start: float, host: str | None = None) -> str:
 
 def test_the_lease_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from taut.ledger import Ledger\n"
+        "import sys, time; from taut.studies.ledger import Ledger\n"
         "with Ledger(sys.argv[1]).lease('ab'): print(1, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as child:

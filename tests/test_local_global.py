@@ -20,7 +20,7 @@ from taut.methods.attention.local_global import LocalGlobal
 from taut.methods.base import AttentionMethod
 from taut.ops.attention import blocked
 from taut.ops.attention.masks import Sink, View
-from taut.surgery.attend import install_attention
+from taut.surgery.attention import install_attention
 
 CPU = torch.device("cpu")
 FUSED = [name for name, family in FAMILIES.items() if family.attention == "sdpa"]

@@ -13,11 +13,11 @@ from documents import DOCUMENTS, ROOT, Block, blocks, files
 
 from taut import cli
 from taut.architectures.families import FAMILIES
-from taut.comparison.study import Study
 from taut.contract.checks import CHECKS, PROCESS_CHECKS
 from taut.core.recipe import Recipe
 from taut.core.registry import METHODS
 from taut.core.slot import SLOTS
+from taut.studies.study import Study
 
 README = ROOT / "README.md"
 OUTSIDE = "block_diagonal"

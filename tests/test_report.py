@@ -11,16 +11,16 @@ import vl_convert
 from rich.console import Console
 from sample_records import quickstart, record, spec
 
-from taut.comparison.protocol import Gap, summary
 from taut.core.errors import TautError
 from taut.core.record import Quantity, Record
-from taut.ledger import Ledger
 from taut.reporting import words
 from taut.reporting.figures import config, draw, save
 from taut.reporting.highlights import highlights
 from taut.reporting.page import page, write
 from taut.reporting.scatter import PLACES, _place_labels
 from taut.reporting.tables import terminal
+from taut.studies.ledger import Ledger
+from taut.studies.protocol import Gap, summary
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{7*7}}\u2028"
 

@@ -15,12 +15,12 @@ import pytest
 from rich.console import Console
 from sample_records import record
 
-from taut import runner
-from taut.comparison.study import Study
 from taut.core.errors import TautError
 from taut.core.record import Quantity, Record
 from taut.core.spec import TrialSpec
-from taut.ledger import Ledger
+from taut.studies import runner
+from taut.studies.ledger import Ledger
+from taut.studies.study import Study
 
 STUDY = Study.parse(
     {
@@ -35,8 +35,8 @@ import os, sys, time
 from pathlib import Path
 from sample_records import record
 from test_runner import STUDY, Fake
-from taut import runner
-from taut.ledger import Ledger
+from taut.studies import runner
+from taut.studies.ledger import Ledger
 
 class Slow(Fake):
     def run(self, spec, report):

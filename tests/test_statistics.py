@@ -8,11 +8,11 @@ import pytest
 from sample_records import DATA, quickstart, record, spec
 from scipy import stats
 
-from taut.comparison import statistics as st
-from taut.comparison.protocol import NOISE, UNKNOWN, Row, summary
-from taut.comparison.search import loss, pick
 from taut.core.errors import TautError
 from taut.core.record import Quantity, Record, Score
+from taut.studies import statistics as st
+from taut.studies.protocol import NOISE, UNKNOWN, Row, summary
+from taut.studies.selection import loss, pick
 
 A, B = (np.random.default_rng(0).gamma(2.0, size=(2, 40)) + 0.1).tolist()
 

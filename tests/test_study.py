@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from taut.comparison.study import DENSE, IDENTITY, Study, fingerprint
 from taut.core.errors import TautError
 from taut.core.recipe import shipped
+from taut.studies.study import DENSE, IDENTITY, Study, fingerprint
 
 ROOT = Path(__file__).parent.parent
 TEXT = """
@@ -52,9 +52,7 @@ def test_a_study_is_models_times_recipes_times_seeds(tmp_path: Path) -> None:
 
 def test_ids_do_not_depend_on_the_process(tmp_path: Path) -> None:
     ids = [trial.id for trial in load(tmp_path).trials()]
-    code = (
-        "import sys; from taut.comparison.study import Study; print(*[t.id for t in Study.load(sys.argv[1]).trials()])"
-    )
+    code = "import sys; from taut.studies.study import Study; print(*[t.id for t in Study.load(sys.argv[1]).trials()])"
     found = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "small.yaml")],
         capture_output=True,
@@ -66,7 +64,8 @@ def test_ids_do_not_depend_on_the_process(tmp_path: Path) -> None:
 
 
 def test_a_study_needs_no_torch() -> None:
-    code = "import sys; import taut.comparison.study, taut.ledger, taut.reporting.page; print('torch' in sys.modules)"
+    rooms = "taut.studies.study, taut.studies.ledger, taut.studies.runner, taut.reporting.page"
+    code = f"import sys; import {rooms}; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
 

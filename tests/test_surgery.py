@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, pipeline
 import taut
 from taut.contract.tiny import inputs, logits, tiny
 from taut.contract.workers import bits_equal
-from taut.surgery.source import resolve
+from taut.surgery.loading import resolve
 
 LIGHT = {
     "embedding": {"method": "low_bit", "bits": 8},

@@ -14,7 +14,7 @@ from taut.methods.memory.identity import Identity
 from taut.methods.memory.window_sink import WindowSink
 from taut.ops.attention import blocked
 from taut.ops.caches.ring import Ring
-from taut.surgery.attend import install_attention
+from taut.surgery.attention import install_attention
 
 SINKS, WINDOW = 2, 5
 METHOD = WindowSink.parse({"sinks": SINKS, "window": WINDOW})

@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
     if name == "TautError":
         return import_module("taut.core.errors").TautError
     if name in __all__:
-        return getattr(import_module("taut.verbs"), name)
+        return getattr(import_module("taut.api"), name)
     raise AttributeError(f"module 'taut' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

@@ -24,7 +24,7 @@ def arm() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("taut.surgery.checkpoint")
+    importlib.import_module("taut.surgery.quantizer")
 
 
 class _Waiting(MetaPathFinder):

@@ -24,10 +24,11 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the methods: what they are, where they come from, their knobs."""
-    from taut import display, verbs
+    from taut import api
+    from taut.cli import tables
 
-    rows = verbs.methods(kind.value if kind else None)
-    finish(as_json, {"methods": rows}, lambda: display.methods(rows))
+    rows = api.methods(kind.value if kind else None)
+    finish(as_json, {"methods": rows}, lambda: tables.methods(rows))
 
 
 @app.command()
@@ -38,10 +39,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a recipe would do and cost, from the config alone."""
-    from taut import display, verbs
+    from taut import api
+    from taut.cli import tables
 
-    found = verbs.plan(model, recipe, length)
-    finish(as_json, found.to_dict(), lambda: display.plan(found.to_dict()))
+    found = api.plan(model, recipe, length)
+    finish(as_json, found.to_dict(), lambda: tables.plan(found.to_dict()))
 
 
 @app.command()
@@ -70,13 +72,14 @@ def apply(
 ) -> None:
     """Tighten a model and write a complete folder that AutoModel opens. Healing that was cut off goes on when the
     command is repeated."""
-    from taut import display, verbs
+    from taut import api
+    from taut.cli import tables
 
     if heal_option and not heal:
         raise TautError("--heal-option: say --heal STEPS as well")
-    verbs.use_threads(threads)
-    with display.stages("fitting parts", *(["healing"] if heal else [])) as steps:
-        tightened = verbs.apply(
+    api.use_threads(threads)
+    with tables.stages("fitting parts", *(["healing"] if heal else [])) as steps:
+        tightened = api.apply(
             model,
             recipe,
             out,
@@ -89,8 +92,8 @@ def apply(
             progress=steps[0],
             healing=steps[-1],
         )
-    line = verbs.footprint(tightened)
-    finish(as_json, {"out": str(out), "footprint": line, **verbs.show(out)}, lambda: print(f"{out}: {line}"))
+    line = api.footprint(tightened)
+    finish(as_json, {"out": str(out), "footprint": line, **api.show(out)}, lambda: print(f"{out}: {line}"))
 
 
 @app.command()
@@ -103,10 +106,11 @@ def train(
 ) -> None:
     """Train a language model, with or without a recipe. Cut off, it goes on when the command is repeated. Several
     processes: torchrun --nproc-per-node 2 -m taut train SPEC."""
-    from taut import display, verbs
+    from taut import api
+    from taut.cli import tables
 
-    with display.training(spec.stem) as tell:
-        outcome = verbs.train(spec, out, device=device, threads=threads, progress=tell)
+    with tables.training(spec.stem) as tell:
+        outcome = api.train(spec, out, device=device, threads=threads, progress=tell)
     if outcome.main:
         content = {"folder": str(outcome.folder), **outcome.record}
         finish(as_json, content, lambda: print(outcome.sentence()))
@@ -123,9 +127,9 @@ def anchor_token(
     as_json: Json = False,
 ) -> None:
     """Give a model an anchor of its own: a token that its tokenizer puts behind every sentence."""
-    from taut import verbs
+    from taut import api
 
-    folder = verbs.anchor_token(model, out, token=token, after=after or (".", "!", "?"), start=start)
+    folder = api.anchor_token(model, out, token=token, after=after or (".", "!", "?"), start=start)
     line = f"{folder}: train it with memory: {{method: anchor, anchors: [{token!r}]}}"
     finish(as_json, {"out": str(folder), "token": token}, lambda: print(line))
 
@@ -137,11 +141,12 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Measure where a dense copy of a structured map is faster here, and note it in FOLDER: later it is used there."""
-    from taut import display, verbs
+    from taut import api
+    from taut.cli import tables
 
-    with display.stages("measuring maps") as (progress,):
-        found = verbs.calibrate(model, threads or (), progress=progress)
-    finish(as_json, found.to_dict(), lambda: display.crossovers(found.to_dict()))
+    with tables.stages("measuring maps") as (progress,):
+        found = api.calibrate(model, threads or (), progress=progress)
+    finish(as_json, found.to_dict(), lambda: tables.crossovers(found.to_dict()))
 
 
 @app.command()
@@ -150,10 +155,11 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what is inside a folder: recipe, parts, tensors, bytes."""
-    from taut import display, verbs
+    from taut import api
+    from taut.cli import tables
 
-    found = verbs.show(folder)
-    finish(as_json, found, lambda: display.folder(found))
+    found = api.show(folder)
+    finish(as_json, found, lambda: tables.folder(found))
 
 
 @app.command()
@@ -164,11 +170,11 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a plain dense checkpoint, for tools that do not know taut."""
-    from taut import verbs
+    from taut import api
 
     if not dense:
         raise TautError("export: say --dense; it is the only form there is")
-    kept = verbs.export(folder, out)
+    kept = api.export(folder, out)
 
     def text() -> None:
         print(f"{out}: plain dense checkpoint")

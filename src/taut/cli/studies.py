@@ -26,12 +26,13 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a model on one task, beside the task's shortcut baselines."""
-    from taut import display, verbs
+    from taut import api
+    from taut.cli import tables
 
-    verbs.use_threads(threads)
+    api.use_threads(threads)
     options = pairs(option)
-    with display.progress(task) as step:
-        scores = verbs.evaluate(
+    with tables.progress(task) as step:
+        scores = api.evaluate(
             model,
             task,
             data=data,
@@ -43,7 +44,7 @@ def evaluate(
             **options,
         )
     content = {"model": model, "scores": [score.model_dump(mode="json") for score in scores]}
-    finish(as_json, content, lambda: display.scores(scores))
+    finish(as_json, content, lambda: tables.scores(scores))
 
 
 @app.command()
@@ -65,11 +66,12 @@ def context(
     as_json: Json = False,
 ) -> None:
     """Measure how much of their context models use, relative to each other (RECL)."""
-    from taut import display, verbs
+    from taut import api
+    from taut.cli import tables
 
-    verbs.use_threads(threads)
-    with display.progress("reading") as tell:
-        found = verbs.context(
+    api.use_threads(threads)
+    with tables.progress("reading") as tell:
+        found = api.context(
             models,
             data,
             shortest=shortest,
@@ -85,7 +87,7 @@ def context(
             dtype=dtype,
             progress=tell,
         )
-    finish(as_json, found.to_dict(), lambda: display.contexts(found.to_dict()))
+    finish(as_json, found.to_dict(), lambda: tables.contexts(found.to_dict()))
 
 
 @app.command()
@@ -103,10 +105,11 @@ def measure(
     as_json: Json = False,
 ) -> None:
     """Measure size, FLOPs, latency, throughput, peak memory, cache bytes and energy."""
-    from taut import display, verbs
+    from taut import api
+    from taut.cli import tables
 
-    with display.status("measuring") as tell:
-        found = verbs.measure(
+    with tables.status("measuring") as tell:
+        found = api.measure(
             model,
             against=against,
             device=device,
@@ -120,7 +123,7 @@ def measure(
             progress=tell,
         )
     content = {"model": model, "quantities": {name: found[name].model_dump(mode="json") for name in found}}
-    finish(as_json, content, lambda: display.quantities(found))
+    finish(as_json, content, lambda: tables.quantities(found))
 
 
 @app.command()
@@ -142,9 +145,10 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare recipes fairly, and draw the report. Interrupted, it resumes where it was."""
-    from taut import display, verbs
+    from taut import api
+    from taut.cli import tables
 
-    outcome = verbs.compare(
+    outcome = api.compare(
         study,
         [*(recipes or []), *(more or [])],
         ledger=ledger,
@@ -156,7 +160,7 @@ def compare(
         **given(tasks=task, dtype=dtype, seeds=seed),
     )
     content = outcome.to_dict() | {"report": None if outcome.interrupted else str(report)}
-    finish(as_json, content, lambda: display.outcome(outcome, report))
+    finish(as_json, content, lambda: tables.outcome(outcome, report))
     raise typer.Exit(outcome.exit_code)
 
 
@@ -168,7 +172,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Draw the report of a ledger again."""
-    from taut import verbs
+    from taut import api
 
-    verbs.report(ledger, out, figures=figures)
+    api.report(ledger, out, figures=figures)
     finish(as_json, {"report": str(out), "figures": str(figures) if figures else None}, lambda: print(out))

@@ -22,10 +22,10 @@ def prefix(
     as_json: Json = False,
 ) -> None:
     """Read a text once and keep what the model's cache holds of it, for `taut generate --prefix`."""
-    from taut import verbs
+    from taut import api
 
-    verbs.use_threads(threads)
-    found = verbs.prefix(model, _said(text, text_file, "--text"), out=out, device=device, dtype=dtype)
+    api.use_threads(threads)
+    found = api.prefix(model, _said(text, text_file, "--text"), out=out, device=device, dtype=dtype)
     content = {"out": str(out), "tokens": len(found.ids), "entries": found.entries, "cache_bytes": found.bytes}
     line = f"{out}: {len(found.ids)} tokens, {found.entries} cache entries, {found.bytes:,} bytes"
     finish(as_json, content, lambda: print(line))
@@ -48,9 +48,9 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt; the text comes as it is made, then its speed and the size of its cache."""
-    from taut import verbs
+    from taut import api
 
-    verbs.use_threads(threads)
+    api.use_threads(threads)
     said = _said(prompt, prompt_file, "--prompt")
     # The prompt is shown once there is something to show behind it.
     shown = iter([said])
@@ -58,7 +58,7 @@ def generate(
     def show(piece: str) -> None:
         print(next(shown, ""), piece, sep="", end="", flush=True)
 
-    found = verbs.generate(
+    found = api.generate(
         model,
         said,
         prefix=prefix,

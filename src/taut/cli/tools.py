@@ -20,11 +20,12 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Run the contract suite on one method, yours included."""
-    from taut import display, verbs
+    from taut import api
+    from taut.cli import tables
 
-    rows = verbs.check(method, family or (), pairs(knob) or None, device=device)
+    rows = api.check(method, family or (), pairs(knob) or None, device=device)
     failed = any(row["status"] == "failed" for row in rows)
-    finish(as_json, {"method": method, "passed": not failed, "rows": rows}, lambda: display.checks(rows))
+    finish(as_json, {"method": method, "passed": not failed, "rows": rows}, lambda: tables.checks(rows))
     if failed:
         raise typer.Exit(1)
 
@@ -32,8 +33,8 @@ def check(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context) -> None:
     """Run any command with taut imported in its Python: taut run -- lm_eval --model hf ..."""
-    from taut import launch
+    from taut.cli import run_with_taut
 
     if not context.args:
         raise TautError("run: name a command after --, for example: taut run -- python script.py")
-    raise typer.Exit(launch.run(context.args))
+    raise typer.Exit(run_with_taut.run(context.args))

@@ -26,12 +26,13 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Index the paragraphs of a text by their sentence vectors, in few bytes."""
-    from taut import display, verbs
+    from taut import api
+    from taut.cli import tables
 
-    verbs.use_threads(threads)
+    api.use_threads(threads)
     kept = {"code": code, "width": width, "rotate": rotate, "bytes": bytes, "finer": finer}
-    with display.progress("encoding") as step:
-        built = verbs.index(model, documents, out, device=device, dtype=dtype, seed=seed, progress=step, **kept)
+    with tables.progress("encoding") as step:
+        built = api.index(model, documents, out, device=device, dtype=dtype, seed=seed, progress=step, **kept)
     facts = {"out": str(out), "documents": len(built), "width": built.width, "bytes_per_vector": built.bytes_per_vector}
     text = f"{out}: {len(built):,} documents, {built.bytes_per_vector:,} bytes each"
     finish(as_json, facts, lambda: print(text))
@@ -49,9 +50,10 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the documents of an index that are nearest to a query."""
-    from taut import display, verbs
+    from taut import api
+    from taut.cli import tables
 
-    verbs.use_threads(threads)
-    found = verbs.search(folder, queries, k, model=model, device=device, dtype=dtype)
+    api.use_threads(threads)
+    found = api.search(folder, queries, k, model=model, device=device, dtype=dtype)
     rows = [{"query": query, "hits": hits} for query, hits in zip(queries, found, strict=True)]
-    finish(as_json, {"queries": rows}, lambda: display.hits(rows))
+    finish(as_json, {"queries": rows}, lambda: tables.hits(rows))

@@ -9,7 +9,7 @@ from taut.contract.tiny import FAMILIES, REPRESENTATIVES
 from taut.contract.workers import Worker
 from taut.core.errors import TautError, nearest
 from taut.core.registry import METHODS
-from taut.surgery.source import check_device
+from taut.surgery.loading import check_device
 
 
 def run(

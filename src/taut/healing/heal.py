@@ -30,8 +30,8 @@ from taut.healing.settings import Healing
 from taut.healing.trainer import optimizer, train
 from taut.healing.unpack import Snapshot, learners, loosened
 from taut.surgery.apply import surgery_of, tighten
+from taut.surgery.loading import Source, open_model, open_skeleton, open_tokenizer
 from taut.surgery.plan import Plan
-from taut.surgery.source import Source, open_model, open_skeleton, open_tokenizer
 
 Progress = Callable[[int, int], None]
 HELD = 8

@@ -10,11 +10,11 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from taut.comparison.protocol import Row, score_keys
-from taut.comparison.search import behind_front
 from taut.core.errors import TautError
 from taut.reporting import words
 from taut.reporting.scatter import Axis, logarithmic, palette, scatter, symmetric
+from taut.studies.protocol import Row, score_keys
+from taut.studies.selection import behind_front
 
 BARS = 400
 """Width of bars in pixels; names stand beside them."""

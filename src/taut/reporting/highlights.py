@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from taut.comparison.protocol import COSTS, NOISE, Cell, Row, score_keys
 from taut.reporting import words
+from taut.studies.protocol import COSTS, NOISE, Cell, Row, score_keys
 
 
 @dataclass(frozen=True)

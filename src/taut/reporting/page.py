@@ -13,14 +13,14 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from taut.comparison.protocol import COSTS, RATIOS, Cell, Row, cost_keys, score_keys, summary
 from taut.core.errors import TautError
 from taut.core.record import Record
-from taut.ledger import Ledger
 from taut.reporting import words
 from taut.reporting.figures import FAMILY_COLORS, config, draw
 from taut.reporting.figures import save as save_figures
 from taut.reporting.highlights import highlights
+from taut.studies.ledger import Ledger
+from taut.studies.protocol import COSTS, RATIOS, Cell, Row, cost_keys, score_keys, summary
 
 MAIN_COSTS = (
     "stored_bytes",

@@ -7,8 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from taut.comparison.protocol import Cell
-from taut.comparison.statistics import pareto_front
+from taut.studies.protocol import Cell
+from taut.studies.statistics import pareto_front
 
 WIDTH, HEIGHT = 560, 340
 """Pixels."""

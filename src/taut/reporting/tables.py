@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from taut.comparison.protocol import COSTS, Cell, Row, cost_keys, score_keys
 from taut.reporting import words
+from taut.studies.protocol import COSTS, Cell, Row, cost_keys, score_keys
 
 STYLES = {"good": "green", "bad": "red", "noise": "dim", "unknown": "yellow", "none": ""}
 TERMINAL_COSTS = ("stored_bytes", "latency_prefill", "latency_decode", "peak_bytes", "cache_bytes_per_token")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from taut.comparison.protocol import COSTS, NOISE, UNKNOWN, Cell, Gap, Row
+from taut.studies.protocol import COSTS, NOISE, UNKNOWN, Cell, Gap, Row
 
 SLOT_LABELS = {
     "embedding": "embedding",

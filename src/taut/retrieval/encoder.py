@@ -15,7 +15,7 @@ from taut.core.errors import TautError, nearest
 from taut.evaluation._encode import POOLINGS, encode
 from taut.evaluation.task import Progress, evaluating, reads_text
 from taut.retrieval.index import Index, chosen_codes, prefix
-from taut.surgery.source import open_model, open_tokenizer, resolve
+from taut.surgery.loading import open_model, open_tokenizer, resolve
 
 LENGTH = 256
 """Tokens kept of a text where the model's folder names no number."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from taut.core.errors import TautError
 from taut.surgery.apply import copy_companions, whole_folder
-from taut.surgery.source import Source
+from taut.surgery.loading import Source
 
 MEAN = "mean"
 

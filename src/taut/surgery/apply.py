@@ -18,12 +18,12 @@ from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import Site
 from taut.methods.base import PartMethod
-from taut.surgery import checkpoint
 from taut.surgery.align import align_tensors
-from taut.surgery.calibrate import calibrate, token_batches
+from taut.surgery.calibration import calibrate, token_batches
 from taut.surgery.install import Surgery, fitted, started
+from taut.surgery.loading import Source, open_model, open_skeleton, open_tokenizer
 from taut.surgery.plan import Plan, Step, make
-from taut.surgery.source import Source, open_model, open_skeleton, open_tokenizer
+from taut.surgery.quantizer import TautConfig, TautQuantizer
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
 
@@ -62,10 +62,10 @@ def apply(
         return part
 
     _plugin.arm()
-    config = checkpoint.TautConfig(
+    config = TautConfig(
         [step.to_dict() for step in plan.steps], plan.recipe.to_dict(), family=plan.family, original=original
     )
-    quantizer = checkpoint.TautQuantizer(config, pre_quantized=True)
+    quantizer = TautQuantizer(config, pre_quantized=True)
     quantizer.surgery = Surgery(model, plan.steps, build, keep_originals)
     align_tensors(model)
     model.hf_quantizer = quantizer
@@ -110,7 +110,7 @@ def undo(model: PreTrainedModel) -> None:
 
 def is_tightened(model: PreTrainedModel) -> bool:
     """Whether taut changed this model, here or before it was loaded."""
-    return isinstance(vars(model).get("hf_quantizer"), checkpoint.TautQuantizer)
+    return isinstance(vars(model).get("hf_quantizer"), TautQuantizer)
 
 
 def surgery_of(model: PreTrainedModel) -> Surgery:

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import safe_open
 
 from taut.core.errors import TautError
-from taut.surgery.source import check_folder
+from taut.surgery.loading import check_folder
 
 
 def inspect(folder: Path) -> dict[str, Any]:

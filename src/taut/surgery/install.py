@@ -12,11 +12,11 @@ from taut.core.errors import TautError
 from taut.core.site import AttentionSite, LinearSite, MemorySite, TableSite
 from taut.methods.base import LEARNED, AttentionMethod, MemoryMethod, PartMethod
 from taut.methods.part import LinearPart, Part, TablePart
-from taut.surgery.attend import install_attention
-from taut.surgery.memory import install_memory
+from taut.surgery.attention import install_attention
+from taut.surgery.cache_hook import install_memory
 from taut.surgery.plan import Step
 from taut.surgery.positions import NoPositions, taken_out, unturned
-from taut.surgery.seal import unseal_state
+from taut.surgery.shape_guard import unseal_state
 
 Build = Callable[[Step, nn.Module], nn.Module | None]
 """From the module at a site to what takes its place; for attention and memory to what joins it, if anything does."""

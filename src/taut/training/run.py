@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from taut.core.errors import TautError
 from taut.healing.trainer import newest, random_states_kept
 from taut.surgery.apply import check_writable, copy_companions, whole_folder
-from taut.surgery.source import check_device, open_skeleton
+from taut.surgery.loading import check_device, open_skeleton
 from taut.training.budget import Costs, costs_of, plan_course
 from taut.training.carried_memory import Lanes
 from taut.training.checkpoints import check, claim, disk_full_told, history

@@ -13,8 +13,8 @@ from taut.core.recipe import Recipe
 from taut.core.site import AttentionSite
 from taut.methods.base import MemoryMethod, PartMethod
 from taut.surgery.apply import steps_of, tighten
+from taut.surgery.loading import Source, open_model, open_skeleton, resolve
 from taut.surgery.plan import make
-from taut.surgery.source import Source, open_model, open_skeleton, resolve
 from taut.training.carried_memory import NO_MEMORY
 from taut.training.reconstruction import NO_COMPRESSOR
 from taut.training.spec import TrainSpec

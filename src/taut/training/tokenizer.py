@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from taut.core.errors import TautError
-from taut.surgery.source import Source, open_tokenizer, resolve
+from taut.surgery.loading import Source, open_tokenizer, resolve
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
 FRAME = {"cls_token": "<s>", "sep_token": "</s>"}

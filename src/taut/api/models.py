@@ -4,17 +4,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taut.api.sources import Progress, RecipeLike, read_dtype, read_texts, use_threads
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.registry import METHODS
-from taut.verbs.given import Progress, RecipeLike, read_dtype, read_texts, use_threads
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from taut.crossover import Crossovers
     from taut.surgery.plan import Plan
+    from taut.surgery.tune import Crossovers
     from taut.training.run import Trained
     from taut.training.spec import TrainSpec
     from taut.training.trainer import Moment
@@ -39,8 +39,8 @@ def plan(model: "str | Path | PreTrainedModel", recipe: RecipeLike, length: int 
 
     ``length`` is the declared n of attention and memory costs. Raises TautError for wrong input.
     """
+    from taut.surgery.loading import open_skeleton, resolve
     from taut.surgery.plan import make
-    from taut.surgery.source import open_skeleton, resolve
 
     described = open_skeleton(resolve(model)) if isinstance(model, str | Path) else model
     return make(described, Recipe.load(recipe), length)
@@ -74,7 +74,7 @@ def apply(
     ``exclude`` names evaluation data (``stsb:dev``) of which no sentence may be read. Raises TautError for wrong input.
     """
     from taut.surgery import apply as surgery
-    from taut.surgery.source import resolve
+    from taut.surgery.loading import resolve
 
     if out is not None:
         surgery.check_writable(Path(out).absolute())
@@ -166,7 +166,7 @@ def anchor_token(
     """
     from taut.surgery.anchor_token import add_anchor_token, write
     from taut.surgery.apply import check_writable
-    from taut.surgery.source import open_model, open_tokenizer, resolve
+    from taut.surgery.loading import open_model, open_tokenizer, resolve
 
     check_writable(Path(out).absolute())
     source = resolve(model)
@@ -187,7 +187,7 @@ def calibrate(
     ``threads`` are the numbers of threads to measure; default: the present one. Raises TautError for a model that is
     not tightened or has no such map.
     """
-    from taut.crossover import calibrate as measure_maps
+    from taut.surgery.tune import calibrate as measure_maps
 
     return measure_maps(model, threads, progress=progress)
 
@@ -204,7 +204,7 @@ def load(
     model: str | Path, *, dtype: "str | torch.dtype | None" = None, device: str = "cpu", seed: int = 0
 ) -> "PreTrainedModel":
     """Open a model, tightened or not: picks the class, and raises TautError for any missing or unexpected key."""
-    from taut.surgery.source import open_model, resolve
+    from taut.surgery.loading import open_model, resolve
 
     return open_model(resolve(model), read_dtype(dtype), device, seed)
 
@@ -230,6 +230,6 @@ def export(model: "str | Path | PreTrainedModel", out: str | Path) -> list[tuple
 
 def footprint(model: "PreTrainedModel") -> str:
     """One line to paste into an issue: class, parameters, bytes per slot, recipe."""
-    from taut.trial import footprint as describe
+    from taut.studies.trial import footprint as describe
 
     return describe(model)

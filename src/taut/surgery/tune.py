@@ -21,8 +21,8 @@ from taut.core.errors import TautError
 from taut.measurement.clock import compare, ratio
 from taut.methods.part import LinearPart, TokenRanges
 from taut.surgery.apply import surgery_of
-from taut.surgery.premerge import install_crossovers
-from taut.surgery.source import open_model, resolve
+from taut.surgery.dense_copies import install_crossovers
+from taut.surgery.loading import open_model, resolve
 
 TOKENS = tuple(2**power for power in range(11))
 """Numbers of tokens that are tried: 1, 2, 4, ... 1024. Any other number goes with the nearest."""

@@ -17,13 +17,13 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from taut.comparison.protocol import Row, role_of, summary
-from taut.comparison.study import Study
 from taut.core.environment import environment
 from taut.core.errors import TautError
 from taut.core.record import Record
 from taut.core.spec import TrialSpec
-from taut.ledger import Ledger
+from taut.studies.ledger import Ledger
+from taut.studies.protocol import Row, role_of, summary
+from taut.studies.study import Study
 
 INTERRUPTED = 130
 LONGEST_REASON = 400
@@ -34,7 +34,7 @@ log = logging.getLogger("taut")
 
 
 class Journey(Protocol):
-    """What the runner needs to know about trials. The module taut.trial is one."""
+    """What the runner needs to know about trials. The module taut.studies.trial is one."""
 
     def validate(self, spec: TrialSpec) -> str | None:
         """Why this trial cannot work (the recipe fits no site), or None. Raises TautError for wrong input."""
@@ -221,7 +221,7 @@ def compare(
         chosen = Study.from_arguments(str(study), recipes, **DEFAULTS | options)
     chosen = chosen.narrowed(only, device, threads)
     # Only now, as it brings torch and transformers: wrong input is answered at once.
-    from taut import trial
+    from taut.studies import trial
 
     return run(chosen, Ledger(ledger or Path("runs") / chosen.name), trial, view)
 

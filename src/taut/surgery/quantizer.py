@@ -44,7 +44,7 @@ class TautQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from taut.surgery.install import Surgery, empty
         from taut.surgery.plan import restore
-        from taut.surgery.seal import seal_skeleton, sealed_names
+        from taut.surgery.shape_guard import seal_skeleton, sealed_names
 
         steps = restore(model, self.quantization_config.plan)
         self.surgery = Surgery(model, steps, empty, keep_originals=False)
@@ -53,8 +53,8 @@ class TautQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from taut.surgery.align import align_tensors
-        from taut.surgery.premerge import install_crossovers
-        from taut.surgery.seal import unseal
+        from taut.surgery.dense_copies import install_crossovers
+        from taut.surgery.shape_guard import unseal
 
         unseal(model, self._sealed)
         align_tensors(model)
@@ -65,7 +65,7 @@ class TautQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict | None, dict[str, str]]:
-        from taut.surgery.seal import seal_state, sealed_names
+        from taut.surgery.shape_guard import seal_state, sealed_names
 
         names = sealed_names(model, self.surgery.steps)
         # No metadata: safetensors writes two keys in no fixed order, and equal models must give equal files.

@@ -4,16 +4,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taut.api.sources import Progress, read_dtype, use_threads
 from taut.core.record import Quantity, Score
-from taut.verbs.given import Progress, read_dtype, use_threads
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
     from taut.evaluation.effective_context import Contexts
-    from taut.ledger import Ledger
-    from taut.runner import Outcome
+    from taut.studies.ledger import Ledger
+    from taut.studies.runner import Outcome
 
 
 def evaluate(
@@ -30,7 +30,7 @@ def evaluate(
     **options: Any,
 ) -> tuple[Score, ...]:
     """Scores of a model on one task, each beside its shortcut baselines. Raises TautError for wrong input."""
-    from taut.trial import evaluate as run
+    from taut.studies.trial import evaluate as run
 
     options = options if data is None else {**options, "data": str(data)}
     return run(model, task, options, tokenizer, reference, seed, device, read_dtype(dtype), progress)
@@ -73,7 +73,7 @@ def measure(
     **options: Any,
 ) -> dict[str, Quantity]:
     """Size, FLOPs, latency, memory and energy of a model; with ``against``, interleaved ratios to another one."""
-    from taut.trial import measure as run
+    from taut.studies.trial import measure as run
 
     return run(model, against, options, device, read_dtype(dtype), seed, progress)
 
@@ -97,7 +97,7 @@ def compare(
     (``dense`` and ``identity`` always are). The ledger is a folder, ``runs/NAME`` by default. Raises TautError for
     wrong input, before anything runs.
     """
-    from taut import runner
+    from taut.studies import runner
 
     use_threads(threads)
     outcome = runner.compare(study, recipes, ledger=ledger, only=only, device=device, threads=threads, **options)

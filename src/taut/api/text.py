@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taut.api.sources import read_dtype
 from taut.core.errors import TautError
-from taut.verbs.given import read_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ def generate(
 
 def _opened(model: Any, tokenizer: Any, device: str, dtype: Any) -> tuple[Any, Any]:
     """The model, and its tokenizer or None."""
-    from taut.surgery.source import open_model, open_tokenizer, resolve
+    from taut.surgery.loading import open_model, open_tokenizer, resolve
 
     if not isinstance(model, str | Path):
         return model, tokenizer

@@ -28,8 +28,8 @@ from taut.measurement.memory import peak_memory
 from taut.measurement.speed import filled_cache, forward_case, speed
 from taut.methods.base import PartMethod
 from taut.surgery.apply import is_tightened, save, sites_of, steps_of
+from taut.surgery.loading import Source, open_model, open_skeleton, open_tokenizer, resolve
 from taut.surgery.plan import Plan, make
-from taut.surgery.source import Source, open_model, open_skeleton, open_tokenizer, resolve
 
 Tell = Callable[[str], None]
 GENEROUS_BASE = 1.5e9

@@ -1,7 +1,6 @@
 """One function per verb, for ``taut.X`` and for the command line alike. No logic lives here: rooms do the work."""
 
-from taut.verbs.given import use_threads
-from taut.verbs.models import (
+from taut.api.models import (
     anchor_token,
     apply,
     calibrate,
@@ -15,9 +14,10 @@ from taut.verbs.models import (
     train,
     undo,
 )
-from taut.verbs.studies import check, compare, context, evaluate, measure, report
-from taut.verbs.text import generate, prefix
-from taut.verbs.vectors import index, search, vectors
+from taut.api.sources import use_threads
+from taut.api.studies import check, compare, context, evaluate, measure, report
+from taut.api.text import generate, prefix
+from taut.api.vectors import index, search, vectors
 
 __all__ = (
     "anchor_token",

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from taut.comparison.protocol import Row
 from taut.core.errors import TautError, nearest
+from taut.studies.protocol import Row
 
 
 def pick(

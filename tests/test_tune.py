@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 import taut
-from taut import crossover
 from taut.cli import app
 from taut.contract.tiny import inputs, tiny
 from taut.core.environment import processor
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.record import Quantity
-from taut.crossover import token_ranges
 from taut.methods.part import LinearPart
+from taut.surgery import tune
 from taut.surgery.apply import apply
+from taut.surgery.tune import token_ranges
 
 RECIPE = {
     "feedforward": {"method": "low_rank", "rank": 12, "layers": ":"},
@@ -50,7 +50,7 @@ def slow_at_four(monkeypatch: pytest.MonkeyPatch) -> None:
         made_up = {count: Quantity(value=speed, unit="", how="made up") for count, speed in speeds.items()}
         return [{"threads": threads, "tokens": count, "speed": speed} for count, speed in made_up.items()]
 
-    monkeypatch.setattr(crossover, "_measure", measured)
+    monkeypatch.setattr(tune, "_measure", measured)
 
 
 def test_ranges_go_to_the_nearest_by_ratio() -> None:
@@ -176,6 +176,6 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(TautError, match="no map here has a dense equivalent"):
         taut.calibrate(int8)
     with pytest.raises(TautError, match="tokens = \\[0\\]"):
-        crossover.calibrate(tightened(), tokens=(0,))
+        tune.calibrate(tightened(), tokens=(0,))
     with pytest.raises(TautError, match="needs a tightened folder"):
         taut.calibrate("llama:hidden_size=64")

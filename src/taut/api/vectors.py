@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taut.verbs.given import Progress, read_dtype
+from taut.api.sources import Progress, read_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
-from taut.comparison.statistics import (
+from taut.core.record import Quantity, Record, Score
+from taut.studies.statistics import (
     CONFIDENCE,
     Contrast,
     difference,
@@ -23,7 +24,6 @@ from taut.comparison.statistics import (
     sign_flip_test,
     student_interval,
 )
-from taut.core.record import Quantity, Record, Score
 
 NOISE = "within noise"
 UNKNOWN = "no interval"

@@ -8,13 +8,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from taut.architectures.locate import locate
-from taut.comparison.statistics import rank_correlation
 from taut.contract.tiny import VOCABULARY, inputs, padded_inputs, tiny
 from taut.core.errors import TautError
 from taut.core.site import LinearSite, TableSite
 from taut.methods.base import Calibration
 from taut.ops.quantization.rowwise import RowFormat, pack, unpack
-from taut.surgery.calibrate import TOKENS, _scaled, _spread, calibrate, token_batches
+from taut.studies.statistics import rank_correlation
+from taut.surgery.calibration import TOKENS, _scaled, _spread, calibrate, token_batches
 
 EVERYTHING = frozenset({"frequency", "gradient", "sensitivity", "metric"})
 

@@ -16,7 +16,7 @@ from taut.core.site import MemorySite
 from taut.methods.base import LEARNED, MemoryMethod
 from taut.ops.attention.masks import Marked
 from taut.ops.caches.base import Incoming, PositionedCache
-from taut.surgery.attend import Serving, first_tokens, serving, switch
+from taut.surgery.attention import Serving, first_tokens, serving, switch
 
 
 def install_memory(model: PreTrainedModel, method: MemoryMethod, site: MemorySite) -> Callable[[], None]:
