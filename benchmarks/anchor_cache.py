@@ -56,8 +56,8 @@ def tried(device: str) -> dict[str, PreTrainedModel]:
     torch.manual_seed(0)
     dense = open_model(resolve(MODEL), device=device)
     kept = {"memory": {"method": "anchor", "ids": [7], "longest": 0}}
-    tightened = taut.apply(copy.deepcopy(dense), kept)
-    models = {"DynamicCache": dense, "StaticCache": dense, "anchors": tightened, "one token": tightened}
+    compressed = taut.apply(copy.deepcopy(dense), kept)
+    models = {"DynamicCache": dense, "StaticCache": dense, "anchors": compressed, "one token": compressed}
     if device == "cpu":
         light = {slot: {"method": "low_bit"} for slot in ("embedding", "projection", "feedforward")}
         models[INT8] = taut.apply(copy.deepcopy(dense), light | kept)
@@ -107,10 +107,10 @@ def decoding(model: PreTrainedModel, cache_of: Callable[[], Cache], first: int, 
 
 def scoring(models: dict[str, PreTrainedModel], prefix: Tensor) -> dict[str, Callable[[], Any]]:
     """The logits of a question behind the prefix: everything read again, or the prefix's caches."""
-    dense, tightened = models["DynamicCache"], models["anchors"]
+    dense, compressed = models["DynamicCache"], models["anchors"]
     question = torch.arange(300, 300 + QUESTION, device=dense.device)[None]
     whole = torch.cat([prefix[None].to(dense.device), question], 1)
-    full, anchors = taut.prefix(dense, prefix), taut.prefix(tightened, prefix)
+    full, anchors = taut.prefix(dense, prefix), taut.prefix(compressed, prefix)
 
     def behind(model: PreTrainedModel, kept: Prefix) -> Callable[[], Any]:
         held = kept.memory
@@ -126,7 +126,7 @@ def scoring(models: dict[str, PreTrainedModel], prefix: Tensor) -> dict[str, Cal
         return run
 
     again = {"read again": lambda: dense(input_ids=whole, use_cache=True, logits_to_keep=QUESTION)}
-    return again | {"full cache": behind(dense, full), "anchors": behind(tightened, anchors)}
+    return again | {"full cache": behind(dense, full), "anchors": behind(compressed, anchors)}
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from taut.data.files import files_of, read
 from taut.healing.batches import token_rows
 from taut.healing.heal import heal
 from taut.studies.statistics import paired_bootstrap
-from taut.surgery.apply import tighten
+from taut.surgery.apply import compress
 from taut.surgery.loading import open_tokenizer, resolve
 
 FIRST = 800
@@ -75,7 +75,7 @@ def main() -> int:
                 with seen(given.done, f"{recipe} {steps} {CHOICES} {TEXT}") as known:
                     if not known:
                         clock = time.process_time()
-                        model, plan = tighten(source, Recipe.parse(recipe), texts[:CALIBRATION])
+                        model, plan = compress(source, Recipe.parse(recipe), texts[:CALIBRATION])
                         enough = texts[: steps * CHOICES["batch"] + 10 * CHOICES["batch"]]
                         heal(model, original, enough, {"steps": steps, **CHOICES}, tokenizer=tokenizer, text=TEXT)
                         known["minutes"] = (time.process_time() - clock) / 60

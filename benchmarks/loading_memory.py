@@ -1,4 +1,4 @@
-"""Memory of a fresh process that loads a model whose token table dwarfs everything else, dense and tightened."""
+"""Memory of a fresh process that loads a model whose token table dwarfs everything else, dense and compressed."""
 
 import tempfile
 from pathlib import Path
@@ -9,7 +9,7 @@ import taut
 from taut.measurement.count import folder_bytes
 from taut.measurement.memory import peak_memory
 
-CLAIM = "loading a tightened folder never materialises the dense table"
+CLAIM = "loading a compressed folder never materialises the dense table"
 ROWS, WIDTH = 200_000, 512
 MODEL = (
     f"llama:vocab_size={ROWS},hidden_size={WIDTH},num_hidden_layers=2,intermediate_size=1024,"

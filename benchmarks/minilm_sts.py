@@ -1,4 +1,4 @@
-"""What tightening costs all-MiniLM-L6-v2 on the development set of STS-B. Needs TAUT_DATA."""
+"""What compressing costs all-MiniLM-L6-v2 on the development set of STS-B. Needs TAUT_DATA."""
 
 from typing import Any
 

@@ -11,7 +11,7 @@ from taut.core.errors import TautError
 from taut.core.recipe import Recipe, shipped
 from taut.core.registry import METHODS
 from taut.surgery.loading import open_skeleton, resolve
-from taut.surgery.plan import make
+from taut.surgery.plan import make_plan
 
 MINILM = "minilm"
 STORIES = "stories260K"
@@ -39,7 +39,7 @@ def recipes(model: str, quick: bool = False) -> dict[str, Recipe]:
     plans = []
     for name, recipe in wanted.items():
         try:
-            plan = [step.to_dict() for step in make(described, recipe).steps]
+            plan = [step.to_dict() for step in make_plan(described, recipe).steps]
         except TautError as error:
             if "fits no site" not in str(error):
                 raise
@@ -54,7 +54,7 @@ def _everywhere(described: PreTrainedModel) -> Recipe:
     content = {}
     for slot, line in COMPANIONS.items():
         try:
-            make(described, Recipe.parse({slot: line}))
+            make_plan(described, Recipe.parse({slot: line}))
         except TautError:
             continue
         content[slot] = line

@@ -1,4 +1,4 @@
-"""Tightened folders of real models, opened in a new process by the tools that people use. Needs TAUT_MODELS."""
+"""Compressed folders of real models, opened in a new process by the tools that people use. Needs TAUT_MODELS."""
 
 import json
 import os

@@ -54,7 +54,7 @@ def main() -> int:
     notes = (
         "plan: the original file's tensors less what the plan takes away, against the tensors written (a plan knows no "
         "file header). count: tensors and header counted on the model, against the files. record: file_bytes of a "
-        "trial that tightened and saved by itself, against the files. minilm's own file holds 4096 bytes of "
+        "trial that compressed and saved by itself, against the files. minilm's own file holds 4096 bytes of "
         "position_ids that transformers no longer saves"
     )
     return record("reported_size", CLAIM, rows, all(row["holds"] for row in rows), notes, given.quick)

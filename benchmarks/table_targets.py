@@ -18,9 +18,9 @@ from taut.core.record import Quantity
 from taut.data import calibration_texts, scored_pairs
 from taut.healing.heal import heal
 from taut.studies.statistics import paired_bootstrap
-from taut.surgery.apply import tighten
+from taut.surgery.apply import compress
 from taut.surgery.loading import open_skeleton, open_tokenizer, resolve
-from taut.surgery.plan import make
+from taut.surgery.plan import make_plan
 
 CLAIM = (
     "minilm's table, loss of Spearman on STS-B dev, mean of 3 seeds: <= 2.2 bits: .0015 as fitted, .0005 healed; "
@@ -72,12 +72,12 @@ def main() -> int:
         if given.only not in (0.0, rate):
             continue
         recipe = Recipe.parse({"embedding": line})
-        step = make(open_skeleton(source), recipe).steps[0]
+        step = make_plan(open_skeleton(source), recipe).steps[0]
         bits = 8 * step.cost.bytes / (step.site.rows * step.site.width)
         for seed in range(seeds):
             with seen(given.done, f"{step.label} {steps} {seed}") as known:
                 if not known:
-                    model, _ = tighten(source, recipe, texts, seed=seed)
+                    model, _ = compress(source, recipe, texts, seed=seed)
                     known["as fitted"] = spearman(model)
                     heal(model, original, texts, {"steps": steps, "seed": seed}, tokenizer=tokenizer, text=TEXT)
                     known["healed"] = spearman(model)

@@ -153,7 +153,7 @@ def by_line(model: BertForMaskedLM, test: Tensor) -> list[float]:
     return total.tolist()
 
 
-def tightened(model: BertForMaskedLM, corpus: Corpus, smaller: float, scratch: bool = False) -> BertForMaskedLM:
+def compressed(model: BertForMaskedLM, corpus: Corpus, smaller: float, scratch: bool = False) -> BertForMaskedLM:
     """A copy with a train for a table, fitted, or started at random with the deviation that a dense one starts with."""
     model = copy.deepcopy(model)
     recipe = {"embedding": {"method": "tensor_train", "keep": 1 / smaller, "weighted": 0.5}}
@@ -187,12 +187,12 @@ def perplexity(steps: int, healing: int, lines: int) -> Iterator[dict[str, Any]]
     yield row(f"dense {corpus.rows} x {WIDTH}, {steps} steps", before, before)
     yield row(f"dense, {healing} more", on, on)
     for smaller in SMALLER:
-        model = tightened(dense, corpus, smaller)
+        model = compressed(dense, corpus, smaller)
         yield row(f"train, {smaller}x, after training", by_line(model, test), before)
         train(model, corpus, healing, RATE / 2, seed=2)
         yield row(f"train, {smaller}x, healed {healing} steps", by_line(model, test), on)
     for smaller in SMALLER:
-        model = train(tightened(start, corpus, smaller, scratch=True), corpus, steps, RATE, seed=1)
+        model = train(compressed(start, corpus, smaller, scratch=True), corpus, steps, RATE, seed=1)
         yield row(f"train, {smaller}x, from scratch, {steps} steps", by_line(model, test), before)
 
 

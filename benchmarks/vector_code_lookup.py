@@ -64,7 +64,7 @@ def main() -> int:
             add("lookup", f"{count} x {width}", tokens, cases, tokens == 8192)
     direction, learned = torch.randn(8192, width, device=given.device), dense.clone().requires_grad_()
     for part in tables.values():
-        part.loosen()
+        part.unpack()
     # A dense table's gradient is as large as itself.
     cases = {name: lambda part=part, ids=ids: _backward(part(ids), direction) for name, part in tables.items()}
     cases["dense"] = lambda ids=ids: _backward(F.embedding(ids, learned), direction)

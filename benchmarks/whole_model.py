@@ -12,7 +12,7 @@ from taut.core.record import Quantity
 from taut.data import calibration_texts, scored_pairs
 from taut.measurement.count import folder_bytes
 from taut.studies.statistics import paired_bootstrap
-from taut.surgery.apply import save, tighten
+from taut.surgery.apply import compress, save
 from taut.surgery.loading import open_tokenizer, resolve
 
 SMALLER, LOSS = 4.5, 0.004
@@ -49,7 +49,7 @@ def main() -> int:
         if given.quick and not promised:
             continue
         recipe = {"embedding": table, "projection": maps, "feedforward": maps}
-        model, _ = tighten(source, Recipe.parse(recipe), texts)
+        model, _ = compress(source, Recipe.parse(recipe), texts)
         with tempfile.TemporaryDirectory() as folder:
             save(model, Path(folder) / "light", source.folder)
             small = folder_bytes(Path(folder) / "light").total

@@ -173,17 +173,17 @@ def test_loosened_parts_compute_what_tightening_stores_and_can_be_trained():
     part = fitted(adaptive(weighting=1, store={"bits": 4, "group": 4}), table(), weight, counts())
     shapes = {name: (one.shape, one.dtype) for name, one in part.state_dict().items()}
     before, ids = part.merged(), torch.arange(60)
-    part.loosen(weight)
+    part.unpack(weight)
     torch.testing.assert_close(part(ids), before, rtol=0, atol=0.02)
     rate = torch.optim.Adam(part.parameters(), 0.01)
     for _ in range(80):
         rate.zero_grad()
         (part(ids) - weight).square().mean().backward()
         rate.step()
-    loose = part(ids).detach()
-    part.tighten()
+    unpacked = part(ids).detach()
+    part.repack()
     assert {name: (one.shape, one.dtype) for name, one in part.state_dict().items()} == shapes
-    torch.testing.assert_close(part(ids), loose, rtol=0, atol=1e-6)
+    torch.testing.assert_close(part(ids), unpacked, rtol=0, atol=1e-6)
     assert (part.merged() - weight).square().mean() < 0.98 * (before - weight).square().mean()
 
 

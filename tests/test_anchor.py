@@ -224,11 +224,11 @@ def test_strings_are_looked_up() -> None:
     assert method.knobs == Anchor.parse({"anchors": "punctuation"}).knobs
     with pytest.raises(TautError, match="need a tokenizer"):
         method.cache(2)
-    known = method.reads(lambda: tokenizer)
+    known = method.with_tokenizer(lambda: tokenizer)
     assert {tokenizer.decode([index]).strip() for index in known.knobs.ids} == {".", "!", "?"}
-    assert known.reads(lambda: tokenizer).knobs == known.knobs
+    assert known.with_tokenizer(lambda: tokenizer).knobs == known.knobs
     with pytest.raises(TautError, match="'zyzzyva' is not one token of this tokenizer but '"):
-        Anchor.parse({"anchors": "zyzzyva"}).reads(lambda: tokenizer)
+        Anchor.parse({"anchors": "zyzzyva"}).with_tokenizer(lambda: tokenizer)
 
 
 def test_wrong_input_is_told() -> None:

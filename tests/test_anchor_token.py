@@ -36,8 +36,8 @@ def metaspace(prepend: bool = False) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("make", [tiny_tokenizer, metaspace])
-def test_the_token_stands_behind_every_sentence_and_nowhere_else(make, tmp_path: Path) -> None:
-    before = make()
+def test_the_token_stands_behind_every_sentence_and_nowhere_else(make_plan, tmp_path: Path) -> None:
+    before = make_plan()
     after = add_anchor_token(tiny("llama", vocab_size=SIZE), before, "<a>", (".", "!", "?"))
     after.save_pretrained(tmp_path)
     for tokenizer in (after, AutoTokenizer.from_pretrained(tmp_path)):

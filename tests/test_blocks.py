@@ -20,7 +20,7 @@ from taut.methods.linear.low_rank import LowRankLinear
 from taut.ops.factors.block_fit import block_factors, block_factors_for, definite
 from taut.ops.factors.block_matmul import block_product, reference
 from taut.ops.factors.svd import DAMPING, balanced_factors_for, damped
-from taut.surgery.plan import make
+from taut.surgery.plan import make_plan
 
 CPU = torch.device("cpu")
 NOTHING = Calibration()
@@ -376,7 +376,7 @@ def test_wrong_input_is_refused_with_what_is_possible():
 def test_the_first_feed_forward_layer_stays_dense_unless_layers_says_otherwise(line):
     def layers(family: str, slot: str = "feedforward", **more) -> set[tuple[str, int]]:
         """The layers that are touched, by stack."""
-        plan = make(tiny(family), Recipe.parse({slot: {**line, **more}}))
+        plan = make_plan(tiny(family), Recipe.parse({slot: {**line, **more}}))
         reasons = [reason for _, reason in plan.untouched if "first layer stays dense" in reason]
         assert all("layers: ':'" in reason and line["method"] in reason for reason in reasons)
         assert bool(reasons) == (slot == "feedforward" and not more)

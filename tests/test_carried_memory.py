@@ -21,11 +21,11 @@ from taut.methods.base import LEARNED
 from taut.methods.memory.compressive.method import Compressive
 from taut.methods.memory.segment_recurrence.method import SegmentRecurrence
 from taut.methods.memory.window_sink import WindowSink
-from taut.training.carried_memory import Lanes
+from taut.training.carried_memory import CarriedMemory
 from taut.training.corpus import read_corpus
 from taut.training.run import train
 from taut.training.spec import TrainSpec
-from taut.training.token_rows import Rows, Stream, spread, token_rows
+from taut.training.token_rows import TokenRows, TrainingSet, spread, token_rows
 
 MEMORY = {"memory": {"method": "segment_recurrence", "segment": 8, "memory": 8}}
 METHODS = (
@@ -40,8 +40,8 @@ MOST_USED = Compressive.parse({"segment": 3, "memory": 4, "compressed": 3, "rate
 NAMES = ("recurrence", "no memory", "sinks", "compressive", "convolution", "in 8 bits")
 
 
-def lanes_of(method, layers: int = 2, positions: int | None = None) -> Lanes:
-    return Lanes(lambda: method.cache(layers), 7, positions)
+def carried_memory_of(method, layers: int = 2, positions: int | None = None) -> CarriedMemory:
+    return CarriedMemory(lambda: method.cache(layers), 7, positions)
 
 
 def teach(model) -> None:
@@ -51,12 +51,12 @@ def teach(model) -> None:
         weight.data.copy_(torch.randn(weight.shape, generator=generator) / 4)
 
 
-def read(lanes: Lanes, model, ids: Tensor, fresh: Tensor, length: int) -> Tensor:
+def read(carried: CarriedMemory, model, ids: Tensor, fresh: Tensor, length: int) -> Tensor:
     """Logits of all pieces; ``fresh`` (B, pieces)."""
     found = []
     for piece, start in zip(fresh.T, range(0, ids.shape[1], length), strict=True):
-        lanes.begin()
-        found.append(lanes.read(model, ids[:, start : start + length], None, piece))
+        carried.begin()
+        found.append(carried.read(model, ids[:, start : start + length], None, piece))
     return torch.cat(found, 1)
 
 
@@ -73,7 +73,7 @@ def test_a_lane_is_its_text_read_at_once(family: str, method, length: int, begin
     texts = [sorted({0, *begins[:-1]}), sorted({0, begins[-1]})]
     fresh = torch.tensor([[start in own for start in range(0, 36, length)] for own in texts])
     with torch.no_grad():
-        found = read(lanes_of(method), model, ids, fresh, length)
+        found = read(carried_memory_of(method), model, ids, fresh, length)
     for row, own in enumerate(texts):
         for start, stop in zip(own, [*own[1:], 36], strict=True):
             alone = logits(model, input_ids=ids[row : row + 1, start:stop], use_cache=False)
@@ -89,7 +89,7 @@ def test_the_most_used_are_carried(length: int) -> None:
     fresh = torch.zeros(2, 36 // length, dtype=torch.bool)
     fresh[:, 0] = fresh[1, 12 // length] = True
     with torch.no_grad():
-        found = read(lanes_of(MOST_USED), model, ids, fresh, length)
+        found = read(carried_memory_of(MOST_USED), model, ids, fresh, length)
     for row, start, stop in ((0, 0, 36), (1, 0, 12), (1, 12, 36)):
         pieces = [length] * ((stop - start) // length)
         alone, _ = stepwise(model, pieces, input_ids=ids[row : row + 1, start:stop])
@@ -100,15 +100,15 @@ def test_padding_at_the_end_of_a_text_is_not_remembered() -> None:
     model = tiny("llama", dtype=torch.float64)
     install(model, METHODS[0])
     ids = inputs(model, length=18)["input_ids"]
-    lanes = lanes_of(METHODS[0])
+    carried = carried_memory_of(METHODS[0])
     masks = torch.ones(2, 18, dtype=torch.long)
     masks[1, 9:12] = 0
     found = []
     for start in (0, 6, 12):
-        lanes.begin()
+        carried.begin()
         fresh = torch.tensor([start == 0, start in (0, 12)])
         with torch.no_grad():
-            found.append(lanes.read(model, ids[:, start : start + 6], masks[:, start : start + 6], fresh))
+            found.append(carried.read(model, ids[:, start : start + 6], masks[:, start : start + 6], fresh))
     found = torch.cat(found, 1)
     for row, start, stop in ((0, 0, 18), (1, 0, 9), (1, 12, 18)):
         alone = logits(model, input_ids=ids[row : row + 1, start:stop], use_cache=False)
@@ -128,32 +128,32 @@ def test_what_is_carried_is_detached() -> None:
         model.zero_grad()
         return found
 
-    lanes = lanes_of(method)
-    (read(lanes, model, ids, fresh, length) * direction).sum().backward()
-    layers = lanes.pieces[0].cache.layers
+    carried = carried_memory_of(method)
+    (read(carried, model, ids, fresh, length) * direction).sum().backward()
+    layers = carried.pieces[0].cache.layers
     assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in layers)
-    carried = gradients()
+    joined = gradients()
     (model(input_ids=ids, use_cache=False)["logits"] * direction).sum().backward()
     whole = gradients()
-    assert max((carried[name] - whole[name]).abs().max() for name in whole) > 1e-2
+    assert max((joined[name] - whole[name]).abs().max() for name in whole) > 1e-2
     # The batches one by one, as training sees them: the same, for nothing reaches back.
-    lanes = lanes_of(method)
+    carried = carried_memory_of(method)
     for start in range(0, 12, length):
-        lanes.begin()
+        carried.begin()
         piece = slice(start, start + length)
-        (lanes.read(model, ids[:, piece], None, fresh[:, start // length]) * direction[:, piece]).sum().backward()
+        (carried.read(model, ids[:, piece], None, fresh[:, start // length]) * direction[:, piece]).sum().backward()
     alone = gradients()
-    assert all(torch.allclose(alone[name], carried[name], atol=1e-9, rtol=0) for name in alone)
+    assert all(torch.allclose(alone[name], joined[name], atol=1e-9, rtol=0) for name in alone)
 
 
-def test_lanes_begin_anew_before_positions_end() -> None:
+def test_a_stream_restarts_before_positions_end() -> None:
     model = tiny("gpt2", dtype=torch.float64, n_positions=16)
     install(model, METHODS[0])
     ids = inputs(model, length=36)["input_ids"]
     fresh = torch.zeros(2, 6, dtype=torch.bool)
     fresh[:, 0] = fresh[1, 1] = True
     with torch.no_grad():
-        found = read(lanes_of(METHODS[0], positions=16), model, ids, fresh, 6)
+        found = read(carried_memory_of(METHODS[0], positions=16), model, ids, fresh, 6)
     for row, starts in enumerate(((0, 12, 24), (0, 6, 18, 30))):
         for start, stop in zip(starts, [*starts[1:], 36], strict=True):
             alone = logits(model, input_ids=ids[row : row + 1, start:stop], use_cache=False)
@@ -167,20 +167,20 @@ def test_a_saved_memory_goes_on(method) -> None:
     ids = inputs(model, length=18)["input_ids"]
     fresh = torch.tensor([[True, False, False], [True, True, False]])
     with torch.no_grad():
-        whole = read(lanes_of(method), model, ids, fresh, 6)
-        first = lanes_of(method)
+        whole = read(carried_memory_of(method), model, ids, fresh, 6)
+        first = carried_memory_of(method)
         read(first, model, ids[:, :12], fresh[:, :2], 6)
-        second = lanes_of(method)
+        second = carried_memory_of(method)
         second.load_state_dict(first.state_dict(), torch.device("cpu"))
         assert torch.equal(read(second, model, ids[:, 12:], fresh[:, 2:], 6), whole[:, 12:])
 
 
 def test_rows_stand_in_the_order_of_the_text() -> None:
-    rows = Rows(torch.arange(88).reshape(22, 4).int(), lanes=3, first=torch.arange(22) % 9 == 0)
-    stream = Stream(rows, 24, 3, seed=5)
+    rows = TokenRows(torch.arange(88).reshape(22, 4).int(), streams=3, first=torch.arange(22) % 9 == 0)
+    stream = TrainingSet(rows, 24, 3, seed=5)
     ids = torch.stack([stream[index]["input_ids"] for index in range(24)]).reshape(8, 3, 4)
-    fresh = torch.stack([stream[index]["fresh"] for index in range(24)]).reshape(8, 3)
-    # Seven rows in each of three lanes, and then from the beginning.
+    fresh = torch.stack([stream[index]["restart"] for index in range(24)]).reshape(8, 3)
+    # Seven rows in each of three streams, and then from the beginning.
     for lane in range(3):
         assert torch.equal(ids[:7, lane].flatten(), torch.arange(28) + 28 * lane)
         assert torch.equal(ids[7, lane], ids[0, lane])
@@ -193,17 +193,19 @@ def test_rows_stand_in_the_order_of_the_text() -> None:
     assert held.first.tolist() == [True, False] * 3
     assert spread(rows, 10**6).ids.shape == (21, 4)
     # Batches that come once more do not go on from those before them.
-    again = Stream(rows, 12, 3, 5, batch_of=lambda step: step % 2)
-    assert [bool(again[index]["fresh"]) for index in range(12)] == ([True] * 3 + [False] * 3) * 2
+    again = TrainingSet(rows, 12, 3, 5, batch_of=lambda step: step % 2)
+    assert [bool(again[index]["restart"]) for index in range(12)] == ([True] * 3 + [False] * 3) * 2
 
 
 def test_documents_follow_each_other_or_begin_rows(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     texts = ["the " * 30, "one two", "a " * 8]
-    packed = token_rows(texts, tokenizer, TrainSpec.load(small(tmp_path, lanes=True, recipe=MEMORY)), False)
+    packed = token_rows(texts, tokenizer, TrainSpec.load(small(tmp_path, carry_memory=True, recipe=MEMORY)), False)
     assert packed.first.sum() == 1
     assert packed.real is None
-    apart = token_rows(texts, tokenizer, TrainSpec.load(small(tmp_path, lanes=True, pack=False, recipe=MEMORY)), False)
+    apart = token_rows(
+        texts, tokenizer, TrainSpec.load(small(tmp_path, carry_memory=True, pack=False, recipe=MEMORY)), False
+    )
     starts = apart.first.nonzero().flatten().tolist()
     assert len(starts) == 3
     for start, stop, text in zip(starts, [*starts[1:], len(apart)], texts, strict=True):
@@ -212,8 +214,8 @@ def test_documents_follow_each_other_or_begin_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_a_run_in_lanes_is_cut_off_and_goes_on(tmp_path: Path, pack: bool) -> None:
-    spec = small(tmp_path, recipe=MEMORY, lanes=True, pack=pack, accumulate=2, save={"seconds": 0})
+def test_a_run_with_carried_memory_is_cut_off_and_goes_on(tmp_path: Path, pack: bool) -> None:
+    spec = small(tmp_path, recipe=MEMORY, carry_memory=True, pack=pack, accumulate=2, save={"seconds": 0})
     whole = train(spec, tmp_path / "whole")
     for step in (3, 5):
         with pytest.raises(Cut):
@@ -222,37 +224,37 @@ def test_a_run_in_lanes_is_cut_off_and_goes_on(tmp_path: Path, pack: bool) -> No
     assert done.record["losses"] == whole.record["losses"]
     assert done.record["evaluations"] == whole.record["evaluations"]
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
-    assert not list((tmp_path / "out").glob("lanes*"))
+    assert not list((tmp_path / "out").glob("carried*"))
     # A lane is remembered: without, the same rows give other losses from the second step on.
     other = train(spec | {"recipe": {"memory": MEMORY["memory"] | {"segment": 1, "memory": 0}}}, tmp_path / "other")
     assert other.record["losses"][1] != whole.record["losses"][1]
 
 
-def test_evaluation_reads_lanes_in_order(tmp_path: Path) -> None:
-    spec = TrainSpec.load(small(tmp_path, recipe=MEMORY, lanes=True, budget={"steps": 2}))
+def test_evaluation_reads_streams_in_order(tmp_path: Path) -> None:
+    spec = TrainSpec.load(small(tmp_path, recipe=MEMORY, carry_memory=True, budget={"steps": 2}))
     done = train(spec, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     rows = spread(token_rows(read_corpus(spec).held, tokenizer, spec, False), spec.evaluate.tokens)
-    assert (rows.lanes, rows.steps) == (4, 3)
-    lanes = rows.ids.reshape(rows.lanes, -1).long()
+    assert (rows.streams, rows.steps) == (4, 3)
+    carried = rows.ids.reshape(rows.streams, -1).long()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
-        loss = model(input_ids=lanes, labels=lanes, use_cache=False).loss
+        loss = model(input_ids=carried, labels=carried, use_cache=False).loss
         alone = model(input_ids=rows.ids.long(), labels=rows.ids.long(), use_cache=False).loss
     assert done.record["evaluations"][-1]["loss"] == pytest.approx(float(loss), abs=1e-5)
     assert abs(float(alone - loss)) > 1e-4
 
 
-def test_lanes_without_a_memory_are_refused(tmp_path: Path) -> None:
+def test_carry_without_a_memory_are_refused(tmp_path: Path) -> None:
     for recipe in ({}, {"feedforward": {"method": "low_rank", "keep": 0.5}}, {"memory": "identity"}):
         with pytest.raises(TautError, match=r"give the recipe a bounded memory, such as memory: \{method: segment"):
-            train(small(tmp_path, lanes=True, recipe=recipe, model=LLAMA), tmp_path / "out")
+            train(small(tmp_path, carry_memory=True, recipe=recipe, model=LLAMA), tmp_path / "out")
 
 
 def test_learned_positions_bound_a_lane(tmp_path: Path) -> None:
     model = "gpt2:n_embd=32,n_layer=2,n_head=4,n_positions=40"
     recipe = {"memory": {"method": "window_sink", "sinks": 2, "window": 60}}
-    done = train(small(tmp_path, model=model, recipe=recipe, lanes=True, budget={"steps": 4}), tmp_path / "out")
+    done = train(small(tmp_path, model=model, recipe=recipe, carry_memory=True, budget={"steps": 4}), tmp_path / "out")
     # Rows of 16: a third one would go beyond 40 positions, so two see 40 keys at most and the next one begins anew.
     plain = train(small(tmp_path, model=model.replace("40", "64"), budget={"steps": 4}), tmp_path / "plain")
     scores = 3 * 2 * 4 * 32
@@ -262,9 +264,9 @@ def test_learned_positions_bound_a_lane(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_two_processes_read_the_same_lanes(tmp_path: Path) -> None:
+def test_two_processes_read_the_same_streams(tmp_path: Path) -> None:
     spec = tmp_path / "spec.yaml"
-    content = small(tmp_path, recipe=MEMORY, lanes=True, pack=False, save={"steps": 3})
+    content = small(tmp_path, recipe=MEMORY, carry_memory=True, pack=False, save={"steps": 3})
     spec.write_text(json.dumps(content))
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29619", "-m", "taut", "train")
     command = [sys.executable, *launch, str(spec), "--out", str(tmp_path / "two")]

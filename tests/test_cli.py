@@ -87,12 +87,12 @@ def test_plan_apply_show_export(run: Run, llama: Path, light: Path, tmp_path: Pa
     assert "not touched" in run("plan", llama, light)[1]
     code, out, _ = run("apply", llama, light, "--out", tmp_path / "out", "--json")
     assert code == 0
-    assert last(out)["tightened"]
+    assert last(out)["compressed"]
     assert last(run("show", tmp_path / "out", "--json")[1])["recipe"] == LIGHT
-    assert "tightened by taut" in run("show", tmp_path / "out")[1].replace("\n", " ")
+    assert "compressed by taut" in run("show", tmp_path / "out")[1].replace("\n", " ")
     code, out, _ = run("export", tmp_path / "out", "--dense", "--out", tmp_path / "dense", "--json")
     assert (code, last(out)["not_merged"]) == (0, [])
-    assert not last(run("show", tmp_path / "dense", "--json")[1])["tightened"]
+    assert not last(run("show", tmp_path / "dense", "--json")[1])["compressed"]
 
 
 def test_evaluate(run: Run, llama: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_run_imports_taut(run: Run, llama: Path, light: Path, tmp_path: Path) ->
         (("report", "{empty}/nothing"), "nothing"),
         (("run", "--", "no-such-command-anywhere"), "no such command"),
         (("apply", "{llama}", "{light}", "--out", "x", "--dtype", "float33"), "float33"),
-        (("export", "{llama}", "--dense", "--out", "x"), "not tightened"),
+        (("export", "{llama}", "--dense", "--out", "x"), "not compressed"),
     ],
 )
 def test_wrong_input(

@@ -11,20 +11,20 @@ from taut.core.errors import TautError
 from taut.training.corpus import read_corpus
 from taut.training.objective import IGNORED
 from taut.training.spec import TrainSpec
-from taut.training.token_rows import Masking, Rows, Stream, spread, token_rows
+from taut.training.token_rows import Masking, TokenRows, TrainingSet, spread, token_rows
 from taut.training.tokenizer import LEAST, byte_level, make_tokenizer
 
 
 def test_every_epoch_has_all_rows_once() -> None:
-    rows = Rows(torch.arange(60, dtype=torch.int32).reshape(6, 10))
-    stream = Stream(rows, 12, 2, seed=3)
+    rows = TokenRows(torch.arange(60, dtype=torch.int32).reshape(6, 10))
+    stream = TrainingSet(rows, 12, 2, seed=3)
     epochs = [[int(stream[position]["input_ids"][0]) // 10 for position in range(start, start + 6)] for start in (0, 6)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(6))
     assert epochs[0] != epochs[1]
     item = stream[0]
     assert torch.equal(item["labels"][:-1], item["input_ids"][1:])
     assert item["labels"][-1] == IGNORED
-    repeated = Stream(rows, 12, 2, 3, batch_of=lambda step: step % 2)
+    repeated = TrainingSet(rows, 12, 2, 3, batch_of=lambda step: step % 2)
     assert torch.equal(repeated[0]["input_ids"], repeated[4]["input_ids"])
 
 
@@ -57,17 +57,17 @@ def test_rows_packed_and_padded() -> None:
     padded = token_rows(["abc\n" + "defgh" * 9], tokenizer, TrainSpec.load(SMALL | {"pack": False}), False)
     assert padded.real.sum(1).tolist() == [4, 16]
     assert padded.tokens == 20
-    item = Stream(padded, 2, 2, 0)[0]
+    item = TrainingSet(padded, 2, 2, 0)[0]
     assert set(item) == {"input_ids", "labels", "attention_mask"}
     assert int((item["labels"] != IGNORED).sum()) == int(item["attention_mask"].sum()) - 1
-    assert Stream(padded, 4, 2, 0).tokens(2) == 40
+    assert TrainingSet(padded, 4, 2, 0).tokens(2) == 40
     assert len(spread(packed, 1)) == 1
 
 
 def test_masked_rows_hide_the_same_number_of_tokens() -> None:
     tokenizer = byte_level(LEAST, (), framed=True)
     rows = token_rows(["a text that is long enough " * 20], tokenizer, TrainSpec.load(SMALL), True)
-    stream = Stream(rows, 40, 4, 0, Masking(0.25, tokenizer.mask_token_id, len(tokenizer)))
+    stream = TrainingSet(rows, 40, 4, 0, Masking(0.25, tokenizer.mask_token_id, len(tokenizer)))
     shown = []
     for position in range(40):
         item = stream[position]

@@ -172,13 +172,13 @@ def test_loosened_it_computes_what_it_will_when_tight(store, start):
     part = fitted(table(heads=("head",)), weight, store=store)
     names = {name: (t.shape, t.dtype) for name, t in part.state_dict().items()}
     before, columns = part(ids).detach(), kept(part)
-    part.loosen(weight if start else None)
-    loose, scores = part(ids).detach(), part.logits(matrix(3, 16)).detach()
-    part.tighten()
-    torch.testing.assert_close(part(ids), loose, rtol=0, atol=1e-4)
+    part.unpack(weight if start else None)
+    unpacked, scores = part(ids).detach(), part.logits(matrix(3, 16)).detach()
+    part.repack()
+    torch.testing.assert_close(part(ids), unpacked, rtol=0, atol=1e-4)
     torch.testing.assert_close(part.logits(matrix(3, 16)), scores, rtol=0, atol=1e-4)
     # With a store, from the original on: rounded anew, in the basis that is stored.
-    assert (loose - before).norm() < (1e-5 if store is None else 0.1) * before.norm()
+    assert (unpacked - before).norm() < (1e-5 if store is None else 0.1) * before.norm()
     assert torch.equal(kept(part), columns)
     assert {name: (t.shape, t.dtype) for name, t in part.state_dict().items()} == names
     assert all(parameter.requires_grad for parameter in part.parameters())
@@ -196,16 +196,16 @@ def test_healing_lowers_the_loss_and_stays_in_the_budget(store, training):
     care = (ids % 2)[:, None]
     columns = int(kept(part)[1::2].sum())
     start = (care * (part(ids) - weight)).square().sum()
-    part.loosen(weight)
+    part.unpack(weight)
     part.train(training)
     optimiser = torch.optim.Adam([p for p in part.parameters() if p.requires_grad], lr=0.05)
     for _ in range(150):
         optimiser.zero_grad()
         ((care * (part(ids) - weight)).square().sum() + 0.2 * part.expected_width()).backward()
         optimiser.step()
-    assert part.router_loose.grad.any()
+    assert part.router_unpacked.grad.any()
     part.eval()
-    part.tighten()
+    part.repack()
     assert int(kept(part)[1::2].sum()) > more * columns
     assert int(kept(part).sum()) <= part.count * 4
     assert (care * (part(ids) - weight)).square().sum() < left * start
@@ -213,19 +213,19 @@ def test_healing_lowers_the_loss_and_stays_in_the_budget(store, training):
 
 def test_the_penalty_narrows_the_rows_and_too_wide_wishes_are_cut_to_the_budget():
     part = fitted(table(), words())
-    part.loosen()
+    part.unpack()
     before = float(part.expected_width().detach())
-    optimiser = torch.optim.Adam([part.router_loose], lr=0.5)
+    optimiser = torch.optim.Adam([part.router_unpacked], lr=0.5)
     for _ in range(60):
         optimiser.zero_grad()
         part.expected_width().backward()
         optimiser.step()
-    part.tighten()
+    part.repack()
     assert float(part.expected_width().detach()) < 0.2 * before
-    part.loosen()
+    part.unpack()
     with torch.no_grad():
-        part.router_loose.copy_(torch.arange(1.0, 91.0)[:, None] * torch.tensor(part.pages).diff())
-    part.tighten()
+        part.router_unpacked.copy_(torch.arange(1.0, 91.0)[:, None] * torch.tensor(part.pages).diff())
+    part.repack()
     assert int(kept(part).sum()) <= part.count * 4
     # 33 rows of 4 pages are what 135 pages hold: those that wish for it most.
     assert (kept(part)[-33:] == 16).all()
@@ -233,7 +233,7 @@ def test_the_penalty_narrows_the_rows_and_too_wide_wishes_are_cut_to_the_budget(
 
 def test_in_training_mode_a_token_draws_one_class_the_same_in_every_copy():
     part, ids = fitted(table(), words()), torch.arange(90)
-    part.loosen(words())
+    part.unpack(words())
     twin = copy.deepcopy(part).train()
     part.train()
     rotated = words() @ part.projection.detach().T
@@ -288,7 +288,7 @@ def test_an_unknown_token_is_an_index_error(wrong):
     for _ in range(2):
         with pytest.raises(IndexError):
             part(torch.tensor([1, wrong]))
-        part.loosen()
+        part.unpack()
 
 
 def test_wrong_input_is_one_clear_line():

@@ -183,20 +183,20 @@ def test_loosened_it_computes_what_it_will_when_tight_and_training_helps(store):
     weight, ids = matrix(90, 16), torch.arange(90)
     part = fitted(table(), weight, buckets=45, rounds=2, store=store)
     before, names = part(ids), {name: (t.shape, t.dtype) for name, t in part.state_dict().items()}
-    part.loosen(weight)
-    loose = part(ids)
-    part.tighten()
-    torch.testing.assert_close(part(ids), loose, rtol=0, atol=1e-4)
-    torch.testing.assert_close(loose, before, rtol=0, atol=0.25 * float(weight.std()))
+    part.unpack(weight)
+    unpacked = part(ids)
+    part.repack()
+    torch.testing.assert_close(part(ids), unpacked, rtol=0, atol=1e-4)
+    torch.testing.assert_close(unpacked, before, rtol=0, atol=0.25 * float(weight.std()))
     assert {name: (t.shape, t.dtype) for name, t in part.state_dict().items()} == names
     start = (part(ids) - weight).square().sum()
-    part.loosen()
+    part.unpack()
     optimiser = torch.optim.Adam(part.parameters(), lr=0.01)
     for _ in range(40):
         optimiser.zero_grad()
         (part(ids) - weight).square().sum().backward()
         optimiser.step()
-    part.tighten()
+    part.repack()
     assert (part(ids) - weight).square().sum() < 0.95 * start
 
 

@@ -21,7 +21,7 @@ from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.healing.settings import Healing
 from taut.healing.trainer import newest, optimizer
-from taut.healing.unpack import loosened
+from taut.healing.unpack import unpacked
 from taut.methods.part import Part
 from taut.surgery.apply import apply
 
@@ -291,7 +291,7 @@ def test_steps_follow_the_size_of_a_tensor() -> None:
         for layer in model.encoder.layer if "encoder" in dict(model.named_children()) else model.bert.encoder.layer:
             layer.output.dense.weight.mul_(10)
             layer.output.dense.projection.zero_()
-    with loosened(model, original) as steps:
+    with unpacked(model, original) as steps:
         sizes = {name: steps[tensor] for name, tensor in model.named_parameters() if tensor in steps}
     large = [size for name, size in sizes.items() if "output.dense.weight" in name]
     zeros = [size for name, size in sizes.items() if "output.dense.projection" in name]
@@ -320,7 +320,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
             taut.heal(model, original, **options)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(TautError, match="not tightened"):
+    with pytest.raises(TautError, match="not compressed"):
         taut.heal(original, original, batches=batches)
     base, base_original, _ = pair(head="base")
     with pytest.raises(TautError, match="has no head"):

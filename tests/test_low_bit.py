@@ -138,14 +138,14 @@ class TestTable:
         before = part.merged()
         # The scale that LLM-FP4's search found need not be among those it tries on what it made.
         for original, slack in ((weight, 2e-6), (None, 0.2 if knobs.get("number") == "fp4" else 2e-6)):
-            part.loosen(original)
-            assert [name for name, _ in part.named_parameters()] == ["weight_loose"]
+            part.unpack(original)
+            assert [name for name, _ in part.named_parameters()] == ["weight_unpacked"]
             vectors, scores = part(ids), part.logits(normal(2, 48))
-            (gradient,) = torch.autograd.grad(vectors.sum(), part.weight_loose)
+            (gradient,) = torch.autograd.grad(vectors.sum(), part.weight_unpacked)
             expected = torch.full((40, 48), 2.0)
             expected[3] = 0
             assert torch.equal(gradient, expected)
-            part.tighten()
+            part.repack()
             assert torch.allclose(part(ids), vectors, atol=2e-6)
             assert torch.allclose(part.logits(normal(2, 48)), scores, atol=1e-4)
             assert not list(part.parameters())
@@ -154,7 +154,7 @@ class TestTable:
 
     @pytest.mark.parametrize("knobs", [{"bits": 3}, {"bits": 2, "group": 16}, {"bits": 4, "number": "nvfp4"}], ids=str)
     def test_healing_lowers_the_loss(self, knobs: dict) -> None:
-        """Trained towards the answers of a map of other vectors, the tightened table has followed."""
+        """Trained towards the answers of a map of other vectors, the compressed table has followed."""
         part, target = table(knobs), normal(40, 48, seed=5)
         weigh, ids = normal(48, 3, seed=6), torch.arange(40)
 
@@ -162,13 +162,13 @@ class TestTable:
             return ((part(ids) - target) @ weigh).square().mean()
 
         before = float(loss())
-        part.loosen()
+        part.unpack()
         optimiser = torch.optim.Adam(part.parameters(), lr=0.05)
         for _ in range(60):
             optimiser.zero_grad()
             loss().backward()
             optimiser.step()
-        part.tighten()
+        part.repack()
         assert float(loss()) < 0.1 * before
 
     def test_refuses_other_sites_and_knobs(self) -> None:

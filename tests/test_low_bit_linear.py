@@ -255,16 +255,16 @@ class TestHealing:
         names = {name: (one.shape, one.dtype) for name, one in part.state_dict().items()}
         before, answer, codes = part.merged(), part(x), part.weight.clone()
         for original in (start(70, 48), None):
-            part.loosen(original)
-            assert part.weight_loose.dtype == torch.float32
+            part.unpack(original)
+            assert part.weight_unpacked.dtype == torch.float32
             assert torch.allclose(part.merged(), before, rtol=3e-7)
             assert torch.allclose(part(x), answer, atol=1e-5)
-            (gradient,) = torch.autograd.grad(part(x).sum(), part.weight_loose)
+            (gradient,) = torch.autograd.grad(part(x).sum(), part.weight_unpacked)
             inputs = part.codes.rounded(x, part.input_range)
             assert torch.allclose(gradient, inputs.sum(0).expand(70, -1), atol=1e-4)
             if original is not None and not compensate:
-                assert torch.equal(part.weight_loose, original)
-            part.tighten()
+                assert torch.equal(part.weight_unpacked, original)
+            part.repack()
             assert torch.equal(part.weight, codes)
             assert {name: (one.shape, one.dtype) for name, one in part.state_dict().items()} == names
 
@@ -277,21 +277,21 @@ class TestHealing:
             return (part(x) - target).square().mean()
 
         before = loss().item()
-        part.loosen()
+        part.unpack()
         optimiser = torch.optim.Adam(part.parameters(), lr=0.01)
         for _ in range(60):
             optimiser.zero_grad()
             loss().backward()
             optimiser.step()
-        part.tighten()
+        part.repack()
         assert loss().item() < 0.3 * before
 
     def test_what_ran_away_is_not_stored(self) -> None:
         part = fitted(6, 8)
-        part.loosen()
-        part.weight_loose.data[0] = torch.nan
+        part.unpack()
+        part.weight_unpacked.data[0] = torch.nan
         with pytest.raises(TautError, match="not finite"):
-            part.tighten()
+            part.repack()
 
 
 class TestMethod:

@@ -67,7 +67,7 @@ def test_pattern_is_its_formula(pattern: Pattern) -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_settled_blocks_look_alike(pattern: Pattern) -> None:
-    start = pattern.settled
+    start = pattern.repeats_from
     first, second = (torch.arange(6) + start + offset for offset in (0, 9 * pattern.period))
     assert torch.equal(pattern.allowed(first, first), pattern.allowed(second, second))
     leading = torch.arange(3)

@@ -170,20 +170,20 @@ def test_loosened_it_computes_what_it_will_when_tight_and_training_helps(store):
     weight, ids = matrix(60, 16), torch.arange(60)
     part = fitted(table(), weight, width=12, store=store)
     names = {name: (t.shape, t.dtype) for name, t in part.state_dict().items()}
-    part.loosen(weight)
-    loose = part(ids).detach()
-    part.tighten()
-    torch.testing.assert_close(part(ids), loose, rtol=0, atol=1e-4)
+    part.unpack(weight)
+    unpacked = part(ids).detach()
+    part.repack()
+    torch.testing.assert_close(part(ids), unpacked, rtol=0, atol=1e-4)
     assert {name: (t.shape, t.dtype) for name, t in part.state_dict().items()} == names
     target = weight + 0.5 * matrix(60, 16, seed=8)
     start = (part(ids) - target).square().sum()
-    part.loosen(weight)
+    part.unpack(weight)
     optimiser = torch.optim.Adam(part.parameters(), lr=0.02)
     for _ in range(40):
         optimiser.zero_grad()
         (part(ids) - target).square().sum().backward()
         optimiser.step()
-    part.tighten()
+    part.repack()
     assert (part(ids) - target).square().sum() < 0.9 * start
 
 

@@ -288,26 +288,26 @@ def test_loosening_and_tightening_changes_nothing_and_training_in_between_helps(
     site, weight, known = table(padding_row=5), numbers(77, 24), seen()
     part = fitted(knobs, site, weight, known)
     ids, before, names = torch.arange(77), part.merged(), list(part.state_dict())
-    part.loosen(weight)
+    part.unpack(weight)
     torch.testing.assert_close(part(ids), before, rtol=0, atol=1e-5)
     hidden = numbers(3, 24, seed=2)
     torch.testing.assert_close(part.logits(hidden), hidden @ before.T, rtol=1e-4, atol=1e-4)
-    part.tighten()
+    part.repack()
     torch.testing.assert_close(part.merged(), before, rtol=0, atol=1e-5)
     assert list(part.state_dict()) == names
 
     target = weight + 0.5 * numbers(77, 24, seed=8)
-    part.loosen()
+    part.unpack()
     optimiser = torch.optim.Adam(part.parameters(), lr=0.05)
     start = (part(ids) - target).square().sum().item()
     for _ in range(20):
         optimiser.zero_grad()
         (part(ids) - target).square().sum().backward()
-        assert part.weight_loose.grad[5].abs().max() == 0
+        assert part.weight_unpacked.grad[5].abs().max() == 0
         optimiser.step()
-    loose = part(ids).detach()
-    part.tighten()
-    torch.testing.assert_close(part(ids), loose, rtol=0, atol=1e-5)
+    unpacked = part(ids).detach()
+    part.repack()
+    torch.testing.assert_close(part(ids), unpacked, rtol=0, atol=1e-5)
     assert (part(ids) - target).square().sum().item() < 0.6 * start
 
 

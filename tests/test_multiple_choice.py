@@ -195,7 +195,7 @@ def test_long_prompts_lose_their_beginning_and_long_answers_are_told(tmp_path: P
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_model_tokenizer_and_logging_are_left_as_they_were(family: str, tmp_path: Path):
-    """Also a tightened one, whose tied table the harness would tie again."""
+    """Also a compressed one, whose tied table the harness would tie again."""
     subject = taut.apply(
         tiny(family, vocab_size=SIZE), {"embedding": {"method": "low_bit"}, "feedforward": {"method": "low_bit"}}
     ).train()

@@ -66,7 +66,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tightened(package: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def compressed(package: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """A folder that needs the method, made in a process of its own, and what that process told."""
     folder = tmp_path_factory.mktemp("models")
     llama = tiny_folder(folder / "llama")
@@ -87,8 +87,8 @@ def last(done: subprocess.CompletedProcess) -> dict | list | bool:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_found_planned_and_applied(tightened: tuple[Path, dict]) -> None:
-    told = tightened[1]
+def test_found_planned_and_applied(compressed: tuple[Path, dict]) -> None:
+    told = compressed[1]
     assert METHOD in told["listed"]
     assert told["planned"] == [METHOD]
     before, after = told["bytes"]
@@ -96,15 +96,15 @@ def test_found_planned_and_applied(tightened: tuple[Path, dict]) -> None:
     assert told["parts"] == 6
 
 
-def test_reopens_to_the_bit_in_another_process(package: Path, tightened: tuple[Path, dict]) -> None:
-    folder, _ = tightened
+def test_reopens_to_the_bit_in_another_process(package: Path, compressed: tuple[Path, dict]) -> None:
+    folder, _ = compressed
     done = python(REOPEN, package, folder / "out", folder / "answer")
     assert done.returncode == 0, done.stderr
     assert last(done) is True
 
 
-def test_without_the_package_the_folder_says_what_is_missing(tightened: tuple[Path, dict]) -> None:
-    folder, _ = tightened
+def test_without_the_package_the_folder_says_what_is_missing(compressed: tuple[Path, dict]) -> None:
+    folder, _ = compressed
     done = python(REOPEN, None, folder / "out", folder / "answer")
     assert done.returncode != 0
     assert "unknown linear method 'block_diagonal'" in done.stderr

@@ -233,7 +233,7 @@ def test_lookup_and_tied_head_are_those_of_the_merged_table(knobs):
     seen = hidden.requires_grad_()
     torch.testing.assert_close(part.logits(seen), wanted, rtol=0, atol=1e-10)
     direction = numbers(2, 40, 60, seed=6)
-    part.loosen()
+    part.unpack()
     trained = [seen, *part.parameters()]
     found = torch.autograd.grad((part.logits(seen) * direction).sum(), trained)
     wanted = torch.autograd.grad((seen @ part.merged().T * direction).sum(), trained)
@@ -247,11 +247,11 @@ def test_a_row_of_zeros_stays_zero_and_padding_learns_nothing():
     weight[3] = 0
     part = fitted(product(subvector=4), table(padding_row=3), weight)
     assert part(torch.tensor(3)).abs().max() == 0
-    part.loosen()
+    part.unpack()
     part(torch.tensor([3, 3])).sum().backward()
     assert all(one.grad is None or one.grad.abs().max() == 0 for one in part.parameters())
     part(torch.tensor([3, 5])).sum().backward()
-    assert part.norms_loose.grad.nonzero().view(-1).tolist() == [5]
+    assert part.norms_unpacked.grad.nonzero().view(-1).tolist() == [5]
 
 
 def test_weights_serve_the_rows_that_are_used_and_the_metric_the_directions_that_count():
@@ -313,22 +313,22 @@ def test_loose_is_tight_until_something_is_learned_and_learning_helps(knobs, rel
     calibration = Calibration(metric=metric(16))
     part = fitted(product(relearn=relearn, **knobs), table(), weight, calibration)
     before, stands = {name: one.clone() for name, one in part.state_dict().items()}, part.merged()
-    part.loosen(weight)
+    part.unpack(weight)
     torch.testing.assert_close(part.merged(), stands, rtol=1e-5, atol=1e-6)
-    part.tighten()
+    part.repack()
     after = part.state_dict()
     assert list(after) == list(before)
     assert all((after[name].shape, after[name].dtype) == (one.shape, one.dtype) for name, one in before.items())
     torch.testing.assert_close(part.merged(), stands, rtol=1e-5, atol=1e-2)
-    part.loosen(weight)
+    part.unpack(weight)
     adam = torch.optim.Adam(part.parameters(), 0.01)
     for _ in range(60):
         adam.zero_grad()
         (part.merged() - wanted).square().sum().backward()
         adam.step()
-    loose = part.merged()
-    part.tighten()
-    torch.testing.assert_close(part.merged(), loose, rtol=1e-5, atol=1e-6)
+    unpacked = part.merged()
+    part.repack()
+    torch.testing.assert_close(part.merged(), unpacked, rtol=1e-5, atol=1e-6)
     lost = [(wanted - one).square().sum().item() for one in (part.merged(), stands)]
     assert lost[0] < 0.9 * lost[1]
     assert (relearn == "codes") == (not torch.equal(before["weight"], part.weight))
@@ -341,7 +341,7 @@ def test_a_table_learned_from_nothing_reaches_its_target_and_keeps_it_as_codes()
     assert part.merged()[0].abs().max() == 0
     assert part.merged()[1:].std().item() == pytest.approx(0.02, rel=0.15)
     first = (part.merged() - target)[1:].square().sum().item()
-    part.loosen()
+    part.unpack()
     adam = torch.optim.Adam(part.parameters(), 2e-3)
     ids = torch.arange(1, 60)
     for _ in range(200):
@@ -349,7 +349,7 @@ def test_a_table_learned_from_nothing_reaches_its_target_and_keeps_it_as_codes()
         (part(ids) - target[1:]).square().sum().backward()
         adam.step()
     trained = part(ids).detach()
-    part.tighten()
+    part.repack()
     assert {name: one.dtype for name, one in part.state_dict().items() if name != "codebooks"} == {
         "weight": torch.uint8,
         "norms": torch.uint8,

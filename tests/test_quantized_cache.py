@@ -21,7 +21,7 @@ from taut.methods.store import Store
 from taut.ops.attention.masks import Causal, Pattern
 from taut.ops.caches.quantized import expanded, packed, rounded
 from taut.surgery.apply import apply
-from taut.surgery.plan import make
+from taut.surgery.plan import make_plan
 
 METHODS: dict[str, MemoryMethod] = {
     "8 bits": LowBit.parse({}),
@@ -124,7 +124,7 @@ def test_bytes_at_a_usual_width() -> None:
 def test_recipes_say_it_and_wrong_ones_are_told() -> None:
     model = tiny("llama")
     line = {"method": "window_sink", "window": 8, "store": {"method": "low_bit", "bits": 4}}
-    step = make(model, Recipe.parse({"memory": line})).steps[0]
+    step = make_plan(model, Recipe.parse({"memory": line})).steps[0]
     assert step.method.store == Store(bits=4, clip=False)
     assert "store=4 bits" in step.label
     again = WindowSink.parse(step.to_dict()["knobs"])
@@ -134,6 +134,6 @@ def test_recipes_say_it_and_wrong_ones_are_told() -> None:
     with pytest.raises(TautError, match=r"store\.bits = 5"):
         WindowSink.parse({"store": {"method": "low_bit", "bits": 5}})
     with pytest.raises(TautError, match="does not nest a store"):
-        make(model, Recipe.parse({"memory": {"method": "low_bit", "store": {"method": "low_bit"}}}))
+        make_plan(model, Recipe.parse({"memory": {"method": "low_bit", "store": {"method": "low_bit"}}}))
     with pytest.raises(TautError, match=r"torch\.float16 that are not finite"):
         packed(torch.full((1, 1, 1, 8), torch.inf, dtype=torch.float16), Store())

@@ -1,4 +1,4 @@
-"""The whole journey on real weights, with the tools that people use; and a Trainer on a tightened model.
+"""The whole journey on real weights, with the tools that people use; and a Trainer on a compressed model.
 
 Needs all-MiniLM-L6-v2 (a package) and stories260K (a folder of TAUT_MODELS); what is missing is skipped.
 """
@@ -68,7 +68,7 @@ def stories() -> Path:
 
 @pytest.fixture(scope="module")
 def light_stories(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
-    """Every slot tightened: the model in memory and its folder."""
+    """Every slot compressed: the model in memory and its folder."""
     folder = tmp_path_factory.mktemp("stories") / "light"
     return taut.apply(stories, ALL_SLOTS, folder), folder
 
@@ -129,7 +129,7 @@ def test_minilm_in_a_pipeline(minilm: tuple[PreTrainedModel, Path]) -> None:
 
 @pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertForMaskedLM"])
 def test_minilm_body_under_another_head(minilm: tuple[PreTrainedModel, Path], head: str) -> None:
-    """A head that the folder does not hold starts anew; the tightened body below it is the same to the bit."""
+    """A head that the folder does not hold starts anew; the compressed body below it is the same to the bit."""
     import transformers
 
     model, folder = minilm
@@ -266,7 +266,7 @@ NO_PARTS = {"attention": {"method": "local_global", "window": 6}, "memory": {"me
 
 
 def trained(recipe: dict, out: Path, steps: int, resume: Path | None = None) -> PreTrainedModel:
-    """A tightened tiny Llama after some steps of the stock Trainer, which saves after every second."""
+    """A compressed tiny Llama after some steps of the stock Trainer, which saves after every second."""
     model = taut.apply(tiny("llama"), recipe) if resume is None else taut.load(resume)
     assert all(parameter.requires_grad for parameter in model.parameters())
     arguments = TrainingArguments(

@@ -60,11 +60,11 @@ def test_pieces_of_a_step_weigh_by_their_targets() -> None:
     assert all(torch.allclose(a, b, atol=1e-12, rtol=1e-9) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("lanes", [False, True])
-def test_a_run_learns_to_reconstruct_and_goes_on(tmp_path: Path, lanes: bool) -> None:
-    """In lanes of one segment each no loss but this one ever sees what was compressed in the same batch."""
-    length = {"length": 4, "batch": 8} if lanes else {"length": 16}
-    chosen = {"recipe": CONV, "lanes": lanes, "save": {"seconds": 0}, "learning_rate": 1e-2, **length}
+@pytest.mark.parametrize("carry", [False, True])
+def test_a_run_learns_to_reconstruct_and_goes_on(tmp_path: Path, carry: bool) -> None:
+    """In streams of one segment each no loss but this one ever sees what was compressed in the same batch."""
+    length = {"length": 4, "batch": 8} if carry else {"length": 16}
+    chosen = {"recipe": CONV, "carry_memory": carry, "save": {"seconds": 0}, "learning_rate": 1e-2, **length}
     spec = small(tmp_path, reconstruction=1.0, **chosen)
     whole = train(spec, tmp_path / "whole")
     with pytest.raises(Cut):
@@ -78,11 +78,11 @@ def test_a_run_learns_to_reconstruct_and_goes_on(tmp_path: Path, lanes: bool) ->
     assert len(learned) == 4
     assert all(each.any() for each in learned.values())
     assert taut.show(tmp_path / "out")["recipe"] == CONV
-    # Without it nothing is asked; in lanes nothing is learned either.
+    # Without it nothing is asked; with carried memory nothing is learned either.
     plain = train(small(tmp_path, **chosen), tmp_path / "plain")
     assert all("reconstruction" not in entry for entry in plain.record["evaluations"])
     other = weights(tmp_path / "plain")
-    assert all(other[name].any() != lanes for name in learned)
+    assert all(other[name].any() != carry for name in learned)
 
 
 @pytest.mark.parametrize("recipe", [{}, {"memory": LINE | {"pool": "mean"}}, {"memory": "identity"}])

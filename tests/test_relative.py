@@ -18,7 +18,7 @@ from taut.core.site import AttentionSite
 from taut.methods.attention.relative.method import Relative
 from taut.methods.base import LEARNED
 from taut.surgery.positions import unturned
-from taut.training.carried_memory import Lanes
+from taut.training.carried_memory import CarriedMemory
 from taut.training.run import train
 
 RELATIVE = {"attention": {"method": "relative"}}
@@ -83,7 +83,7 @@ def test_a_table_of_positions_sets_no_limit() -> None:
     assert (stepwise(model, [20, 1, 19], **given)[0] - whole).abs().max() <= EXACT
     with pytest.raises(IndexError):
         logits(tiny("gpt2", n_positions=16), **given)
-    assert Lanes.of(placed("gpt2", RELATIVE | RECURRENCE, n_positions=16)).positions is None
+    assert CarriedMemory.of(placed("gpt2", RELATIVE | RECURRENCE, n_positions=16)).positions is None
 
 
 def test_a_table_learns_nothing_while_it_is_out() -> None:
@@ -275,7 +275,7 @@ def test_a_plan_says_that_training_comes_first() -> None:
 def test_transformer_xl_from_scratch(tmp_path: Path) -> None:
     recipe = RELATIVE | {"memory": {"method": "segment_recurrence", "segment": 16, "memory": 16}}
     changes = {"budget": {"steps": 30}, "learning_rate": 1e-2, "evaluate": {"every": 1.0}, "save": {"steps": 2}}
-    spec = small(tmp_path, recipe=recipe, lanes=True, **changes)
+    spec = small(tmp_path, recipe=recipe, carry_memory=True, **changes)
     whole = train(spec, tmp_path / "whole")
     assert whole.record["losses"][-1] < 0.6 * whole.record["losses"][0]
     with pytest.raises(Cut):

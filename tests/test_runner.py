@@ -182,7 +182,7 @@ def test_a_trial_without_memory_is_refused_and_not_recorded(tmp_path: Path) -> N
     assert outcome.exit_code == 1
     assert "refused: m · r2 · seed 0" in told
     assert not Ledger(tmp_path).has(spec.id), "on a larger machine it runs"
-    limited = STUDY.model_copy(update={"limits": STUDY.limits.model_copy(update={"memory": 10})})
+    limited = STUDY.model_copy(update={"limits": STUDY.limits.model_copy(update={"ram": 10})})
     with pytest.raises(TautError, match="is the limit of the study"):
         run(tmp_path / "other", Fake(), limited.model_copy(update={"recipes": {"dense": STUDY.recipes["dense"]}}))
 

@@ -1,4 +1,4 @@
-"""``store:`` nests once: factors in few bits, loosened for training and tightened again."""
+"""``store:`` nests once: factors in few bits, unpacked for training and compressed again."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from taut.methods.base import Calibration
 from taut.methods.embedding.low_rank import LowRankEmbedding
 from taut.methods.store import Store, stored_bytes
 from taut.surgery.apply import apply
-from taut.surgery.plan import make
+from taut.surgery.plan import make_plan
 
 SITE = TableSite(slot="embedding", path="table", rows=90, width=24, heads=("head",), padding_row=3)
 
@@ -66,33 +66,33 @@ def test_a_part_loosens_and_tightens_to_itself() -> None:
     ids = torch.arange(SITE.rows)
     answer, scores = part(ids), part.logits(torch.eye(SITE.width))
     assert not list(part.parameters())
-    part.loosen()
-    assert {name for name, _ in part.named_parameters()} == {"weight_loose", "projection_loose"}
+    part.unpack()
+    assert {name for name, _ in part.named_parameters()} == {"weight_unpacked", "projection_unpacked"}
     torch.testing.assert_close(part(ids), answer, atol=2e-2, rtol=0)
     torch.testing.assert_close(part.logits(torch.eye(SITE.width)), scores, atol=2e-2, rtol=0)
-    loose = part(ids)
-    part.tighten()
-    torch.testing.assert_close(part(ids), loose, atol=1e-5, rtol=0)
+    unpacked = part(ids)
+    part.repack()
+    torch.testing.assert_close(part(ids), unpacked, atol=1e-5, rtol=0)
     assert {name: tensor.shape for name, tensor in part.state_dict().items()} == {
         name: tensor.shape for name, tensor in before.items()
     }
     assert sum(tensor.nbytes for tensor in part.state_dict().values()) == method.predict(SITE).bytes
-    part.tighten()
-    torch.testing.assert_close(part(ids), loose, atol=1e-5, rtol=0)
+    part.repack()
+    torch.testing.assert_close(part(ids), unpacked, atol=1e-5, rtol=0)
 
 
 def test_training_a_loosened_part_helps_once_it_is_tight() -> None:
     _, part, weight = fitted(torch.float32, store={"bits": 4})
     target = 1.5 * weight
     error = (part.merged() - target).square().mean()
-    part.loosen()
+    part.unpack()
     optimizer = torch.optim.Adam(part.parameters(), 3e-2)
     for _ in range(150):
         optimizer.zero_grad()
         (part(torch.arange(SITE.rows)) - target).square().mean().backward()
         optimizer.step()
-    assert part.weight_loose.grad[3].abs().max() == 0, "the padding row receives no gradient"
-    part.tighten()
+    assert part.weight_unpacked.grad[3].abs().max() == 0, "the padding row receives no gradient"
+    part.repack()
     assert (part.merged() - target).square().mean() < 0.95 * error
 
 
@@ -107,7 +107,7 @@ def test_keep_counts_the_stored_bytes() -> None:
 def test_a_store_in_a_recipe_survives_the_plan() -> None:
     model = tiny("bert")
     recipe = Recipe.parse({"embedding": {"method": "low_rank", "rank": 8, "store": {"method": "low_bit", "bits": 4}}})
-    plan = make(model, recipe)
+    plan = make_plan(model, recipe)
     assert plan.steps[0].method.knobs.store == Store(bits=4)
     assert plan.steps[0].to_dict()["knobs"]["store"]["bits"] == 4
     apply(model, recipe)
@@ -127,4 +127,4 @@ def test_a_store_in_a_recipe_survives_the_plan() -> None:
 )
 def test_wrong_stores(line: dict, words: str) -> None:
     with pytest.raises(TautError, match=words):
-        make(tiny("bert"), Recipe.parse({"embedding": line}))
+        make_plan(tiny("bert"), Recipe.parse({"embedding": line}))

@@ -24,7 +24,7 @@ tasks:
   - {name: sts, limit: 10}
 seeds: [0, 1]
 measure: {latency: {length: 64, repeats: 6}}
-limits: {memory: 8GB, seconds: 30}
+limits: {ram: 8GB, seconds: 30}
 """
 
 
@@ -45,7 +45,7 @@ def test_a_study_is_models_times_recipes_times_seeds(tmp_path: Path) -> None:
     assert one.recipe == {"embedding": {"method": "low_rank", "keep": 0.5}}
     assert one.tasks == ({"name": "docs_retrieval"}, {"name": "sts", "limit": 10})
     assert one.measure["latency"] == {"batch": 1, "length": 64, "repeats": 6, "threads": None, "decode": 0}
-    assert (one.memory, one.seconds, one.study) == (8 * 10**9, 30.0, "small")
+    assert (one.ram, one.seconds, one.study) == (8 * 10**9, 30.0, "small")
     assert {trial.expect for trial in trials if trial.recipe_name == "fails"} == {"failed"}
     assert {trial.study_digest for trial in trials} == {study.digest}
 
@@ -86,7 +86,7 @@ def test_controls_under_other_names_are_not_doubled() -> None:
         (("seeds: [0, 1]", "sead: [0]"), "small.yaml: unknown key 'sead': did you mean 'seeds'"),
         (("length: 64", "lenght: 64"), "small.yaml: measure.latency: unknown key 'lenght': did you mean 'length'"),
         (("length: 64", "length: 0"), r"small.yaml: measure.latency.length = 0: .*greater than or equal to 1"),
-        (("8GB", "8 bananas"), "small.yaml: limits.memory: '8 bananas' is not an amount of memory"),
+        (("8GB", "8 bananas"), "small.yaml: limits.ram: '8 bananas' is not an amount of memory"),
         (("seeds: [0, 1]", "seeds: [zero]"), "small.yaml: seeds.0 = 'zero'"),
         (("models: [minilm, other]", "models: []"), "small.yaml: models"),
         (("models: [minilm, other]", ""), "small.yaml: models: Field required"),
@@ -137,7 +137,7 @@ def test_recipe_files_lie_beside_the_study(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("512MiB", 512 * 2**20), ("1.5gb", 1.5e9), ("100", 100), ("2 TB", 2e12)])
 def test_amounts_of_memory(text: str, size: float) -> None:
-    assert Study.parse({"models": ["m"], "limits": {"memory": text}}).limits.memory == size
+    assert Study.parse({"models": ["m"], "limits": {"ram": text}}).limits.ram == size
 
 
 def test_a_model_trained_further_is_another_trial(tmp_path: Path) -> None:

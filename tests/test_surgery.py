@@ -135,7 +135,7 @@ def test_resizing_says_what_to_do() -> None:
 
 
 def test_train_and_reload(llama: Path, tmp_path: Path) -> None:
-    """Gradient steps on a tightened model move its parts, and the folder holds what was trained."""
+    """Gradient steps on a compressed model move its parts, and the folder holds what was trained."""
     model = taut.apply(llama, LIGHT).train()
     given = inputs(model)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -49,7 +49,7 @@ def test_every_file_is_one_final_task():
         assert issubclass(found, contract.Task)
         assert not found.__subclasses__()
         assert found.summary
-        assert all(field.description for field in found.Knobs.model_fields.values())
+        assert all(field.description for field in found.Options.model_fields.values())
 
 
 def test_tasks_import_core_data_and_what_tasks_share():
@@ -69,7 +69,7 @@ def test_wrong_options_name_the_nearest():
         sts.Sts.parse({"limt": 3}, "study")
     with pytest.raises(TautError, match="limit = 0: .*greater than or equal to 1"):
         sts.Sts.parse({"limit": 0})
-    with pytest.raises(TautError, match="mode = 'prob': .*'probe' or 'finetune'"):
+    with pytest.raises(TautError, match="mode = 'prob': did you mean 'probe'"):
         classify.Classify.parse({"mode": "prob"})
 
 

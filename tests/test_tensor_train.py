@@ -201,7 +201,7 @@ def test_packed_cores_are_loosened_trained_and_packed_again(hot):
     part = fitted(way, site(dtype="float32"), weight)
     tight, other = part.merged(), matrix(ROWS, WIDTH, seed=3, dtype=torch.float32)
     names = {name: tensor.shape for name, tensor in part.state_dict().items()}
-    part.loosen(weight)
+    part.unpack(weight)
     every = torch.arange(ROWS)
     torch.testing.assert_close(part(every), tight, rtol=0, atol=1e-4)
     first = F.mse_loss(part(every), other)
@@ -210,10 +210,10 @@ def test_packed_cores_are_loosened_trained_and_packed_again(hot):
         adam.zero_grad()
         F.mse_loss(part(every), other).backward()
         adam.step()
-    loose = part(every).detach()
-    part.tighten()
+    unpacked = part(every).detach()
+    part.repack()
     assert {name: tensor.shape for name, tensor in part.state_dict().items()} == names
-    torch.testing.assert_close(part(every), loose, rtol=0, atol=1e-4)
+    torch.testing.assert_close(part(every), unpacked, rtol=0, atol=1e-4)
     assert F.mse_loss(part(every), other) < 0.95 * first
 
 

@@ -30,7 +30,7 @@ RECIPE = {
 }
 
 
-def tightened() -> PreTrainedModel:
+def compressed() -> PreTrainedModel:
     model = tiny("llama")
     apply(model, Recipe.parse(RECIPE))
     return model
@@ -70,12 +70,12 @@ def test_ranges_go_to_the_nearest_by_ratio() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 6, 40])
 def test_the_copy_answers_in_its_range_alone(tokens: int) -> None:
-    model = tightened().double()
+    model = compressed().double()
     part = model.model.layers[1].mlp.up_proj
     x = torch.randn(1, tokens, part.in_features, dtype=torch.float64)
     with torch.no_grad():
         alone = part(x)
-        part.premerge({torch.get_num_threads(): ((3, 5),)})
+        part.keep_dense_copy({torch.get_num_threads(): ((3, 5),)})
         both = part(x)
         copied = F.linear(x, part.merged(), part.bias)
     assert torch.allclose(both, alone, atol=1e-12)
@@ -84,58 +84,58 @@ def test_the_copy_answers_in_its_range_alone(tokens: int) -> None:
         part.copy.zero_()
     answers = [part(x).detach()]
     with torch.no_grad():
-        part.premerge({torch.get_num_threads() + 1: ((1, -1),)})
+        part.keep_dense_copy({torch.get_num_threads() + 1: ((1, -1),)})
         part.copy.zero_()
         answers.append(part(x))
     assert all(torch.allclose(answer, alone) for answer in answers), "gradients and other threads get the map itself"
 
 
 def test_copies_are_not_saved_and_go_when_the_part_learns() -> None:
-    model = tightened()
+    model = compressed()
     before = list(model.state_dict())
     for part in parts(model).values():
-        part.premerge({1: ((1, -1),)})
+        part.keep_dense_copy({1: ((1, -1),)})
     assert list(model.state_dict()) == before
     assert all(part.copy.shape == (part.out_features, part.in_features) for part in parts(model).values())
     model.half()
     assert all(part.copy.dtype == torch.float16 for part in parts(model).values())
     model.train()
-    assert all(part.copy is None and not part.crossovers for part in parts(model).values())
+    assert all(part.copy is None and not part.dense_ranges for part in parts(model).values())
 
 
 def test_a_folder_remembers(tmp_path: Path, slow_at_four: None) -> None:
     folder = tmp_path / "tight"
     taut.apply(tiny_folder(tmp_path / "m", "llama"), RECIPE, folder, text=None)
     weights = (folder / "model.safetensors").read_bytes()
-    found = taut.calibrate(folder, threads=(1, 2))
+    found = taut.tune(folder, threads=(1, 2))
     assert set(found.copies) == {f"feedforward.{layer}.{role}" for layer in range(2) for role in ("gate", "up", "down")}
-    noted = json.loads((folder / "config.json").read_text())["quantization_config"]["calibrated"]
+    noted = json.loads((folder / "config.json").read_text())["quantization_config"]["tuned"]
     assert noted["processor"] == processor()
     assert noted["sites"]["feedforward.0.up"] == {"1": [[3, 5]], "2": [[3, 5]]}
     assert (folder / "model.safetensors").read_bytes() == weights
     model = AutoModelForCausalLM.from_pretrained(folder)
-    copies = {name for name, part in parts(model).items() if part.crossovers}
+    copies = {name for name, part in parts(model).items() if part.dense_ranges}
     assert copies == {name for name in parts(model) if ".mlp." in name}
-    assert taut.show(folder)["calibrated"] == noted
+    assert taut.show(folder)["tuned"] == noted
     # Saved again it still knows.
     model.save_pretrained(tmp_path / "again")
     again = taut.load(tmp_path / "again")
     batch = inputs(model, 2, 2)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, again(**batch).logits)
-    assert {name for name, part in parts(again).items() if part.crossovers} == copies
+    assert {name for name, part in parts(again).items() if part.dense_ranges} == copies
 
 
 def test_another_processor_is_another_question(tmp_path: Path, slow_at_four: None) -> None:
     folder = tmp_path / "tight"
     taut.apply(tiny_folder(tmp_path / "m", "llama"), RECIPE, folder, text=None)
-    taut.calibrate(folder)
+    taut.tune(folder)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["calibrated"]["processor"] = "Difference Engine"
+    config["quantization_config"]["tuned"]["processor"] = "Difference Engine"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="calibrated on Difference Engine"):
+    with pytest.warns(UserWarning, match="tuned on Difference Engine"):
         model = AutoModelForCausalLM.from_pretrained(folder)
-    assert not any(part.crossovers for part in parts(model).values())
+    assert not any(part.dense_ranges for part in parts(model).values())
 
 
 def test_a_model_in_memory_is_calibrated_undone_and_exported(tmp_path: Path, slow_at_four: None) -> None:
@@ -143,9 +143,9 @@ def test_a_model_in_memory_is_calibrated_undone_and_exported(tmp_path: Path, slo
     model = tiny("llama")
     apply(model, Recipe.parse(RECIPE))
     steps: list[tuple[int, int]] = []
-    taut.calibrate(model, progress=lambda done, total: steps.append((done, total)))
+    taut.tune(model, progress=lambda done, total: steps.append((done, total)))
     assert steps[-1][0] == steps[-1][1]
-    assert any(part.crossovers for part in parts(model).values())
+    assert any(part.dense_ranges for part in parts(model).values())
     taut.export(model, tmp_path / "dense")
     taut.undo(model)
     batch = inputs(model, 2, 4)
@@ -157,11 +157,11 @@ def test_it_measures_for_real(tmp_path: Path) -> None:
     folder = tmp_path / "tight"
     recipe = {"feedforward": {"method": "low_rank", "rank": 4}}
     taut.apply(tiny_folder(tmp_path / "m", "llama"), recipe, folder, text=None)
-    result = CliRunner().invoke(app, ["calibrate", str(folder), "--threads", "1"], catch_exceptions=False)
+    result = CliRunner().invoke(app, ["tune", str(folder), "--threads", "1"], catch_exceptions=False)
     assert result.exit_code == 0
     assert "low_rank rank=4" in result.output
     assert "1024: " in result.output
-    noted = json.loads((folder / "config.json").read_text())["quantization_config"]["calibrated"]
+    noted = json.loads((folder / "config.json").read_text())["quantization_config"]["tuned"]
     assert set(noted) == {"processor", "device", "sites"}
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -169,13 +169,13 @@ def test_it_measures_for_real(tmp_path: Path) -> None:
 
 
 def test_wrong_input_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(TautError, match="not tightened"):
-        taut.calibrate(tiny("llama"))
+    with pytest.raises(TautError, match="not compressed"):
+        taut.tune(tiny("llama"))
     int8 = tiny("llama")
     apply(int8, Recipe.parse({"feedforward": {"method": "low_bit"}}))
     with pytest.raises(TautError, match="no map here has a dense equivalent"):
-        taut.calibrate(int8)
+        taut.tune(int8)
     with pytest.raises(TautError, match="tokens = \\[0\\]"):
-        tune.calibrate(tightened(), tokens=(0,))
-    with pytest.raises(TautError, match="needs a tightened folder"):
-        taut.calibrate("llama:hidden_size=64")
+        tune.tune(compressed(), tokens=(0,))
+    with pytest.raises(TautError, match="needs a compressed folder"):
+        taut.tune("llama:hidden_size=64")

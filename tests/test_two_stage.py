@@ -191,12 +191,12 @@ def test_loosened_parts_compute_what_tightening_stores():
     for knobs in ({"rank": 12}, {"bits": 4}, {"store": {"bits": 4, "group": 8}, "rank": 12}, {"refine": 0.0}):
         part = fitted(two_stage(**knobs), table(padding_row=3), weight)
         before = copy.deepcopy(part.state_dict())
-        part.loosen(weight)
+        part.unpack(weight)
         torch.testing.assert_close(part(ids), part.merged(), rtol=0, atol=1e-12)
-        loose = part(ids).detach()
-        assert loose[3].abs().max() == 0
-        part.tighten()
-        torch.testing.assert_close(part(ids), loose, rtol=0, atol=1e-6)
+        unpacked = part(ids).detach()
+        assert unpacked[3].abs().max() == 0
+        part.repack()
+        torch.testing.assert_close(part(ids), unpacked, rtol=0, atol=1e-6)
         after = part.state_dict()
         assert {name: (one.shape, one.dtype) for name, one in after.items()} == {
             name: (one.shape, one.dtype) for name, one in before.items()
@@ -212,13 +212,13 @@ def test_healing_lowers_the_error_and_may_choose_codes_anew(knobs, choose):
     weight[3] = 0
     part = fitted(two_stage(**knobs), table(padding_row=3), weight)
     codes, before = part.weight.clone(), error(part, weight).mean()
-    part.loosen(weight if choose else None)
+    part.unpack(weight if choose else None)
     steps = torch.optim.Adam(part.parameters(), 0.01)
     for _ in range(60):
         steps.zero_grad()
         (part(ids) - weight).square().mean().backward()
         steps.step()
-    part.tighten()
+    part.repack()
     assert error(part, weight).mean() < 0.99 * before
     assert torch.equal(part.weight, codes) != choose
     assert part(torch.tensor(3)).abs().max() == 0

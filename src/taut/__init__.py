@@ -1,6 +1,6 @@
 """taut: efficient parts for any Hugging Face transformer, and an honest account of what each part costs.
 
-``import taut`` is light (no torch) and still makes ``AutoModel.from_pretrained`` understand tightened folders.
+``import taut`` is light (no torch) and still makes ``AutoModel.from_pretrained`` understand compressed folders.
 """
 
 from importlib import import_module
@@ -12,7 +12,7 @@ __all__ = (
     "TautError",
     "anchor_token",
     "apply",
-    "calibrate",
+    "tune",
     "check",
     "compare",
     "context",

@@ -3,7 +3,6 @@
 from taut.api.models import (
     anchor_token,
     apply,
-    calibrate,
     export,
     footprint,
     heal,
@@ -12,6 +11,7 @@ from taut.api.models import (
     plan,
     show,
     train,
+    tune,
     undo,
 )
 from taut.api.sources import use_threads
@@ -22,7 +22,7 @@ from taut.api.vectors import index, search, vectors
 __all__ = (
     "anchor_token",
     "apply",
-    "calibrate",
+    "tune",
     "check",
     "compare",
     "context",

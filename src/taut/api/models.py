@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from taut.surgery.plan import Plan
-    from taut.surgery.tune import Crossovers
+    from taut.surgery.tune import Tuning
     from taut.training.run import Trained
     from taut.training.spec import TrainSpec
     from taut.training.trainer import Moment
@@ -40,10 +40,10 @@ def plan(model: "str | Path | PreTrainedModel", recipe: RecipeLike, length: int 
     ``length`` is the declared n of attention and memory costs. Raises TautError for wrong input.
     """
     from taut.surgery.loading import open_skeleton, resolve
-    from taut.surgery.plan import make
+    from taut.surgery.plan import make_plan
 
     described = open_skeleton(resolve(model)) if isinstance(model, str | Path) else model
-    return make(described, Recipe.load(recipe), length)
+    return make_plan(described, Recipe.load(recipe), length)
 
 
 def apply(
@@ -89,7 +89,7 @@ def apply(
     options = {"dtype": read_dtype(dtype), "device": device, "seed": seed, "progress": progress}
     texts = read_texts(text, exclude)
     if heal:
-        from taut.healing.heal import tighten_and_heal
+        from taut.healing.heal import compress_and_heal
 
         # Beside the output, under a name that the next run with the same --out finds.
         options |= {
@@ -97,12 +97,12 @@ def apply(
             "healing": healing,
             "state": out and Path(out).with_name(f".{Path(out).name}.heal"),
         }
-        tightened, _ = tighten_and_heal(source, Recipe.load(recipe), texts, heal, **options)
+        compressed, _ = compress_and_heal(source, Recipe.load(recipe), texts, heal, **options)
     else:
-        tightened, _ = surgery.tighten(source, Recipe.load(recipe), texts, **options)
+        compressed, _ = surgery.compress(source, Recipe.load(recipe), texts, **options)
     if out is not None:
-        surgery.save(tightened, out, source.folder)
-    return tightened
+        surgery.save(compressed, out, source.folder)
+    return compressed
 
 
 def heal(
@@ -177,23 +177,25 @@ def anchor_token(
     return write(opened, add_anchor_token(opened, tokenizer, token, after, start), source, out)
 
 
-def calibrate(
+def tune(
     model: "str | Path | PreTrainedModel", threads: Sequence[int] = (), *, progress: Progress | None = None
-) -> "Crossovers":
-    """Measure, for every structured map of a tightened model and every number of tokens, whether a dense copy is faster
-    on this machine; from then on the faster one answers. A copy costs memory, and its last bits are other ones.
+) -> "Tuning":
+    """Measure where a dense copy of a structured map is faster than the map itself, on this machine.
+
+    Every structured map of a compressed model is tried with 1 to 1,024 tokens. From then on the faster form answers.
+    A copy costs memory, and its answers differ in the last bits.
 
     A folder keeps the result in its config.json, and makes the copies when it is opened on the same processor.
     ``threads`` are the numbers of threads to measure; default: the present one. Raises TautError for a model that is
-    not tightened or has no such map.
+    not compressed or has no such map.
     """
-    from taut.surgery.tune import calibrate as measure_maps
+    from taut.surgery.tune import tune as measure_maps
 
     return measure_maps(model, threads, progress=progress)
 
 
 def undo(model: "PreTrainedModel") -> "PreTrainedModel":
-    """Take every part out of a model that was tightened in memory, to the bit."""
+    """Take every part out of a model that was compressed in memory, to the bit."""
     from taut.surgery.apply import undo as take_out
 
     take_out(model)
@@ -203,7 +205,7 @@ def undo(model: "PreTrainedModel") -> "PreTrainedModel":
 def load(
     model: str | Path, *, dtype: "str | torch.dtype | None" = None, device: str = "cpu", seed: int = 0
 ) -> "PreTrainedModel":
-    """Open a model, tightened or not: picks the class, and raises TautError for any missing or unexpected key."""
+    """Open a model, compressed or not: picks the class, and raises TautError for any missing or unexpected key."""
     from taut.surgery.loading import open_model, resolve
 
     return open_model(resolve(model), read_dtype(dtype), device, seed)
@@ -218,7 +220,7 @@ def show(folder: str | Path) -> dict[str, Any]:
 
 def export(model: "str | Path | PreTrainedModel", out: str | Path) -> list[tuple[str, str]]:
     """Write a plain dense checkpoint for tools without taut; returns the sites (name, reason) that have no dense
-    equivalent. Raises TautError when the model is not tightened or ``out`` cannot be written."""
+    equivalent. Raises TautError when the model is not compressed or ``out`` cannot be written."""
     from taut.surgery.apply import check_writable
     from taut.surgery.export import export as write
 

@@ -79,7 +79,7 @@ def apply(
         raise TautError("--heal-option: say --heal STEPS as well")
     api.use_threads(threads)
     with tables.stages("fitting parts", *(["healing"] if heal else [])) as steps:
-        tightened = api.apply(
+        compressed = api.apply(
             model,
             recipe,
             out,
@@ -92,7 +92,7 @@ def apply(
             progress=steps[0],
             healing=steps[-1],
         )
-    line = api.footprint(tightened)
+    line = api.footprint(compressed)
     finish(as_json, {"out": str(out), "footprint": line, **api.show(out)}, lambda: print(f"{out}: {line}"))
 
 
@@ -135,8 +135,8 @@ def anchor_token(
 
 
 @app.command()
-def calibrate(
-    model: Annotated[Path, typer.Argument(metavar="FOLDER", help="a tightened model")],
+def tune(
+    model: Annotated[Path, typer.Argument(metavar="FOLDER", help="a compressed model")],
     threads: Annotated[list[int] | None, typer.Option(min=1, help="processor threads to measure; default: all")] = None,
     as_json: Json = False,
 ) -> None:
@@ -145,8 +145,8 @@ def calibrate(
     from taut.cli import tables
 
     with tables.stages("measuring maps") as (progress,):
-        found = api.calibrate(model, threads or (), progress=progress)
-    finish(as_json, found.to_dict(), lambda: tables.crossovers(found.to_dict()))
+        found = api.tune(model, threads or (), progress=progress)
+    finish(as_json, found.to_dict(), lambda: tables.tuning(found.to_dict()))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Running someone else's program with taut imported, so that it opens tightened folders."""
+"""Running someone else's program with taut imported, so that it opens compressed folders."""
 
 import os
 import subprocess

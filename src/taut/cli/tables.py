@@ -107,13 +107,13 @@ def plan(content: dict[str, Any]) -> None:
 
 
 def folder(content: dict[str, Any]) -> None:
-    kind = f"tightened by taut {content['taut_version']}" if content["tightened"] else "not tightened"
+    kind = f"compressed by taut {content['taut_version']}" if content["compressed"] else "not compressed"
     OUT.print(
         f"{escape(content['folder'])}: {content['model_type']} {content['architectures']}, {kind}, "
         f"{content['file_bytes']:,} bytes",
         highlight=False,
     )
-    if content["tightened"]:
+    if content["compressed"]:
         OUT.print(f"recipe: {escape(str(content['recipe']))}", highlight=False)
         if content["healed"]:
             healed = ", ".join(f"{key} {_plain(value)}" for key, value in content["healed"].items())
@@ -202,8 +202,8 @@ def outcome(found: Any, report: Path) -> None:
         OUT.print(f"report: {escape(str(report))}", highlight=False)
 
 
-def crossovers(content: dict[str, Any]) -> None:
-    """What ``taut calibrate`` measured: a line for each kind of map and number of threads."""
+def tuning(content: dict[str, Any]) -> None:
+    """What ``taut tune`` measured: a line for each kind of map and number of threads."""
     lines: dict[tuple[str, int], list[str]] = {}
     for row in content["rows"]:
         speed = f"{row['tokens']}: {row['speed']['value']:.2f}"

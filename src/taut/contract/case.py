@@ -17,7 +17,7 @@ from taut.core.registry import METHODS
 from taut.core.slot import KIND_OF_SLOT
 from taut.methods.base import MemoryMethod
 from taut.surgery.apply import apply
-from taut.surgery.plan import Plan, make
+from taut.surgery.plan import Plan, make_plan
 
 
 class Skip(Exception):
@@ -59,7 +59,7 @@ class Case:
         """Calibration: different tokens than the checks use."""
         return [inputs(model, batch=4, length=24, seed=100 + seed) for seed in range(2)]
 
-    def tightened(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    def compressed(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
         model = self.model(dtype, seed)
         apply(model, self.planned(model), self.batches(model))
         return model
@@ -67,7 +67,7 @@ class Case:
     def planned(self, model: PreTrainedModel, length: int | None = None) -> Plan:
         """The plan, or Skip with the refusal when the family has no place for the method. ``length`` as make has it."""
         try:
-            return make(model, self.recipe(), length)
+            return make_plan(model, self.recipe(), length)
         except TautError as error:
             if "fits no site" in str(error):
                 raise Skip(str(error).partition("fits no site: ")[2]) from None

@@ -23,12 +23,12 @@ from taut.core.registry import METHODS
 from taut.core.site import LinearSite, TableSite
 from taut.healing.distil import Comparison
 from taut.healing.trainer import optimizer
-from taut.healing.unpack import loosened
+from taut.healing.unpack import unpacked
 from taut.methods.base import LEARNED, PartMethod
 from taut.methods.part import LinearPart, Part, TablePart
 from taut.surgery.apply import apply, undo
 from taut.surgery.export import densify
-from taut.surgery.plan import make
+from taut.surgery.plan import make_plan
 
 COMPANIONS = {
     "embedding": {"method": "low_bit", "bits": 8},
@@ -42,7 +42,7 @@ COMPANIONS = {
 def shape_and_dtype(case: Case) -> None:
     """Same shape and dtype as the original's answer, finite, in float32 and bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
-        original, model = case.model(dtype), case.tightened(dtype)
+        original, model = case.model(dtype), case.compressed(dtype)
         before, after = case.answer(original), case.answer(model)
         assert (after.shape, after.dtype) == (before.shape, before.dtype)
         assert after.isfinite().all()
@@ -50,7 +50,7 @@ def shape_and_dtype(case: Case) -> None:
 
 def predicted_is_counted(case: Case) -> None:
     """Predicted bytes are the bytes of the part's tensors, predicted parameters their numbers; both exact."""
-    for step in (model := case.tightened()).hf_quantizer.surgery.steps:
+    for step in (model := case.compressed()).hf_quantizer.surgery.steps:
         part, dense = model.get_submodule(step.site.path), step.site.dense()
         if not isinstance(step.method, PartMethod):
             if dense.bytes:  # an identity
@@ -64,7 +64,7 @@ def predicted_is_counted(case: Case) -> None:
 
 def flops_are_counted(case: Case) -> None:
     """Predicted FLOPs are within 2 % of PyTorch's counter, or the method says why the counter cannot see them."""
-    model = case.tightened()
+    model = case.compressed()
     seen = 0
     for step in model.hf_quantizer.surgery.steps:
         if not isinstance(step.method, PartMethod):
@@ -97,7 +97,7 @@ def cost_is_monotone(case: Case) -> None:
     costs = []
     for keep in (0.25, 0.5, 0.75, 1.0):
         try:
-            plan = make(model, Case(case.method, case.family, (*entry.items(), ("keep", keep))).recipe())
+            plan = make_plan(model, Case(case.method, case.family, (*entry.items(), ("keep", keep))).recipe())
         except TautError:
             continue
         after, before = plan.after, plan.before
@@ -110,7 +110,7 @@ def cost_is_monotone(case: Case) -> None:
 
 def gradients_flow(case: Case) -> None:
     """A finite gradient reaches every trainable parameter, and every part of a trainable model is trainable."""
-    model = case.tightened().train()
+    model = case.compressed().train()
     for module in model.modules():
         if isinstance(module, Part):
             assert all(parameter.requires_grad for parameter in module.parameters())
@@ -130,7 +130,7 @@ def gradients_flow(case: Case) -> None:
 def future_does_not_leak(case: Case) -> None:
     """Changing a token leaves every earlier answer as it was, to the bit."""
     case.need_decoder()
-    model = case.tightened()
+    model = case.compressed()
     given = inputs(model, length=14)
     key = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
     changed = {name: tensor.clone() for name, tensor in given.items()}
@@ -142,7 +142,7 @@ def future_does_not_leak(case: Case) -> None:
 
 def padding_does_not_leak(case: Case) -> None:
     """What stands in the padding does not matter, and a padded row equals the row alone."""
-    model = case.tightened(torch.float32)
+    model = case.compressed(torch.float32)
     given = padded_inputs(model, length=14)
     other = {name: tensor.clone() for name, tensor in given.items()}
     padding = given["attention_mask"] == 0
@@ -168,7 +168,7 @@ def padding_does_not_leak(case: Case) -> None:
 def steps_equal_full_pass(case: Case) -> None:
     """Decoding token by token through the cache gives what one pass over the whole text gives."""
     case.need_decoder()
-    model = case.tightened()
+    model = case.compressed()
     case.need_equal_steps(model)
     given = inputs(model, length=14)
     whole = logits(model, **given, use_cache=False)
@@ -178,7 +178,7 @@ def steps_equal_full_pass(case: Case) -> None:
 
 def undo_to_the_bit(case: Case) -> None:
     """After undo the model is the original: same tensors, same answer, same ties, no trace in the config."""
-    original, model = case.model(), case.tightened()
+    original, model = case.model(), case.compressed()
     undo(model)
     assert "quantization_config" not in model.config.to_dict()
     before, after = original.state_dict(), model.state_dict()
@@ -191,7 +191,7 @@ def undo_to_the_bit(case: Case) -> None:
 
 def same_seed_same_bits(case: Case) -> None:
     """Applying twice gives the same tensors; the answer too."""
-    first, second = case.tightened(), case.tightened()
+    first, second = case.compressed(), case.compressed()
     a, b = first.state_dict(), second.state_dict()
     assert list(a) == list(b)
     assert all(bits_equal(a[name], b[name]) for name in a)
@@ -200,7 +200,7 @@ def same_seed_same_bits(case: Case) -> None:
 
 def reloads_to_the_bit(case: Case, worker: Worker) -> None:
     """Saved here, opened by stock transformers in another process: the same answer, and saved again the same file."""
-    model = case.tightened()
+    model = case.compressed()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         model.save_pretrained(path)
@@ -215,7 +215,7 @@ def reloads_to_the_bit(case: Case, worker: Worker) -> None:
 
 def loud_without_taut(case: Case, worker: Worker) -> None:
     """Opened where taut is not imported, the folder raises instead of starting with random weights."""
-    model = case.tightened()
+    model = case.compressed()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         model.save_pretrained(path)
@@ -227,7 +227,7 @@ def loud_without_taut(case: Case, worker: Worker) -> None:
 
 def casting_keeps_codes(case: Case) -> None:
     """half, bfloat16, float and back: integer tensors stay, floating ones follow, the model still answers."""
-    model = case.tightened()
+    model = case.compressed()
     codes = {name: tensor.clone() for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
     for cast in (lambda: model.to(torch.bfloat16), lambda: model.half(), lambda: model.float()):
         cast()
@@ -240,7 +240,7 @@ def casting_keeps_codes(case: Case) -> None:
 
 def merged_is_equivalent(case: Case) -> None:
     """The dense equivalent of every part computes what the part computes, and export gives a model that agrees."""
-    model = case.tightened()
+    model = case.compressed()
     parts = {name: module for name, module in model.named_modules() if isinstance(module, Part)}
     if not parts:
         raise Skip("no part with a dense equivalent")
@@ -279,8 +279,8 @@ def builds_from_scratch(case: Case) -> None:
 
 
 def copies_deeply(case: Case) -> None:
-    """copy.deepcopy of a tightened model is independent and gives the same answer."""
-    model = case.tightened()
+    """copy.deepcopy of a compressed model is independent and gives the same answer."""
+    model = case.compressed()
     before = case.answer(model)
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -292,13 +292,13 @@ def copies_deeply(case: Case) -> None:
 def heals(case: Case) -> None:
     """Made loose, the parts compute what they will store; a gradient reaches every number that may learn; some steps
     towards the original's answers do no harm; and afterwards the tensors have the same names, shapes and types."""
-    model, original = case.tightened(), case.model()
+    model, original = case.compressed(), case.model()
     before, answer = model.state_dict(), case.answer(model)
     batches = case.batches(original)
     comparison = Comparison(model, original, batches, "hidden")
     first = comparison.mean(range(len(batches)))
     try:
-        with loosened(model, original) as trained:
+        with unpacked(model, original) as trained:
             room = max(1e-3, _approximate(model))
             assert (case.answer(model) - answer).norm() <= room * answer.norm(), "loose and tight answers differ"
             adam = optimizer(trained, 0.01)
@@ -327,7 +327,7 @@ def composes(case: Case) -> None:
     for slot, line in COMPANIONS.items():
         if slot not in content:
             try:
-                make(model, Recipe.parse({slot: line}))
+                make_plan(model, Recipe.parse({slot: line}))
             except TautError:
                 continue
             content[slot] = line

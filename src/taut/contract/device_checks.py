@@ -13,7 +13,7 @@ from taut.contract.workers import bits_equal
 
 
 def answers_as_on_the_cpu(case: Case) -> None:
-    """Tightened on the CPU and moved: the same answer up to rounding, padding and all. Moved back: the same tensors."""
+    """Compressed on the CPU and moved: the same answer up to rounding. Moved back: the same tensors."""
     model = _on_the_cpu(case)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     given = padded_inputs(model)
@@ -40,7 +40,7 @@ def decodes_as_on_the_cpu(case: Case) -> None:
 def generates(case: Case) -> None:
     """Plain ``generate`` with left padding and beams ends with as many tokens as asked for."""
     case.need_decoder()
-    model = case.tightened()
+    model = case.compressed()
     given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
     found = model.generate(**given, max_new_tokens=6, min_new_tokens=6, num_beams=2, do_sample=False)
     assert found.device == model.device
@@ -49,7 +49,7 @@ def generates(case: Case) -> None:
 
 def opens_on_the_device(case: Case) -> None:
     """Saved from the device and opened onto it: every tensor lies there, and the answer is the same to the bit."""
-    model = case.tightened()
+    model = case.compressed()
     assert {tensor.device.type for tensor in model.state_dict().values()} == {torch.device(case.device).type}
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -59,7 +59,7 @@ def opens_on_the_device(case: Case) -> None:
 
 def learns_in_bfloat16(case: Case) -> None:
     """A step of training under autocast, weights in float32: gradients are finite, and the model still answers."""
-    model = case.tightened().train()
+    model = case.compressed().train()
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     with torch.autocast(torch.device(case.device).type, torch.bfloat16):
         output = model(**inputs(model))
@@ -73,7 +73,7 @@ def learns_in_bfloat16(case: Case) -> None:
 
 
 def _on_the_cpu(case: Case) -> PreTrainedModel:
-    return Case(case.method, case.family, case.entry).tightened()
+    return Case(case.method, case.family, case.entry).compressed()
 
 
 DEVICE_CHECKS: dict[str, Callable[[Case], None]] = {

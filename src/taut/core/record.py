@@ -51,7 +51,7 @@ class Record(BaseModel):
     recipe_digest: str
     seed: int
     text: str = Field("builtin", description="what calibration and healing read")
-    heal: int = Field(0, description="steps of healing after tightening")
+    heal: int = Field(0, description="steps of healing after compressing")
     status: Literal["done", "failed"]
     reason: str | None = None
     expect: Literal["done", "failed"] = Field("done", description="what the study said would happen")

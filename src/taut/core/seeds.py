@@ -5,11 +5,11 @@ STEPS_APART = 1 << 16
 """More than a step draws of anything."""
 
 
-def of_epoch(seed: int, number: int) -> int:
+def epoch_seed(seed: int, number: int) -> int:
     """The seed of the order, or of whatever else is drawn once in epoch (or for row) ``number``."""
     return seed * EPOCHS_APART + number
 
 
-def of_step(seed: int, step: int) -> int:
+def step_seed(seed: int, step: int) -> int:
     """The first of a step's own draws."""
     return seed + step * STEPS_APART

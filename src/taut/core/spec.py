@@ -26,10 +26,10 @@ class TrialSpec(BaseModel):
     tasks: tuple[dict[str, Any], ...] = Field((), description="each with name and the options of that task")
     measure: dict[str, Any] = Field(default_factory=dict)
     text: str = Field("builtin", description="what calibration and healing read; see taut.data.calibration_texts")
-    heal: int = Field(0, description="steps of healing after tightening")
+    heal: int = Field(0, description="steps of healing after compressing")
     device: str = "cpu"
     dtype: str = "float32"
-    memory: int | None = Field(None, description="the most bytes a trial may need")
+    ram: int | None = Field(None, description="the most bytes a trial may need")
     seconds: float | None = Field(None, description="the longest a trial may take")
     expect: Literal["done", "failed"] = "done"
 

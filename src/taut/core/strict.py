@@ -1,23 +1,30 @@
 """Files that people write: YAML read strictly, and models of it that name what is wrong."""
 
+import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from taut.core.errors import TautError, nearest
 
+Options = TypeVar("Options", bound=BaseModel)
+
 
 class Strict(BaseModel):
     """Abstract: refuses an unknown key and names the nearest known one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    former: ClassVar[dict[str, str]] = {}
+    """Keys that had another name once, each with the present one: the error names it."""
 
     @model_validator(mode="before")
     @classmethod
     def _known(cls, content: Any) -> Any:
         for key in content if isinstance(content, dict) else ():
+            if key in cls.former:
+                raise ValueError(f"the key {key!r} is now called {cls.former[key]!r}")
             if key not in cls.model_fields:
                 raise ValueError(f"unknown key {key!r}: {nearest(key, cls.model_fields)}")
         return content
@@ -33,6 +40,26 @@ class Strict(BaseModel):
             text = first["msg"].removeprefix("Value error, ")
             given = "" if first["type"] in ("value_error", "missing") else f" = {first['input']!r}"
             raise TautError(f"{source}: {key}{given}: {text}" if key else f"{source}: {text}") from None
+
+
+def parse_options(model: type[Options], values: dict[str, Any], where: str, owner: str, noun: str) -> Options:
+    """``values`` as a ``model`` of the choices of ``owner``.
+
+    Raises TautError in one line that begins with ``where``. It names the nearest ``noun`` (knob, option) for an unknown
+    one, and what was expected for a wrong value.
+    """
+    for key in values:
+        if key not in model.model_fields:
+            raise TautError(f"{where}: {owner} has no {noun} {key!r}: {nearest(key, model.model_fields)}")
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, words = ".".join(str(step) for step in first["loc"]), first["msg"].removeprefix("Value error, ")
+        if first["type"] == "literal_error" and isinstance(first["input"], str):
+            words = nearest(first["input"], re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+        subject = f"{key} = {first['input']!r}" if key else owner
+        raise TautError(f"{where}: {subject}: {words}") from None
 
 
 def read_yaml(path: Path, what: str) -> Any:

@@ -17,8 +17,9 @@ from taut.core.errors import TautError
 from taut.evaluation._encode import usable_length
 from taut.evaluation._language import Tokens, last_logits, surprise, tokenize
 from taut.evaluation.context_gain import EffectiveContext, effective_contexts
-from taut.evaluation.task import evaluating, kind
+from taut.evaluation.task import kind
 from taut.surgery.loading import Source, open_model, open_skeleton, open_tokenizer, resolve
+from taut.surgery.modes import evaluating
 
 Progress = Callable[[int, int], None]
 

@@ -2,17 +2,17 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import nn
+from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taut.core.errors import TautError, nearest
+from taut.core.errors import TautError
 from taut.core.record import Quantity, Score
+from taut.core.strict import parse_options
 from taut.data import Data
+from taut.surgery.modes import evaluating
 
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 Kind = Literal["causal", "masked", "sequence to sequence", "states"]
 
 
-class Knobs(BaseModel):
+class TaskOptions(BaseModel):
     """What every task lets the user choose."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,30 +35,22 @@ class Knobs(BaseModel):
 class Task(ABC):
     """One evaluation. Subclasses are final; their file name is the id.
 
-    Deterministic: the same model, knobs and seed give the same scores. The model is left as it was found.
+    Deterministic: the same model, options and seed give the same scores. The model is left as it was found.
     """
 
     id: ClassVar[str]
     summary: ClassVar[str]
-    Knobs: ClassVar[type[Knobs]] = Knobs
+    Options: ClassVar[type[TaskOptions]] = TaskOptions
     needs_reference: ClassVar[bool] = False
     """Whether the original model is needed beside the one that is scored."""
 
-    def __init__(self, knobs: Knobs | None = None) -> None:
-        self.knobs = self.Knobs() if knobs is None else knobs
+    def __init__(self, options: TaskOptions | None = None) -> None:
+        self.options = self.Options() if options is None else options
 
     @classmethod
     def parse(cls, options: dict[str, Any], where: str = "task") -> "Task":
         """Check options from a study or the command line. Raises TautError naming the option and the nearest one."""
-        for key in options:
-            if key not in cls.Knobs.model_fields:
-                raise TautError(f"{where}: {cls.id} has no option {key!r}: {nearest(key, cls.Knobs.model_fields)}")
-        try:
-            return cls(cls.Knobs(**options))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(step) for step in first["loc"]) or "options"
-            raise TautError(f"{where}: {cls.id}: {key} = {first['input']!r}: {first['msg']}") from None
+        return cls(parse_options(cls.Options, options, where, cls.id, "option"))
 
     @abstractmethod
     def fits(self, model: PreTrainedModel) -> str | None:
@@ -140,18 +132,6 @@ def reads_text(model: PreTrainedModel) -> str | None:
     if model.main_input_name != "input_ids":
         return f"{type(model).__name__} reads {model.main_input_name}, not token ids"
     return None
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the mode of every module as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _silent(done: int, total: int) -> None:

@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.ops.caches.base import PositionedCache
-from taut.surgery.apply import is_tightened, steps_of
+from taut.surgery.apply import is_compressed, steps_of
 
 SAMPLES = 64
 """Numbers of every tensor that a model's fingerprint looks at."""
@@ -120,7 +120,7 @@ def empty_cache(model: PreTrainedModel) -> Cache:
     """A new cache of the kind that the model's recipe says. Raises TautError for a model without one."""
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise TautError(f"{type(model).__name__} is no decoder with a language-modelling head: it has no prefix")
-    for step in steps_of(model) if is_tightened(model) else ():
+    for step in steps_of(model) if is_compressed(model) else ():
         if isinstance(step.site, MemorySite) and (cache := step.method.cache(step.site.layers)) is not None:
             return cache
     return DynamicCache(config=model.config)

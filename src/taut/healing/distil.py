@@ -1,4 +1,4 @@
-"""A tightened model beside its original: one number to lower, and the tensors that may lower it."""
+"""A compressed model beside its original: one number to lower, and the tensors that may lower it."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from taut.core.seeds import of_epoch, of_step
+from taut.core.seeds import epoch_seed, step_seed
 from taut.healing.batches import next_tokens
 from taut.healing.losses import answers, imitation, text_loss
 from taut.methods.part import Part
@@ -97,7 +97,7 @@ class Distillation(nn.Module):
         every epoch has all batches of ``order`` once, in an order of its own. The parts are in training mode, as some
         learn by drawing; the rest of the student is not, since dropout would have the parts make up for it."""
         epoch, place = divmod(step, len(self.order))
-        generator = torch.Generator().manual_seed(of_epoch(self.seed, epoch))
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
         shuffled = torch.randperm(len(self.order), generator=generator)
         with self._drawing(step):
             return {"loss": self.comparison.loss(self.order[int(shuffled[place])])}
@@ -105,7 +105,7 @@ class Distillation(nn.Module):
     @contextmanager
     def _drawing(self, step: int) -> Iterator[None]:
         for part in self._parts:
-            part.draws = of_step(self.seed, step)
+            part.random_step = step_seed(self.seed, step)
             part.train()
         try:
             yield

@@ -28,8 +28,8 @@ from taut.healing.layerwise import blocks_of, heal_by_layer
 from taut.healing.losses import parse_targets
 from taut.healing.settings import Healing
 from taut.healing.trainer import optimizer, train
-from taut.healing.unpack import Snapshot, learners, loosened
-from taut.surgery.apply import surgery_of, tighten
+from taut.healing.unpack import Snapshot, learners, unpacked
+from taut.surgery.apply import compress, surgery_of
 from taut.surgery.loading import Source, open_model, open_skeleton, open_tokenizer
 from taut.surgery.plan import Plan
 
@@ -64,7 +64,7 @@ def heal(
 
     The model computes in float32 meanwhile and has its dtypes back afterwards; both models end in evaluation mode. When
     anything fails the model is as before. Once more than the parts has learned, ``taut.undo`` is refused. Raises
-    TautError when the model is not tightened, when nothing in it can learn, for too little text, and when ``state``
+    TautError when the model is not compressed, when nothing in it can learn, for too little text, and when ``state``
     belongs to another run.
     """
     chosen = Healing.parse(choices)
@@ -91,7 +91,7 @@ def heal(
     with _state(state, run) as folder:
         facts["loss_first"] = comparison.mean(held)
         fitted = Snapshot(learners(model, original, chosen.train))
-        with loosened(model, original, chosen.train, chosen.rank, chosen.seed) as trained:
+        with unpacked(model, original, chosen.train, chosen.rank, chosen.seed) as trained:
             if chosen.by == "layer":
                 own = [batches[number] for number in learned]
                 heal_by_layer(model, original, own, trained, chosen, folder, seconds, progress)
@@ -108,7 +108,7 @@ def heal(
     return facts
 
 
-def tighten_and_heal(
+def compress_and_heal(
     source: Source,
     recipe: Recipe,
     texts: Iterable[str],
@@ -136,7 +136,7 @@ def tighten_and_heal(
             raise TautError(f"{source.name}: no tokenizer there, and healing needs one")
         skeleton = open_skeleton(source)
         batches = text_batches(tokenizer, texts, skeleton, size=chosen.batch, length=chosen.length, seed=chosen.seed)
-    model, plan = tighten(source, recipe, texts, dtype=dtype, device=device, seed=seed, progress=progress)
+    model, plan = compress(source, recipe, texts, dtype=dtype, device=device, seed=seed, progress=progress)
     if chosen.steps:
         # Healing by layer is for models of which two do not fit: the second one stays on disk.
         original = open_model(source, dtype, "disk" if chosen.by == "layer" else device, seed)

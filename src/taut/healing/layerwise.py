@@ -25,7 +25,7 @@ from taut.healing.trainer import Progress, optimizer, train
 CACHES = ("past_key_values", "past_key_value", "use_cache", "cache_position")
 
 
-class Block:
+class LayerBlock:
     """How far one block of a student is from its targets: what Distillation lowers.
 
     ``inputs`` and ``targets``, one (B, T, D) tensor for each batch; ``calls`` the other arguments of the block;
@@ -82,7 +82,7 @@ def heal_by_layer(
                 _fill(own, load_file(finished))
             else:
                 task = Distillation(
-                    Block(block, inputs, targets, calls[number], real), own, range(len(batches)), choices.seed
+                    LayerBlock(block, inputs, targets, calls[number], real), own, range(len(batches)), choices.seed
                 )
                 seen = None if progress is None else partial(_report, progress, before, total)
                 train(task, optimizer(own, choices.learning_rate), choices, folder / f"layer-{number}", seconds, seen)

@@ -1,4 +1,4 @@
-"""A tightened model made ready to learn, and put back."""
+"""A compressed model made ready to learn, and put back."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,7 +17,7 @@ from taut.methods.part import Part
 from taut.surgery.align import align_tensors
 from taut.surgery.apply import surgery_of
 
-LOOSE = "_loose"
+UNPACKED = "_unpacked"
 """How a part names what it will round."""
 ROUNDED = 0.1
 """How much shorter the steps of such numbers are: rounding hides movements from the loss, and what it hides becomes
@@ -64,7 +64,7 @@ def learners(model: PreTrainedModel, original: PreTrainedModel, which: str) -> l
 
 
 @contextmanager
-def loosened(
+def unpacked(
     model: PreTrainedModel, original: PreTrainedModel, which: str = "parts", rank: int = 8, seed: int = 0
 ) -> Iterator[dict[nn.Parameter, float]]:
     """The parameters that may learn, float32, each with the size of its steps; everything else is frozen.
@@ -85,9 +85,9 @@ def loosened(
         errors = {}
         for part, weight in originals(model, original):
             error = _relative_error(part, weight)
-            part.loosen(weight)
+            part.unpack(weight)
             for name, tensor in part.named_parameters():
-                errors[tensor] = error * (ROUNDED if name.endswith(LOOSE) else 1.0)
+                errors[tensor] = error * (ROUNDED if name.endswith(UNPACKED) else 1.0)
         mean = sum(errors.values()) / max(1, len(errors))
         dense = _left_dense(model, original) if which == "adapters" else []
         with adapted(model, dense, rank, seed) if which == "adapters" else nullcontext({}) as sizes:
@@ -142,7 +142,7 @@ class _Marks:
 
     def put_back(self) -> None:
         for part, dtype in self.parts:
-            part.tighten()
+            part.repack()
             part.to(dtype)
         for name, tensor in _tensors(self.model):
             dtype, learned = self.tensors[name]

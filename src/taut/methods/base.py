@@ -1,6 +1,5 @@
 """The contract of a method: what it says of a site, what it costs there, and how it is installed."""
 
-import re
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable
@@ -8,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from taut.core.cost import Cost
-from taut.core.errors import TautError, nearest
+from taut.core.errors import TautError
 from taut.core.site import AttentionSite, LinearSite, MemorySite, Site, TableSite
+from taut.core.strict import parse_options
 from taut.methods.part import LinearPart, Part, TablePart
 from taut.methods.store import Knobs, Store
 
@@ -71,23 +70,12 @@ class Method(ABC):
             raise TautError(f"{where}: {cls.id} has no dial, so it takes no keep")
         if keep is not None and cls.dial in knobs:
             raise TautError(f"{where}: give keep or {cls.dial}, not both")
-        for key in knobs:
-            if key not in cls.Knobs.model_fields:
-                raise TautError(f"{where}: {cls.id} has no knob {key!r}: {nearest(key, cls.Knobs.model_fields)}")
         default = None if cls.dial is None else cls.Knobs.model_fields[cls.dial].get_default()
         if keep is None and cls.dial is not None and knobs.get(cls.dial, default) is None:
             raise TautError(f"{where}: {cls.id}: give keep or {cls.dial}")
-        try:
-            return cls(cls.Knobs(**knobs))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key, words = ".".join(str(step) for step in first["loc"]), first["msg"].removeprefix("Value error, ")
-            given = f"{key} = {first['input']!r}" if key else cls.id
-            if first["type"] == "literal_error" and isinstance(first["input"], str):
-                words = nearest(first["input"], re.findall(r"'([^']*)'", first["ctx"]["expected"]))
-            raise TautError(f"{where}: {given}: {words}") from None
+        return cls(parse_options(cls.Knobs, knobs, where, cls.id, "knob"))
 
-    def reads(self, tokenizer: Callable[[], Any]) -> "Method":
+    def with_tokenizer(self, tokenizer: Callable[[], Any]) -> "Method":
         """This method with what it needs to know of the model's ``tokenizer``, which opens when it is called."""
         return self
 
@@ -181,7 +169,7 @@ class AttentionMethod(Method):
     @abstractmethod
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, view: Any, **options: Any) -> Tensor:
         """(B, H, T, K), (B, H', S, K), (B, H', S, K) -> (B, T, H, K). ``view`` says who may see whom
-        (kernels.patterns.View); ``options`` are ``scaling``, ``dropout`` and, for T5, ``position_bias``. What the
+        (ops.attention.masks.View); ``options`` are ``scaling``, ``dropout`` and, for T5, ``position_bias``. What the
         method learns is a child of ``module``."""
 
     @abstractmethod
@@ -193,12 +181,12 @@ class MemoryMethod(Method):
     """Abstract: replaces the KV cache of a decoder (MemorySite) and says which keys stay visible."""
 
     carried: ClassVar[bool] = False
-    """Whether training may carry the cache from one batch to the next (``lanes: true``)."""
+    """Whether training may carry the cache from one batch to the next (``carry_memory: true``)."""
     makes_keys: ClassVar[bool] = False
     """Whether the cache makes keys of its own, so that a pass that is to keep none gets one, too."""
     reconstructs: ClassVar[bool] = False
     """Whether what it learns can learn from what attention misses of compressed entries (``reconstruction:`` of a
-    training spec): then ``learned`` has a context manager ``reconstructing``, as kernels.compressor.Compressor has."""
+    training spec): then ``learned`` has a context manager ``reconstructing``, as ops.caches.pooling.Compressor has."""
     unequal: ClassVar[str | None] = None
     """Why a text read in steps is not answered as in one pass without a cache; None: both must agree."""
 
@@ -232,11 +220,11 @@ class MemoryMethod(Method):
 
     @abstractmethod
     def pattern(self) -> Any:
-        """Who may see whom (kernels.patterns.Pattern), so that a full forward equals decoding step by step; None
+        """Who may see whom (ops.attention.masks.Pattern), so that a full forward equals decoding step by step; None
         for everybody."""
 
     def marks(self, incoming: Any) -> Any:
-        """The marks (B, T) of a text read at once, without a cache (kernels.cache.Incoming); None unless the pattern
+        """The marks (B, T) of a text read at once, without a cache (ops.caches.base.Incoming); None unless the pattern
         is a Marked one. Raises TautError when they follow from ids and there are none."""
         return None
 

@@ -27,7 +27,7 @@ class Part(nn.Module, ABC):
 
     A float tensor that a recipe's ``store:`` may put in fewer bits is declared with ``hold`` and read with ``held``
     or ``held_rows``. ``loosen`` makes everything that healing may change a float parameter, ``tighten`` puts it back
-    into its stored form; a loosened part computes what it will compute once tightened, and gradients pass straight
+    into its stored form; a unpacked part computes what it will compute once tightened, and gradients pass straight
     through the rounding.
     """
 
@@ -38,7 +38,7 @@ class Part(nn.Module, ABC):
         super().__init__()
         self.dtype = dtype
         """What the part answers in. Follows ``.to()``, ``.half()`` and their like, though codes do not."""
-        self.draws = 0
+        self.random_step = 0
         """The number of the next random draw of parts that draw in training mode: the same number, the same draw."""
         self._held: dict[str, tuple[tuple[int, ...], Store | None]] = {}
 
@@ -61,18 +61,18 @@ class Part(nn.Module, ABC):
     def held(self, name: str) -> Tensor:
         """A held tensor in its declared shape and the part's dtype, expanded where it is stored in few bits."""
         shape, store = self._held[name]
-        loose = self._parameters.get(f"{name}_loose")
-        if loose is not None:
-            return store.straight_through(loose).to(self.dtype)
+        unpacked = self._parameters.get(f"{name}_unpacked")
+        if unpacked is not None:
+            return store.straight_through(unpacked).to(self.dtype)
         return self.get_parameter(name) if store is None else store.unpack(self._packed(name), shape, self.dtype)
 
     def held_rows(self, name: str, ids: Tensor, padding: int | None = None) -> Tensor:
         """Rows of a held tensor, its leading axes seen as one: (...) ids -> (..., width). Expands no other row; the
         row ``padding`` receives no gradient."""
         shape, store = self._held[name]
-        loose = self._parameters.get(f"{name}_loose")
-        if loose is not None:
-            return store.straight_through(F.embedding(ids, loose.reshape(-1, shape[-1]), padding)).to(self.dtype)
+        unpacked = self._parameters.get(f"{name}_unpacked")
+        if unpacked is not None:
+            return store.straight_through(F.embedding(ids, unpacked.reshape(-1, shape[-1]), padding)).to(self.dtype)
         if store is None:
             return F.embedding(ids, self.get_parameter(name).reshape(-1, shape[-1]), padding)
         return store.lookup(self._packed(name), ids, shape[-1], self.dtype)
@@ -80,8 +80,8 @@ class Part(nn.Module, ABC):
     def _packed(self, name: str) -> Tensor:
         return self.get_buffer(name).view(torch.uint8)
 
-    def loosen(self, original: Tensor | None = None) -> None:
-        """Make what is stored in few bits trainable, as float parameters under the names ``<name>_loose``.
+    def unpack(self, original: Tensor | None = None) -> None:
+        """Make what is stored in few bits trainable, as float parameters under the names ``<name>_unpacked``.
 
         ``original`` is the dense weight the part was fitted to, where it is at hand: a better start for parts that
         keep a row of their own for each row of it. Parts without such tensors have nothing to do.
@@ -89,14 +89,14 @@ class Part(nn.Module, ABC):
         for name, (shape, store) in self._held.items():
             if store is not None:
                 dense = store.unpack(self._packed(name), shape, torch.float32)
-                self.register_parameter(f"{name}_loose", nn.Parameter(dense))
+                self.register_parameter(f"{name}_unpacked", nn.Parameter(dense))
 
-    def tighten(self) -> None:
+    def repack(self) -> None:
         """Undo ``loosen``: put what was trained into its stored form. Does nothing when the part is tight."""
         for name in self._held:
-            loose = self._parameters.pop(f"{name}_loose", None)
-            if loose is not None:
-                self.fill(name, loose.detach())
+            unpacked = self._parameters.pop(f"{name}_unpacked", None)
+            if unpacked is not None:
+                self.fill(name, unpacked.detach())
 
     def numbers(self) -> int:
         """How many parameters the part stands for: every float it holds, also where it is stored in few bits. Parts
@@ -141,7 +141,7 @@ class LinearPart(Part):
 
     # T5 casts its hidden states to the dtype of a map's weight unless that is int8.
     packed_dtype = torch.int8
-    premerges: ClassVar[bool] = False
+    may_keep_dense_copy: ClassVar[bool] = False
     """Whether a dense copy can be the faster form: that of a map which is computed from float factors."""
 
     def __init__(self, site: LinearSite, device: torch.device, dtype: torch.dtype) -> None:
@@ -149,11 +149,11 @@ class LinearPart(Part):
         self.in_features, self.out_features = site.inputs, site.outputs
         bias = torch.zeros(site.outputs, device=device, dtype=dtype) if site.bias else None
         self.bias = nn.Parameter(bias) if bias is not None else None
-        self.crossovers: TokenRanges = {}
+        self.dense_ranges: TokenRanges = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        if self.crossovers and not torch.is_grad_enabled():
+        if self.dense_ranges and not torch.is_grad_enabled():
             tokens = x.numel() // x.shape[-1]
             if self.uses_copy(tokens, _threads()):
                 return F.linear(x, self.copy, self.bias)
@@ -164,20 +164,20 @@ class LinearPart(Part):
         """(..., inputs) -> (..., outputs), bias included, from what the part stores."""
 
     @torch.no_grad()
-    def premerge(self, crossovers: TokenRanges) -> None:
+    def keep_dense_copy(self, dense_ranges: TokenRanges) -> None:
         """Keep a dense copy for the numbers of tokens in ``crossovers``; none at all drops it. It is never saved."""
-        self.crossovers = crossovers
-        copy = self.merged().detach().to(self.dtype).contiguous() if crossovers else None
+        self.dense_ranges = dense_ranges
+        copy = self.merged().detach().to(self.dtype).contiguous() if dense_ranges else None
         self.register_buffer("copy", copy, persistent=False)
 
     def train(self, mode: bool = True) -> Self:
-        if mode and self.crossovers:
-            self.premerge({})
+        if mode and self.dense_ranges:
+            self.keep_dense_copy({})
         return super().train(mode)
 
     def uses_copy(self, tokens: int, threads: int) -> bool:
         """Whether the dense copy answers for so many tokens."""
-        ranges = self.crossovers.get(threads, ())
+        ranges = self.dense_ranges.get(threads, ())
         return any(first <= tokens and (last < 0 or tokens <= last) for first, last in ranges)
 
 

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError, nearest
 from taut.evaluation._encode import POOLINGS, encode
-from taut.evaluation.task import Progress, evaluating, reads_text
+from taut.evaluation.task import Progress, reads_text
 from taut.retrieval.index import Index, chosen_codes, prefix
 from taut.surgery.loading import open_model, open_tokenizer, resolve
+from taut.surgery.modes import evaluating
 
 LENGTH = 256
 """Tokens kept of a text where the model's folder names no number."""
@@ -101,7 +102,7 @@ def open_encoder(
     device: str = "cpu",
     seed: int = 0,
 ) -> Encoder:
-    """An encoder from a folder, Hub id or ``minilm``, tightened or not, or from a model in memory and its tokenizer.
+    """An encoder from a folder, Hub id or ``minilm``, compressed or not, or from a model in memory and its tokenizer.
 
     A folder with the files of sentence-transformers decides pooling, length and lower case; anything else is pooled by
     the mean of its last states over the real tokens and cut after 256 tokens, decoders too. ``pooling`` (mean, cls,

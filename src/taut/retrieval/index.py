@@ -33,14 +33,14 @@ class Hits(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rows:
+class IndexRows:
     """Documents in one code: ``kept`` (N, -)."""
 
     code: Code
     kept: Tensor
 
-    def to(self, device: torch.device | str) -> "Rows":
-        return Rows(self.code.to(device), self.kept.to(device))
+    def to(self, device: torch.device | str) -> "IndexRows":
+        return IndexRows(self.code.to(device), self.kept.to(device))
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Index:
     are. ``finer`` holds the same documents once more, to score the best of the coarse rows again.
     """
 
-    rows: Rows
+    rows: IndexRows
     full_width: int
     rotation: Tensor | None = None
-    finer: Rows | None = None
+    finer: IndexRows | None = None
     texts: tuple[str, ...] = ()
     model: str = ""
 
@@ -289,16 +289,16 @@ def _check_width(width: int | None, full: int) -> None:
         raise TautError(f"width = {width}: expected 1 to {full}, the width of the model's vectors")
 
 
-def _rows(code: Code, vectors: Tensor) -> Rows:
+def _rows(code: Code, vectors: Tensor) -> IndexRows:
     """Coded in blocks, so that building needs little beside vectors and rows."""
     blocks = [code.encode(block) for block in vectors.split(ROWS_AT_ONCE)]
-    return Rows(code, torch.cat(blocks))
+    return IndexRows(code, torch.cat(blocks))
 
 
-def _restored(kind: type[Code], width: int, key: str, tensors: dict[str, Tensor]) -> Rows:
+def _restored(kind: type[Code], width: int, key: str, tensors: dict[str, Tensor]) -> IndexRows:
     start = f"code.{key}."
     fitted = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-    return Rows(kind(width, **fitted), tensors[key])
+    return IndexRows(kind(width, **fitted), tensors[key])
 
 
 def _best(scores: Tensor, ids: Tensor, k: int) -> Hits:

@@ -60,7 +60,7 @@ COSTS = {
     "latency_prefill": Column("prefill", "one forward pass", ("faster", "slower"), "latency_prefill_ratio"),
     "latency_decode": Column("decode", "one new token", ("faster", "slower"), "latency_decode_ratio"),
     "throughput": Column("throughput", "tokens per second of the forward pass", better="higher", alone=True),
-    "tighten_seconds": Column("tightening", "seconds to open, calibrate, fit and heal", alone=True),
+    "compress_seconds": Column("compression", "seconds to open, calibrate, fit and heal", alone=True),
     "energy_joules": Column("energy", "joules of one forward pass", alone=True),
 }
 RATIOS = {column.ratio: name for name, column in COSTS.items() if column.ratio}

@@ -269,10 +269,10 @@ def _afford(
     free, affordable, seconds, peak = free_memory(), [], 0.0, 0.0
     for spec in pending:
         guess = {"seconds": 0.0, "bytes": 0.0} if reasons[spec.id] else journey.estimate(spec)
-        limit = free if spec.memory is None else spec.memory
+        limit = free if spec.ram is None else spec.ram
         if guess["bytes"] > limit:
             why = f"needs about {_gigabytes(guess['bytes'])}, and {_gigabytes(limit)} is "
-            outcome.refused.append((spec, why + ("free" if spec.memory is None else "the limit of the study")))
+            outcome.refused.append((spec, why + ("free" if spec.ram is None else "the limit of the study")))
             view.say(f"refused: {spec.name}: {outcome.refused[-1][1]}")
             continue
         affordable.append(spec)

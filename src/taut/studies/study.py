@@ -47,10 +47,11 @@ class Measure(Strict):
 class Limits(Strict):
     """What one trial may use."""
 
-    memory: int | None = Field(None, description="bytes, or text such as 8GB; None: what the machine has free")
+    ram: int | None = Field(None, description="bytes, or text such as 8GB; None: what the machine has free")
     seconds: float | None = Field(None, gt=0)
+    former = {"memory": "ram"}
 
-    @field_validator("memory", mode="before")
+    @field_validator("ram", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -66,7 +67,7 @@ class Choice(Strict):
 
     recipe: dict[str, Any]
     expect: Literal["done", "failed"] = "done"
-    heal: int = Field(0, ge=0, description="steps of healing after tightening")
+    heal: int = Field(0, ge=0, description="steps of healing after compressing")
 
 
 class Study(Strict):
@@ -180,7 +181,7 @@ class Study(Strict):
                 heal=choice.heal,
                 device=self.device,
                 dtype=self.dtype,
-                memory=self.limits.memory,
+                ram=self.limits.ram,
                 seconds=self.limits.seconds,
             )
             for model in self.models

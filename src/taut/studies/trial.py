@@ -19,7 +19,7 @@ from taut.core.record import Quantity, Record, Score
 from taut.core.registry import TASKS
 from taut.core.spec import TrialSpec
 from taut.data import calibration_texts
-from taut.healing.heal import tighten_and_heal
+from taut.healing.heal import compress_and_heal
 from taut.measurement.clock import ratio
 from taut.measurement.count import Footprint, cache_bytes, count, flops_per_token, folder_bytes
 from taut.measurement.energy import energy
@@ -27,9 +27,9 @@ from taut.measurement.kernels import kernel_path
 from taut.measurement.memory import peak_memory
 from taut.measurement.speed import filled_cache, forward_case, speed
 from taut.methods.base import PartMethod
-from taut.surgery.apply import is_tightened, save, sites_of, steps_of
+from taut.surgery.apply import is_compressed, save, sites_of, steps_of
 from taut.surgery.loading import Source, open_model, open_skeleton, open_tokenizer, resolve
-from taut.surgery.plan import Plan, make
+from taut.surgery.plan import Plan, make_plan
 
 Tell = Callable[[str], None]
 GENEROUS_BASE = 1.5e9
@@ -44,7 +44,7 @@ def validate(spec: TrialSpec) -> str | None:
     if not spec.recipe:
         return None
     try:
-        make(open_skeleton(source), Recipe.parse(spec.recipe, spec.recipe_name))
+        make_plan(open_skeleton(source), Recipe.parse(spec.recipe, spec.recipe_name))
     except TautError as error:
         return str(error)
     return None
@@ -66,9 +66,9 @@ def run(spec: TrialSpec, report: Tell) -> Record:
     source = resolve(spec.model)
     dtype = getattr(torch, spec.dtype)
     torch.manual_seed(spec.seed)
-    report("opening and tightening")
+    report("opening and compressing")
     model, plan = _opened(source, spec, dtype)
-    costs = {"tighten_seconds": Quantity(value=time.monotonic() - clock, unit="s", how="open, calibrate, fit, heal")}
+    costs = {"compress_seconds": Quantity(value=time.monotonic() - clock, unit="s", how="open, calibrate, fit, heal")}
     scores: list[Score] = []
     options = spec.measure
     for task in spec.tasks:
@@ -162,11 +162,11 @@ def footprint(model: PreTrainedModel) -> str:
     """One line: class, parameters, stored bytes per slot, share of dense, recipe."""
     found = _footprint(model)
     slots = ", ".join(f"{slot} {_bytes(share.stored)}" for slot, share in found.slots.items() if share.stored)
-    recipe = model.hf_quantizer.quantization_config.recipe if is_tightened(model) else None
+    recipe = model.hf_quantizer.quantization_config.recipe if is_compressed(model) else None
     return (
         f"{type(model).__name__} {found.parameters / 1e6:.2f} M parameters in {_bytes(found.stored)} "
         f"({8 * found.stored / found.parameters:.2f} bits each): {slots}; "
-        + (f"recipe {recipe}" if recipe is not None else "not tightened")
+        + (f"recipe {recipe}" if recipe is not None else "not compressed")
     )
 
 
@@ -201,7 +201,7 @@ def sizes(model: PreTrainedModel, found: Footprint, folder: Path, length: int) -
 def _flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Quantity:
     """Counted by PyTorch; what its counter cannot see on a CPU (integer kernels) is added as predicted."""
     counted = flops_per_token(model, inputs)
-    if not is_tightened(model) or model.device.type != "cpu":
+    if not is_compressed(model) or model.device.type != "cpu":
         return counted
     hidden = [step for step in steps_of(model) if isinstance(step.method, PartMethod) and step.method.uncounted]
     if not hidden:
@@ -258,12 +258,12 @@ def _opened(source: Source, spec: TrialSpec, dtype: torch.dtype) -> tuple[PreTra
     texts = calibration_texts(spec.text, [_task(task).evaluated() for task in spec.tasks])
     recipe = Recipe.parse(spec.recipe, spec.recipe_name)
     where = {"dtype": dtype, "device": spec.device, "seed": spec.seed}
-    return tighten_and_heal(source, recipe, texts, spec.heal, text=spec.text, **where)
+    return compress_and_heal(source, recipe, texts, spec.heal, text=spec.text, **where)
 
 
 def _footprint(model: PreTrainedModel) -> Footprint:
     """Per slot; a packed part counts for the parameters it stands for."""
-    steps = steps_of(model) if is_tightened(model) else ()
+    steps = steps_of(model) if is_compressed(model) else ()
     parts = {step.site.path: step.cost.parameters for step in steps if isinstance(step.method, PartMethod)}
     return count(model, sites_of(model), {path: number for path, number in parts.items() if _is_packed(model, path)})
 

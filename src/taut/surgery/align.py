@@ -2,7 +2,7 @@
 
 Where a tensor lies in memory decides the last bit of some float kernels (MKL's product of a matrix and one vector).
 What torch allocates lies at a multiple of 64 bytes; a tensor of a mapped file lies wherever the header of the file
-happens to end. So float tensors that lie elsewhere are copied once, when a model is tightened or loaded.
+happens to end. So float tensors that lie elsewhere are copied once, when a model is compressed or loaded.
 """
 
 from torch import nn

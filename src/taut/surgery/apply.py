@@ -22,7 +22,7 @@ from taut.surgery.align import align_tensors
 from taut.surgery.calibration import calibrate, token_batches
 from taut.surgery.install import Surgery, fitted, started
 from taut.surgery.loading import Source, open_model, open_skeleton, open_tokenizer
-from taut.surgery.plan import Plan, Step, make
+from taut.surgery.plan import Plan, Step, make_plan
 from taut.surgery.quantizer import TautConfig, TautQuantizer
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
@@ -44,9 +44,9 @@ def apply(
     ``batches`` are model inputs (dicts of tensors) for the methods that calibrate; without them those methods fit
     the weights alone. ``tokenizer`` is for methods that read the vocabulary, ``seed`` for fits that start at random.
     With ``keep_originals`` the change can be undone to the bit (and the dense weights stay in memory until then).
-    Raises TautError as ``plan.make`` does, and when the model is tightened already.
+    Raises TautError as ``plan.make`` does, and when the model is compressed already.
     """
-    plan = recipe if isinstance(recipe, Plan) else make(model, recipe, tokenizer=lambda: tokenizer)
+    plan = recipe if isinstance(recipe, Plan) else make_plan(model, recipe, tokenizer=lambda: tokenizer)
     needs = {step.site: step.method.needs for step in plan.steps if isinstance(step.method, PartMethod)}
     calibration = calibrate(model, needs, batches, seed)
     total, done = len(needs), 0
@@ -73,7 +73,7 @@ def apply(
     return plan
 
 
-def tighten(
+def compress(
     source: Source,
     recipe: Recipe,
     texts: Iterable[str] = (),
@@ -90,9 +90,9 @@ def tighten(
     the source's.
     """
     known = cache(lambda: open_tokenizer(source) if tokenizer is None else tokenizer)
-    make(open_skeleton(source), recipe, tokenizer=known)
+    make_plan(open_skeleton(source), recipe, tokenizer=known)
     model = open_model(source, dtype, device, seed)
-    plan = make(model, recipe, tokenizer=known)
+    plan = make_plan(model, recipe, tokenizer=known)
     batches: Iterable[dict[str, torch.Tensor]] = ()
     calibrates = any(isinstance(step.method, PartMethod) and step.method.needs for step in plan.steps)
     if calibrates and known() is not None:
@@ -102,26 +102,26 @@ def tighten(
 
 
 def undo(model: PreTrainedModel) -> None:
-    """Take every part out again, to the bit. Raises TautError when the model is not tightened or was loaded so."""
+    """Take every part out again, to the bit. Raises TautError when the model is not compressed or was loaded so."""
     surgery_of(model).undo()
     del model.hf_quantizer
     del model.config.quantization_config
 
 
-def is_tightened(model: PreTrainedModel) -> bool:
+def is_compressed(model: PreTrainedModel) -> bool:
     """Whether taut changed this model, here or before it was loaded."""
     return isinstance(vars(model).get("hf_quantizer"), TautQuantizer)
 
 
 def surgery_of(model: PreTrainedModel) -> Surgery:
-    """What was done to the model. Raises TautError when it is not tightened."""
-    if not is_tightened(model):
-        raise TautError(f"this {type(model).__name__} is not tightened by taut")
+    """What was done to the model. Raises TautError when it is not compressed."""
+    if not is_compressed(model):
+        raise TautError(f"this {type(model).__name__} is not compressed by taut")
     return model.hf_quantizer.surgery
 
 
 def steps_of(model: PreTrainedModel) -> tuple[Step, ...]:
-    """The steps of a tightened model, each with its site in this very model."""
+    """The steps of a compressed model, each with its site in this very model."""
     return surgery_of(model).steps
 
 
@@ -133,8 +133,8 @@ def untouched(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def sites_of(model: PreTrainedModel) -> tuple[Site, ...]:
-    """The sites of a model, tightened or not."""
-    return locate(untouched(model) if is_tightened(model) else model).sites
+    """The sites of a model, compressed or not."""
+    return locate(untouched(model) if is_compressed(model) else model).sites
 
 
 def save(model: PreTrainedModel, out: str | Path, source: Path | None = None) -> Path:

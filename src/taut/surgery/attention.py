@@ -152,7 +152,7 @@ def view(
         pattern=memory.pattern if memory is not None else None,
         marks=marks,
         rule=rule,
-        stock=make,
+        dense_mask=make,
     )
 
 
@@ -238,7 +238,7 @@ def _given(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -
         query_start=key.shape[2] - query.shape[2],
         causal=bool(getattr(module, "is_causal", True)),
         rule=rule,
-        stock=lambda: mask,
+        dense_mask=lambda: mask,
     )
 
 

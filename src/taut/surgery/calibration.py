@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut.core.errors import TautError
 from taut.core.site import LinearSite, Site, TableSite
 from taut.methods.base import Calibration
-from taut.surgery.gradients import GRADIENT_FIELDS, evaluating, table_gradients
+from taut.surgery.gradients import GRADIENT_FIELDS, table_gradients
+from taut.surgery.modes import evaluating
 
 TOKENS = 1 << 16
 """The most tokens that go through the model; counts are taken of the whole text."""

@@ -15,7 +15,7 @@ def densify(model: PreTrainedModel) -> tuple[PreTrainedModel, list[tuple[str, st
     """A stock model with every part merged into dense weights, and the sites (name, reason) that have no dense
     equivalent: attention and memory run stock there, so outputs differ. ``model`` is left as it is.
 
-    Raises TautError when the model is not tightened.
+    Raises TautError when the model is not compressed.
     """
     surgery = surgery_of(model)
     config = type(model.config).from_dict(model.config.to_dict())

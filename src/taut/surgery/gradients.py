@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from taut.core.site import TableSite
+from taut.surgery.modes import evaluating
 
 MASKED_SHARE = 0.15
 """Of the tokens, as masked models are trained with."""
@@ -149,15 +150,3 @@ def _watched(model: PreTrainedModel, tallies: Iterable[_Tally]) -> Iterator[None
                 parameter.requires_grad_(True)
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the mode of every module as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -11,7 +11,7 @@ from taut.surgery.loading import check_folder
 
 
 def inspect(folder: Path) -> dict[str, Any]:
-    """``model_type``, ``architectures``, ``tightened``, ``recipe``, ``healed``, ``calibrated``,
+    """``model_type``, ``architectures``, ``compressed``, ``recipe``, ``healed``, ``tuned``,
     ``steps``, ``tensors``, ``file_bytes``.
 
     Raises TautError when the folder is not a model folder. No tensor is read.
@@ -22,7 +22,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise TautError(f"{folder}/config.json: not JSON: {error}") from None
     quantization = config.get("quantization_config") or {}
-    tightened = quantization.get("quant_method") == "taut"
+    compressed = quantization.get("quant_method") == "taut"
     tensors = []
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -33,13 +33,13 @@ def inspect(folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "model_type": config.get("model_type"),
         "architectures": config.get("architectures"),
-        "tightened": tightened,
-        "taut_version": quantization.get("taut_version") if tightened else None,
-        "original": quantization.get("original") if tightened else None,
-        "recipe": quantization.get("recipe", {}) if tightened else {},
-        "healed": quantization.get("healed", {}) if tightened else {},
-        "calibrated": quantization.get("calibrated", {}) if tightened else {},
-        "steps": quantization.get("plan", []) if tightened else [],
+        "compressed": compressed,
+        "taut_version": quantization.get("taut_version") if compressed else None,
+        "original": quantization.get("original") if compressed else None,
+        "recipe": quantization.get("recipe", {}) if compressed else {},
+        "healed": quantization.get("healed", {}) if compressed else {},
+        "tuned": quantization.get("tuned", quantization.get("calibrated", {})) if compressed else {},
+        "steps": quantization.get("plan", []) if compressed else [],
         "tensors": tensors,
         "file_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
     }

@@ -16,7 +16,7 @@ from taut.surgery.attention import install_attention
 from taut.surgery.cache_hook import install_memory
 from taut.surgery.plan import Step
 from taut.surgery.positions import NoPositions, taken_out, unturned
-from taut.surgery.shape_guard import unseal_state
+from taut.surgery.shape_guard import restore_state_shapes
 
 Build = Callable[[Step, nn.Module], nn.Module | None]
 """From the module at a site to what takes its place; for attention and memory to what joins it, if anything does."""
@@ -72,7 +72,7 @@ class Surgery:
         """Take every part out again. Raises TautError when the originals are gone."""
         if not self.reversible:
             raise TautError(
-                "the original weights are gone: this model was loaded tightened, or healed beyond its parts; load the "
+                "the original weights are gone: this model was loaded compressed, or healed beyond its parts; load the "
                 "original instead"
             )
         while self._undo:
@@ -103,7 +103,7 @@ class Surgery:
         for step in self.steps:
             if isinstance(step.method, MemoryMethod) and isinstance(step.site, MemorySite):
                 self._undo.append(install_memory(model, step.method, step.site))
-        hook = model.register_load_state_dict_pre_hook(partial(unseal_state, self.steps))
+        hook = model.register_load_state_dict_pre_hook(partial(restore_state_shapes, self.steps))
         self._undo.append(hook.remove)
 
     def _install_table(self, model: PreTrainedModel, step: Step, build: Build) -> None:
@@ -199,6 +199,6 @@ def _explain_resize(resize: Callable, new_num_tokens: int | None = None, *_: obj
     if new_num_tokens is None:
         return resize.__self__.get_input_embeddings()
     raise TautError(
-        f"resize_token_embeddings({new_num_tokens}): the token table is tightened and cannot grow. Resize the original "
-        "model and apply the recipe to it (a model tightened in memory: taut.undo, resize, taut.apply)"
+        f"resize_token_embeddings({new_num_tokens}): the token table is compressed and cannot grow. Resize the "
+        "original model and apply the recipe to it (a model compressed in memory: taut.undo, resize, taut.apply)"
     )

@@ -81,7 +81,7 @@ class Plan:
         }
 
 
-def make(
+def make_plan(
     model: PreTrainedModel,
     recipe: Recipe,
     length: int | None = None,
@@ -120,7 +120,7 @@ def make(
     return Plan(recipe, anatomy.family, steps, tuple(untouched))
 
 
-def restore(model: PreTrainedModel, steps: Iterable[dict[str, Any]]) -> tuple[Step, ...]:
+def restore_steps(model: PreTrainedModel, steps: Iterable[dict[str, Any]]) -> tuple[Step, ...]:
     """The steps of a stored plan on a fresh skeleton of the same model, whatever its head.
 
     Raises TautError when the skeleton lacks a site of the plan that belongs to its body.
@@ -131,7 +131,7 @@ def restore(model: PreTrainedModel, steps: Iterable[dict[str, Any]]) -> tuple[St
     for step in steps:
         site = by_name.get(step["site"])
         if site is None:
-            raise TautError(f"the checkpoint tightens {step['site']!r}, which {type(model).__name__} does not have")
+            raise TautError(f"the checkpoint compresses {step['site']!r}, which {type(model).__name__} does not have")
         restored.append(Step(site, METHODS.get(step["method"]).parse(step["knobs"], where=f"plan of {step['site']}")))
     return tuple(restored)
 
@@ -161,7 +161,7 @@ def _place(
     if entry.store is not None and "store" not in method_class.Knobs.model_fields:
         raise TautError(f"{where}: {entry.method_id} does not nest a store")
     nested = {"store": entry.store.to_dict()} if entry.store is not None else {}
-    general = method_class.parse(entry.knobs | nested, entry.keep, where).reads(tokenizer)
+    general = method_class.parse(entry.knobs | nested, entry.keep, where).with_tokenizer(tokenizer)
     steps: list[Step] = []
     refused: list[tuple[str, str]] = []
     spared: list[tuple[str, str]] = []
@@ -172,7 +172,7 @@ def _place(
         if _spared(general, entry, site, count):
             spared.append((site.path, f"{entry.method_id}: {SPARED}"))
             continue
-        method, reason = _settle(general, site, entry.keep)
+        method, reason = _solved(general, site, entry.keep)
         if reason is None:
             steps.append(Step(site, method))
         else:
@@ -191,7 +191,7 @@ def _spared(method: Method, entry: Entry, site: Site, count: int) -> bool:
     return first and method.spares_first_layer and entry.layers is None
 
 
-def _settle(general: Method, site: Site, keep: float | None) -> tuple[Method, str | None]:
+def _solved(general: Method, site: Site, keep: float | None) -> tuple[Method, str | None]:
     """The method with its dial solved for this site, or the reason why it cannot sit here."""
     if keep is None:
         return general, general.fits(site)

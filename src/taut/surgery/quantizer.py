@@ -1,4 +1,4 @@
-"""The quantizer: what makes ``AutoModel.from_pretrained`` and ``save_pretrained`` understand a tightened model.
+"""The quantizer: what makes ``AutoModel.from_pretrained`` and ``save_pretrained`` understand a compressed model.
 
 Imported while transformers is still importing itself, so everything that needs models is imported on use.
 """
@@ -26,8 +26,10 @@ class TautConfig(QuantizationConfigMixin):
         self.original = origin.get("original")
         if origin.get("healed"):
             self.healed = origin["healed"]
-        if origin.get("calibrated"):
-            self.calibrated = origin["calibrated"]
+        # Folders of earlier versions call it "calibrated".
+        tuned = origin.get("tuned") or origin.get("calibrated")
+        if tuned:
+            self.tuned = tuned
 
 
 @register_quantizer("taut")
@@ -39,37 +41,37 @@ class TautQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise TautError("from_pretrained(quantization_config=...) is not how taut works: use taut.apply")
         self.surgery = None
-        self._sealed = ()
+        self._guarded = ()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from taut.surgery.install import Surgery, empty
-        from taut.surgery.plan import restore
-        from taut.surgery.shape_guard import seal_skeleton, sealed_names
+        from taut.surgery.plan import restore_steps
+        from taut.surgery.shape_guard import guard_skeleton, guarded_names
 
-        steps = restore(model, self.quantization_config.plan)
+        steps = restore_steps(model, self.quantization_config.plan)
         self.surgery = Surgery(model, steps, empty, keep_originals=False)
-        self._sealed = sealed_names(model, steps)
-        seal_skeleton(model, self._sealed)
+        self._guarded = guarded_names(model, steps)
+        guard_skeleton(model, self._guarded)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from taut.surgery.align import align_tensors
-        from taut.surgery.dense_copies import install_crossovers
-        from taut.surgery.shape_guard import unseal
+        from taut.surgery.dense_copies import install_dense_copies
+        from taut.surgery.shape_guard import restore_shapes
 
-        unseal(model, self._sealed)
+        restore_shapes(model, self._guarded)
         align_tensors(model)
-        settle(model)
-        calibrated = self.quantization_config.to_dict().get("calibrated")
-        if calibrated:
-            install_crossovers(model, self.surgery.steps, calibrated)
+        allow_casting_and_training(model)
+        tuned = self.quantization_config.to_dict().get("tuned")
+        if tuned:
+            install_dense_copies(model, self.surgery.steps, tuned)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict | None, dict[str, str]]:
-        from taut.surgery.shape_guard import seal_state, sealed_names
+        from taut.surgery.shape_guard import guard_state, guarded_names
 
-        names = sealed_names(model, self.surgery.steps)
+        names = guarded_names(model, self.surgery.steps)
         # No metadata: safetensors writes two keys in no fixed order, and equal models must give equal files.
-        return (seal_state(model.state_dict(), names) if names else None), {}
+        return (guard_state(model.state_dict(), names) if names else None), {}
 
     def is_serializable(self) -> bool:
         return True
@@ -87,8 +89,8 @@ class TautQuantizer(HfQuantizer):
         return True
 
 
-def settle(model: Any) -> None:
-    """A tightened model may be cast and trained like any other: the marks that forbid it are taken off."""
+def allow_casting_and_training(model: Any) -> None:
+    """A compressed model may be cast and trained like any other: the marks that forbid it are taken off."""
     model.is_quantized = False
     for module in model.modules():
         if "config" in vars(module) and "_is_quantized" in vars(module.config):

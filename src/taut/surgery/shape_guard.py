@@ -18,7 +18,7 @@ from taut.methods.part import Part
 from taut.surgery.plan import Step
 
 
-def sealed_names(model: PreTrainedModel, steps: tuple[Step, ...]) -> tuple[str, ...]:
+def guarded_names(model: PreTrainedModel, steps: tuple[Step, ...]) -> tuple[str, ...]:
     """The tensors to seal: for each site without a part, its first matrix that no part owns and that is stored
     under its own name (not tied to another). Follows from the plan and the model alone, so saving and loading agree."""
     owned = {f"{name}." for name, module in model.named_modules() if isinstance(module, Part)}
@@ -36,19 +36,19 @@ def sealed_names(model: PreTrainedModel, steps: tuple[Step, ...]) -> tuple[str, 
     return tuple(names)
 
 
-def seal_skeleton(model: PreTrainedModel, names: tuple[str, ...]) -> None:
+def guard_skeleton(model: PreTrainedModel, names: tuple[str, ...]) -> None:
     """Give the skeleton's sealed parameters the shape that the file has."""
     for name in names:
         _reshape(model, name, torch.unsqueeze)
 
 
-def unseal(model: PreTrainedModel, names: tuple[str, ...]) -> None:
+def restore_shapes(model: PreTrainedModel, names: tuple[str, ...]) -> None:
     """Give loaded parameters their own shape back, ties included."""
     for name in names:
         _reshape(model, name, torch.squeeze)
 
 
-def seal_state(state: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+def guard_state(state: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
     """The state dict as written: sealed tensors, and whatever is tied to them, with the extra axis (views)."""
     pointers = {state[name].data_ptr() for name in names}
     return {
@@ -57,14 +57,14 @@ def seal_state(state: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Te
     }
 
 
-def unseal_state(
+def restore_state_shapes(
     steps: tuple[Step, ...], model: PreTrainedModel, state: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
     """Called by torch before ``load_state_dict``: sealed tensors of a file (Trainer resumes that way) fit again."""
-    sealed = {id(model.get_parameter(name)) for name in sealed_names(model, steps)}
+    guarded = {id(model.get_parameter(name)) for name in guarded_names(model, steps)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tensor = state.get(prefix + name)
-        if tensor is not None and id(parameter) in sealed and tensor.dim() == parameter.dim() + 1:
+        if tensor is not None and id(parameter) in guarded and tensor.dim() == parameter.dim() + 1:
             state[prefix + name] = tensor.squeeze(1)
 
 

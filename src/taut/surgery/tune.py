@@ -21,7 +21,7 @@ from taut.core.errors import TautError
 from taut.measurement.clock import compare, ratio
 from taut.methods.part import LinearPart, TokenRanges
 from taut.surgery.apply import surgery_of
-from taut.surgery.dense_copies import install_crossovers
+from taut.surgery.dense_copies import install_dense_copies
 from taut.surgery.loading import open_model, resolve
 
 TOKENS = tuple(2**power for power in range(11))
@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Crossovers:
+class Tuning:
     """What was measured. ``rows``: one for each kind of map, number of threads and of tokens, with ``speed``, how many
     times faster the map is than its dense copy. ``chosen``: what the plan keeps."""
 
@@ -48,34 +48,34 @@ class Crossovers:
     def to_dict(self) -> dict[str, Any]:
         """One object for scripts."""
         rows = [{**row, "speed": row["speed"].model_dump()} for row in self.rows]
-        return {"rows": rows, "calibrated": self.chosen, "copies": list(self.copies)}
+        return {"rows": rows, "tuned": self.chosen, "copies": list(self.copies)}
 
 
-def calibrate(
+def tune(
     model: "PreTrainedModel | str | Path",
     threads: Sequence[int] = (),
     tokens: Sequence[int] = TOKENS,
     progress: Progress | None = None,
-) -> Crossovers:
-    """Measure every structured map of a tightened model, or of a folder, and remember where a dense copy is faster.
+) -> Tuning:
+    """Measure every structured map of a compressed model, or of a folder, and remember where a dense copy is faster.
 
     A model in memory uses its copies from now on; a folder has the result in its config.json, and makes the copies
     whenever it is opened on the same kind of processor. A copy costs the memory of the dense map; it is dropped when
     its part is trained. ``threads``: numbers of threads to measure, by default the present one; with others the map
-    itself is used. Raises TautError for a model that is not tightened or holds no such map.
+    itself is used. Raises TautError for a model that is not compressed or holds no such map.
     """
     if isinstance(model, str | Path):
         folder = resolve(model).folder
         if folder is None:
-            raise TautError(f"{model}: calibrate needs a tightened folder, or a model in memory")
-        found = calibrate(open_model(resolve(folder)), threads, tokens, progress)
+            raise TautError(f"{model}: tune needs a compressed folder, or a model in memory")
+        found = tune(open_model(resolve(folder)), threads, tokens, progress)
         _write(folder, found.chosen)
         return found
     kinds = _kinds(model)
     if not kinds:
-        raise TautError("calibrate: no map here has a dense equivalent to compare with; low_rank and block methods do")
+        raise TautError("tune: no map here has a dense equivalent to compare with; low_rank and block methods do")
     if not tokens or min(tokens) < 1:
-        raise TautError(f"calibrate: tokens = {list(tokens)}: expected at least one number, each at least 1")
+        raise TautError(f"tune: tokens = {list(tokens)}: expected at least one number, each at least 1")
     tokens, threads = sorted(set(tokens)), sorted(set(threads or (torch.get_num_threads(),)))
     rows: list[dict[str, Any]] = []
     sites: dict[str, dict[str, list[list[int]]]] = {}
@@ -87,23 +87,23 @@ def calibrate(
             if progress is not None:
                 progress(len(rows) // len(tokens) + len(found) // len(tokens), len(kinds) * len(threads))
         rows += [{"map": label, "sites": len(names), **row} for row in found]
-        ranges = slow_spots(found, tokens)
+        ranges = dense_ranges(found, tokens)
         if ranges:
             plain = {str(used): [list(pair) for pair in pairs] for used, pairs in ranges.items()}
             sites |= dict.fromkeys(names, plain)
     chosen = {"processor": processor(), "device": model.device.type, "sites": sites}
-    model.hf_quantizer.quantization_config.calibrated = chosen
-    install_crossovers(model, surgery_of(model).steps, chosen)
-    return Crossovers(tuple(rows), chosen)
+    model.hf_quantizer.quantization_config.tuned = chosen
+    install_dense_copies(model, surgery_of(model).steps, chosen)
+    return Tuning(tuple(rows), chosen)
 
 
 def calibrate_part(part: LinearPart, threads: Sequence[int], tokens: Sequence[int] = TOKENS) -> None:
     """The same for one part, in place: what a benchmark of parts needs."""
     rows = [row for used in threads for row in _measure(part, sorted(tokens), used)]
-    part.premerge(slow_spots(rows, sorted(tokens)))
+    part.keep_dense_copy(dense_ranges(rows, sorted(tokens)))
 
 
-def slow_spots(rows: Sequence[dict[str, Any]], tried: Sequence[int]) -> TokenRanges:
+def dense_ranges(rows: Sequence[dict[str, Any]], tried: Sequence[int]) -> TokenRanges:
     """Where the copy is enough faster, from the rows of one part: by threads, (first, last) numbers of tokens."""
     found: dict[int, tuple[tuple[int, int], ...]] = {}
     for used in dict.fromkeys(row["threads"] for row in rows):
@@ -133,7 +133,7 @@ def _kinds(model: PreTrainedModel) -> dict[str, dict[str, str]]:
     kinds: dict[str, dict[str, str]] = {}
     for step in surgery_of(model).steps:
         module = model.get_submodule(step.site.path)
-        if isinstance(module, LinearPart) and module.premerges:
+        if isinstance(module, LinearPart) and module.may_keep_dense_copy:
             bias = "" if module.bias is None else " + bias"
             label = f"{step.label}, {module.in_features} -> {module.out_features}{bias}, {module.dtype}"
             kinds.setdefault(label.replace("torch.", ""), {})[step.site.name] = step.site.path
@@ -156,7 +156,7 @@ def _write(folder: Path, chosen: dict[str, Any]) -> None:
     """Into config.json, whole or not at all."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["calibrated"] = chosen
+    config["quantization_config"]["tuned"] = chosen
     fresh = path.with_name("config.json.new")
     fresh.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     fresh.replace(path)

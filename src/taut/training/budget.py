@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from taut.architectures.locate import locate
 from taut.core.errors import TautError
 from taut.core.site import LinearSite, TableSite
-from taut.surgery.apply import is_tightened, steps_of, untouched
+from taut.surgery.apply import is_compressed, steps_of, untouched
 from taut.training.flops import TRAINING, USE, matched_share
 from taut.training.guide import Guides
 from taut.training.schedule import Course, course
@@ -35,7 +35,7 @@ def costs_of(model: PreTrainedModel, length: int, guides: Guides | None = None) 
     """From shapes, for rows of ``length`` tokens. Counted are every linear map, the head over the vocabulary and all
     score pairs of attention, masked or not, as ``flops`` says; norms, biases and lookups are not."""
     plain = untouched(model)
-    methods = {step.site.name: step.method for step in steps_of(model)} if is_tightened(model) else {}
+    methods = {step.site.name: step.method for step in steps_of(model)} if is_compressed(model) else {}
     sites = locate(plain, length).sites
     dense = sum(site.dense().flops_per_token for site in sites)
     ours = sum((methods[s.name].predict(s) if s.name in methods else s.dense()).flops_per_token for s in sites)

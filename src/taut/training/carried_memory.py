@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from taut.core.errors import TautError
 from taut.methods.base import AttentionMethod, MemoryMethod
-from taut.surgery.apply import is_tightened, steps_of
+from taut.surgery.apply import is_compressed, steps_of
 
 NO_MEMORY = (
-    "lanes = true: nothing would be carried from one batch to the next; give the recipe a bounded memory, such as "
-    "memory: {method: segment_recurrence}"
+    "carry_memory = true: nothing would be carried from one batch to the next; give the recipe a bounded memory, "
+    "such as memory: {method: segment_recurrence}"
 )
 
 
@@ -39,14 +39,14 @@ class Bounded(Protocol):
 
 
 @dataclass(frozen=True)
-class Carried:
+class MemoryState:
     """The memory of some lanes after a batch. ``ages`` (B,) int64: how many tokens each has read since it began."""
 
     cache: Bounded
     ages: Tensor
 
 
-class Lanes:
+class CarriedMemory:
     """The memories that the pieces of a step carry to the same pieces of the next one, detached.
 
     A lane begins anew where its row says so, and before it would outgrow the model's ``positions`` (None: endless). It
@@ -55,13 +55,13 @@ class Lanes:
 
     def __init__(self, empty: Callable[[], Bounded], entries: int, positions: int | None) -> None:
         self.empty, self.entries, self.positions = empty, entries, positions
-        self.pieces: list[Carried] = []
+        self.pieces: list[MemoryState] = []
         self.piece = 0
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Lanes":
+    def of(cls, model: PreTrainedModel) -> "CarriedMemory":
         """Those of a model. Raises TautError when its recipe has no memory that can be carried."""
-        steps = steps_of(model) if is_tightened(model) else ()
+        steps = steps_of(model) if is_compressed(model) else ()
         memories = [step for step in steps if isinstance(step.method, MemoryMethod) and step.method.carried]
         if not memories:
             raise TautError(NO_MEMORY)
@@ -75,22 +75,22 @@ class Lanes:
         """How many keys a row of ``length`` tokens looks at, at most: its own and what its lane remembers."""
         return min(length + self.entries, self.positions or LONG)
 
-    def anew(self) -> "Lanes":
+    def emptied(self) -> "CarriedMemory":
         """Others of the same model."""
-        return Lanes(self.empty, self.entries, self.positions)
+        return CarriedMemory(self.empty, self.entries, self.positions)
 
     def begin(self) -> None:
         """The first piece of a step comes next."""
         self.piece = 0
 
-    def read(self, model: PreTrainedModel, ids: Tensor, mask: Tensor | None, fresh: Tensor) -> Tensor:
+    def read(self, model: PreTrainedModel, ids: Tensor, mask: Tensor | None, restart: Tensor) -> Tensor:
         """Logits (B, T, V) of the next piece: ids (B, T), a mask (B, T) where rows end in padding, and ``fresh`` (B,)
         bool where a lane begins anew."""
         length = ids.shape[1]
-        if bool(fresh.all()) or self.piece == len(self.pieces):
+        if bool(restart.all()) or self.piece == len(self.pieces):
             ages = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         else:
-            ages = self.pieces[self.piece].ages.masked_fill(fresh, 0)
+            ages = self.pieces[self.piece].ages.masked_fill(restart, 0)
         if self.positions is not None:
             ages = ages.masked_fill(ages + length > self.positions, 0)
         seen = int(ages.max())
@@ -106,7 +106,7 @@ class Lanes:
             given["attention_mask"] = torch.cat([mask.new_ones(len(ids), seen), mask], 1)
         output = model(input_ids=ids, past_key_values=cache, use_cache=True, **given)
         cache.detach()
-        self.pieces[self.piece : self.piece + 1] = [Carried(cache, ages + length)]
+        self.pieces[self.piece : self.piece + 1] = [MemoryState(cache, ages + length)]
         self.piece += 1
         return output.logits
 
@@ -130,4 +130,4 @@ class Lanes:
                 layer.hold(state[f"{index}.{number}.keys"], state[f"{index}.{number}.values"])
             own = f"{index}.{STATE}"
             cache.restore({name.removeprefix(own): each for name, each in state.items() if name.startswith(own)})
-            self.pieces.append(Carried(cache, state[f"{index}.ages"]))
+            self.pieces.append(MemoryState(cache, state[f"{index}.ages"]))

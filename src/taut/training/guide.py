@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from taut.core.errors import TautError
 from taut.methods.part import LinearPart
-from taut.surgery.apply import is_tightened, steps_of
+from taut.surgery.apply import is_compressed, steps_of
 from taut.training.flops import TRAINING
 
 
@@ -82,7 +82,7 @@ def guided_parts(model: PreTrainedModel, slots: Sequence[str]) -> dict[str, Line
     """The linear parts in ``slots``, by the names of their sites. Raises TautError where there is none, and for a part
     whose weights are not float parameters: beside it a guide could teach nobody."""
     found: dict[str, LinearPart] = {}
-    for step in steps_of(model) if is_tightened(model) else ():
+    for step in steps_of(model) if is_compressed(model) else ():
         module = model.get_submodule(step.site.path)
         if step.site.slot not in slots or not isinstance(module, LinearPart):
             continue

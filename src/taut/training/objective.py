@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from taut.core.errors import TautError
-from taut.core.seeds import of_step
+from taut.core.seeds import step_seed
 from taut.healing.losses import IGNORED
 from taut.methods.part import Part
-from taut.training.carried_memory import Lanes
+from taut.training.carried_memory import CarriedMemory
 from taut.training.guide import Guides
 from taut.training.reconstruction import Reconstruction
 
@@ -36,23 +36,23 @@ class LanguageModelling(nn.Module):
         weight_at: Callable[[int], float] = lambda step: 0.0,
         seed: int = 0,
         rank: int = 0,
-        lanes: Lanes | None = None,
+        carried: CarriedMemory | None = None,
         reconstruction: Reconstruction | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.guides, self.lanes, self.reconstruction = model, guides, lanes, reconstruction
+        self.model, self.guides, self.carried, self.reconstruction = model, guides, carried, reconstruction
         self.weight_at, self.seed, self.rank = weight_at, seed, rank
         self._parts = [module for module in model.modules() if isinstance(module, Part)]
 
     def begin(self, step: int) -> None:
         """Optimizer step number ``step`` starts. Whatever it draws (dropout, guides, parts that learn by drawing)
         follows from seed, step and process alone, so that a resumed run draws the same."""
-        draw = of_step(self.seed, step)
+        draw = step_seed(self.seed, step)
         torch.manual_seed(draw * RANKS_APART + self.rank)
         for part in self._parts:
-            part.draws = draw
-        if self.lanes is not None:
-            self.lanes.begin()
+            part.random_step = draw
+        if self.carried is not None:
+            self.carried.begin()
         if self.guides is not None:
             self.guides.begin(step, self.weight_at(step))
 
@@ -61,7 +61,7 @@ class LanguageModelling(nn.Module):
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None = None,
-        fresh: Tensor | None = None,
+        restart: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """Ids and labels (B, T) int64, a label for the very position it belongs to, ``IGNORED`` where none; a mask
@@ -71,7 +71,7 @@ class LanguageModelling(nn.Module):
         if self.guides is not None:
             self.guides.next_piece()
         with self.reconstructing() as errors:
-            total = self.total(input_ids, labels, attention_mask, fresh, self.lanes)
+            total = self.total(input_ids, labels, attention_mask, restart, self.carried)
         targets = (labels != IGNORED).sum()
         if errors:
             total = total + self.reconstruction.beside(errors).to(total.dtype) * targets
@@ -88,16 +88,16 @@ class LanguageModelling(nn.Module):
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None = None,
-        fresh: Tensor | None = None,
-        lanes: Lanes | None = None,
+        restart: Tensor | None = None,
+        carried: CarriedMemory | None = None,
     ) -> Tensor:
         """The sum of the cross-entropies of all targets, float32 scalar."""
-        if lanes is None:
+        if carried is None:
             # Models that generate would keep a cache that nobody reads.
             given = {"use_cache": False} if self.model.can_generate() else {}
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **given).logits
         else:
-            logits = lanes.read(self.model, input_ids, attention_mask, fresh)
+            logits = carried.read(self.model, input_ids, attention_mask, restart)
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def check_finite(self) -> None:

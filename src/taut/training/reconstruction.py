@@ -35,7 +35,7 @@ class Reconstruction:
 
     @classmethod
     def of(cls, model: PreTrainedModel, weight: float) -> "Reconstruction":
-        """That of a tightened model whose memory ``reconstructs``."""
+        """That of a compressed model whose memory ``reconstructs``."""
         memory = next(
             step for step in steps_of(model) if isinstance(step.method, MemoryMethod) and step.method.reconstructs
         )

@@ -10,14 +10,14 @@ from taut.training.budget import ENDLESS, Costs, guided_share, use_of
 from taut.training.guide import Guides
 from taut.training.schedule import Course
 from taut.training.spec import TrainSpec
-from taut.training.token_rows import Stream
+from taut.training.token_rows import TrainingSet
 from taut.training.trainer import Spent
 
 RECORD = "training.json"
 Status = Literal["done", "interrupted", "failed"]
 
 
-def spent_facts(spec: TrainSpec, costs: Costs, stream: Stream, spent: Spent, steps: int) -> dict[str, Any]:
+def spent_facts(spec: TrainSpec, costs: Costs, stream: TrainingSet, spent: Spent, steps: int) -> dict[str, Any]:
     """What was used up, in all four units of a budget. Padding is computed, so it counts as FLOPs, not as tokens."""
     positions = steps * spec.batch * spec.length
     flops = positions * costs.model + spent.guide_flops

@@ -16,7 +16,7 @@ from taut.healing.trainer import newest, random_states_kept
 from taut.surgery.apply import check_writable, copy_companions, whole_folder
 from taut.surgery.loading import check_device, open_skeleton
 from taut.training.budget import Costs, costs_of, plan_course
-from taut.training.carried_memory import Lanes
+from taut.training.carried_memory import CarriedMemory
 from taut.training.checkpoints import check, claim, disk_full_told, history
 from taut.training.corpus import Corpus, read_corpus
 from taut.training.guide import Guides, guided_parts
@@ -25,8 +25,8 @@ from taut.training.reconstruction import Reconstruction
 from taut.training.record import RECORD, Status, general_facts, guide_facts, loss_facts, spent_facts
 from taut.training.schedule import Course, guide_weight
 from taut.training.spec import TrainSpec
-from taut.training.start import begin, resumed, settle
-from taut.training.token_rows import Masking, Rows, Stream, spread, token_rows
+from taut.training.start import begin, resolve_objective, resumed
+from taut.training.token_rows import Masking, TokenRows, TrainingSet, spread, token_rows
 from taut.training.tokenizer import make_tokenizer
 from taut.training.trainer import Spent, Stop, TaskTrainer, Tell, Watch, make_optimizer, make_schedule
 
@@ -103,17 +103,17 @@ class _Run:
 
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
-    stream: Stream
-    held: Rows
+    stream: TrainingSet
+    held: TokenRows
     model: PreTrainedModel
     guides: Guides | None
-    lanes: Lanes | None
+    carried: CarriedMemory | None
     costs: Costs
     course: Course
 
     def __init__(self, spec: TrainSpec, target: Path, state: Path, device: str, progress: Tell | None) -> None:
         self.spec, self.target, self.state = spec, target, state
-        self.source, self.masked = settle(spec)
+        self.source, self.masked = resolve_objective(spec)
         self.arguments = _arguments(spec, self.state, device)
         self.rank = self.arguments.process_index
         self.progress = progress if self.rank == 0 else None
@@ -130,7 +130,7 @@ class _Run:
             self._guide_weight,
             self.spec.seed,
             self.rank,
-            self.lanes,
+            self.carried,
             Reconstruction.of(self.model, self.spec.reconstruction) if self.spec.reconstruction else None,
         )
         if not self.spent.finished:
@@ -191,12 +191,12 @@ class _Run:
         if spec.guide is not None:
             parts = guided_parts(self.model, spec.guide.slots)
             self.guides = Guides(parts, spec.guide.stochastic, spec.seed, self.rank)
-        self.lanes = Lanes.of(self.model) if spec.lanes else None
-        seen = spec.length if self.lanes is None else self.lanes.keys(spec.length)
+        self.carried = CarriedMemory.of(self.model) if spec.carry_memory else None
+        seen = spec.length if self.carried is None else self.carried.keys(spec.length)
         self.costs = costs_of(self.model, seen, self.guides)
         self.course = plan_course(spec, self.costs)
         positions = self.course.total * spec.batch
-        self.stream = Stream(self.rows, positions, spec.batch, spec.seed, self.masking, self.course.batch_of)
+        self.stream = TrainingSet(self.rows, positions, spec.batch, spec.seed, self.masking, self.course.batch_of)
 
     def _guide_weight(self, step: int) -> float:
         guide = self.spec.guide

@@ -96,7 +96,7 @@ class TrainSpec(Strict):
     length: int = Field(256, ge=4, description="tokens of a row")
     pack: bool = Field(True, description="documents end to end, cut into full rows; or a padded row for each paragraph")
     batch: int = Field(8, ge=1, description="rows of a step, all processes together")
-    lanes: bool = Field(
+    carry_memory: bool = Field(
         False, description="each row goes on where the same row of the batch before ended, and keeps its memory"
     )
     reconstruction: float = Field(
@@ -122,6 +122,7 @@ class TrainSpec(Strict):
     save: Save = Save()
     report_to: Report = Field("none", description="where losses go while it runs")
     guide: Guide | None = Field(None, description="self-guided training of what the recipe installs; {} for defaults")
+    former = {"lanes": "carry_memory"}
 
     @field_validator("text", "exclude", mode="before")
     @classmethod
@@ -178,9 +179,10 @@ class TrainSpec(Strict):
         return self.model_dump(mode="json")
 
     def change(self, other: dict[str, Any]) -> str | None:
-        """The first difference from an earlier run's ``to_dict``, in words, or None. What versions of then did not know
-        to say counts as the default."""
+        """The first difference from an earlier run's ``to_dict``, in words, or None. Keys that its version did not
+        have count as the defaults, and renamed keys as what they are called now."""
         least = TrainSpec(model=self.model, text=self.text, budget=self.budget)
+        other = {self.former.get(key, key): value for key, value in other.items()}
         mine, theirs = _flat(self.to_dict()), _flat(least.to_dict() | other)
         for key in {**mine, **theirs}:
             if mine.get(key) != theirs.get(key):

@@ -12,9 +12,9 @@ from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import AttentionSite
 from taut.methods.base import MemoryMethod, PartMethod
-from taut.surgery.apply import steps_of, tighten
+from taut.surgery.apply import compress, steps_of
 from taut.surgery.loading import Source, open_model, open_skeleton, resolve
-from taut.surgery.plan import make
+from taut.surgery.plan import make_plan
 from taut.training.carried_memory import NO_MEMORY
 from taut.training.reconstruction import NO_COMPRESSOR
 from taut.training.spec import TrainSpec
@@ -22,11 +22,11 @@ from taut.training.spec import TrainSpec
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def settle(spec: TrainSpec) -> tuple[Source, bool]:
+def resolve_objective(spec: TrainSpec) -> tuple[Source, bool]:
     """Where the model comes from, and whether it learns from hidden tokens. Only the config is read.
 
     Raises TautError for an encoder-decoder, a model without a head over its vocabulary, an objective that does not suit
-    its attention, rows longer than its positions, a recipe that fits nowhere, lanes without a memory, and
+    its attention, rows longer than its positions, a recipe that fits nowhere, carry_memory without a memory, and
     reconstruction without anything that learns to compress.
     """
     source = resolve(spec.model)
@@ -53,9 +53,9 @@ def settle(spec: TrainSpec) -> tuple[Source, bool]:
     positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and spec.length > positions:
         raise TautError(f"length = {spec.length}: {source.name} has {positions} positions")
-    plan = make(skeleton, Recipe.load(spec.recipe)) if spec.recipe else None
+    plan = make_plan(skeleton, Recipe.load(spec.recipe)) if spec.recipe else None
     methods = [] if plan is None else [step.method for step in plan.steps]
-    if spec.lanes and not any(isinstance(method, MemoryMethod) and method.carried for method in methods):
+    if spec.carry_memory and not any(isinstance(method, MemoryMethod) and method.carried for method in methods):
         raise TautError(NO_MEMORY)
     if spec.reconstruction and not any(isinstance(method, MemoryMethod) and method.reconstructs for method in methods):
         raise TautError(f"reconstruction = {spec.reconstruction:g}: {NO_COMPRESSOR}")
@@ -76,7 +76,7 @@ def begin(spec: TrainSpec, source: Source, tokenizer: PreTrainedTokenizerBase, t
         raise TautError(f"{source.name}: a vocabulary of {vocabulary}, but the tokenizer has {len(tokenizer)} entries")
     if not spec.recipe:
         return open_model(source, torch.float32, seed=spec.seed)
-    model, _ = tighten(
+    model, _ = compress(
         source, Recipe.load(spec.recipe), texts, tokenizer=tokenizer, dtype=torch.float32, seed=spec.seed
     )
     if source.scratch is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from taut.core.seeds import of_epoch
+from taut.core.seeds import epoch_seed
 from taut.healing.losses import IGNORED
 from taut.training.corpus import pieces_of
 from taut.training.spec import TrainSpec
@@ -19,7 +19,7 @@ RANDOM, KEPT = 0.1, 0.1
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenRows:
     """Token ids (N, T) int32, and which of them are real, (N, T) bool (None: all). ``framed``: a special token stands
     at both ends of what is real, and is never asked for. With ``lanes`` rows follow each other: each of so many lanes
     reads its share of them in order, and ``first`` (N,) bool are those that begin a text."""
@@ -27,7 +27,7 @@ class Rows:
     ids: Tensor
     real: Tensor | None = None
     framed: bool = False
-    lanes: int = 0
+    streams: int = 0
     first: Tensor | None = None
 
     def __len__(self) -> int:
@@ -40,20 +40,22 @@ class Rows:
     @property
     def steps(self) -> int:
         """Rows of a lane; what is left over is not read."""
-        return len(self) // self.lanes
+        return len(self) // self.streams
 
     def follows(self, index: int) -> bool:
         """Whether this row goes on where the one before it ended."""
         return self.first is not None and 0 < index < len(self) and not self.first[index]
 
 
-def token_rows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, spec: TrainSpec, masked: bool) -> Rows:
+def token_rows(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, spec: TrainSpec, masked: bool
+) -> TokenRows:
     """Documents as rows of ``length`` ids. Packed, they follow each other with an end-of-text token between, and the
     last incomplete row is dropped; otherwise each of their paragraphs is a row, cut or padded, or, in lanes, each of
     them begins a row and its last one is padded. Rows of masked models are framed as the tokenizer frames a text."""
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     frame = masked and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
-    texts = list(documents) if spec.pack or spec.lanes else pieces_of(documents)
+    texts = list(documents) if spec.pack or spec.carry_memory else pieces_of(documents)
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     inner = spec.length - (2 if frame else 0)
     if spec.pack:
@@ -61,7 +63,7 @@ def token_rows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, spe
         streams = [stream[: len(stream) // inner * inner]]
     else:
         streams = [[*ids, end] if end is not None and not frame else ids for ids in encoded if ids]
-        streams = streams if spec.lanes else [ids[:inner] for ids in streams]
+        streams = streams if spec.carry_memory else [ids[:inner] for ids in streams]
     cut = [(ids[at : at + inner], at == 0) for ids in streams for at in range(0, len(ids), inner)]
     if frame:
         cut = [([tokenizer.cls_token_id, *piece, tokenizer.sep_token_id], first) for piece, first in cut]
@@ -69,26 +71,26 @@ def token_rows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, spe
     padding = tokenizer.pad_token_id or 0
     padded = [[*piece, *[padding] * (spec.length - len(piece))] for piece, _ in cut]
     ids = torch.tensor(padded, dtype=torch.int32).reshape(-1, spec.length)
-    lanes, first = (spec.batch, torch.tensor([first for _, first in cut])) if spec.lanes else (0, None)
+    streams, first = (spec.batch, torch.tensor([first for _, first in cut])) if spec.carry_memory else (0, None)
     if spec.pack or not cut:
-        return Rows(ids, None, frame, lanes, first)
+        return TokenRows(ids, None, frame, streams, first)
     widths = torch.tensor([len(piece) for piece, _ in cut])
-    return Rows(ids, torch.arange(spec.length) < widths[:, None], frame, lanes, first)
+    return TokenRows(ids, torch.arange(spec.length) < widths[:, None], frame, streams, first)
 
 
-def spread(rows: Rows, tokens: int) -> Rows:
+def spread(rows: TokenRows, tokens: int) -> TokenRows:
     """Of many rows as many as hold about ``tokens`` ids, evenly spread; at least one. Of lanes, what stands at the
     beginning of each."""
     count = min(len(rows), max(1, tokens // rows.ids.shape[1]))
-    if not rows.lanes:
+    if not rows.streams:
         chosen = torch.linspace(0, len(rows) - 1, count).round().long()
-        return Rows(rows.ids[chosen], None if rows.real is None else rows.real[chosen], rows.framed)
-    lanes = min(len(rows), rows.lanes)
-    starts = torch.arange(lanes) * (len(rows) // lanes)
-    steps = torch.arange(min(len(rows) // lanes, math.ceil(count / lanes)))
+        return TokenRows(rows.ids[chosen], None if rows.real is None else rows.real[chosen], rows.framed)
+    streams = min(len(rows), rows.streams)
+    starts = torch.arange(streams) * (len(rows) // streams)
+    steps = torch.arange(min(len(rows) // streams, math.ceil(count / streams)))
     chosen = (starts[:, None] + steps).flatten()
-    first = rows.first[chosen] | (steps == 0).repeat(lanes)
-    return Rows(rows.ids[chosen], None if rows.real is None else rows.real[chosen], rows.framed, lanes, first)
+    first = rows.first[chosen] | (steps == 0).repeat(streams)
+    return TokenRows(rows.ids[chosen], None if rows.real is None else rows.real[chosen], rows.framed, streams, first)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Masking:
     vocabulary: int
 
 
-class Stream(Dataset):
+class TrainingSet(Dataset):
     """Rows in the order of training, ``positions`` of them: every epoch has all rows once, in an order of its own.
 
     What stands at a position follows from its number and the seed alone. ``batch_of`` says which batch of ``batch``
@@ -110,7 +112,7 @@ class Stream(Dataset):
 
     def __init__(
         self,
-        rows: Rows,
+        rows: TokenRows,
         positions: int,
         batch: int,
         seed: int,
@@ -136,28 +138,28 @@ class Stream(Dataset):
         step, place = divmod(position, self.batch)
         number = self.batch_of(step) * self.batch + place
         row = self._row(number)
-        found = example(self.rows, row, self.masking, of_epoch(self.seed, number))
-        if self.rows.lanes:
+        found = example(self.rows, row, self.masking, epoch_seed(self.seed, number))
+        if self.rows.streams:
             goes_on = step > 0 and self._row((self.batch_of(step - 1)) * self.batch + place) == row - 1
-            found["fresh"] = torch.tensor(not (goes_on and self.rows.follows(row)))
+            found["restart"] = torch.tensor(not (goes_on and self.rows.follows(row)))
         return found
 
     def _row(self, number: int) -> int:
         """Which row has this number in the order of training."""
-        if self.rows.lanes:
-            batch, lane = divmod(number, self.batch)
-            return lane * self.rows.steps + batch % self.rows.steps
+        if self.rows.streams:
+            batch, stream = divmod(number, self.batch)
+            return stream * self.rows.steps + batch % self.rows.steps
         epoch, index = divmod(number, len(self.rows))
         return int(self._ordered(epoch)[index])
 
     def _ordered(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(of_epoch(self.seed, epoch))
+            generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
             self._order = epoch, torch.randperm(len(self.rows), generator=generator)
         return self._order[1]
 
 
-def example(rows: Rows, index: int, masking: Masking | None, draw: int) -> dict[str, Tensor]:
+def example(rows: TokenRows, index: int, masking: Masking | None, draw: int) -> dict[str, Tensor]:
     """One row as the model reads it: ``input_ids`` and ``labels`` (T,) int64, each label at the position that predicts
     it; ``attention_mask`` where rows are padded. The number ``draw`` decides what is hidden. In lanes the last position
     predicts the first token of the next row."""

@@ -24,9 +24,9 @@ from taut.methods.part import Part
 from taut.training.objective import Diverged, LanguageModelling
 from taut.training.schedule import rate
 from taut.training.spec import TrainSpec
-from taut.training.token_rows import Masking, Rows, Stream, example
+from taut.training.token_rows import Masking, TokenRows, TrainingSet, example
 
-GUIDES, SPENT, LANES = "guides.safetensors", "spent.json", "lanes-{}-of-{}.safetensors"
+GUIDES, SPENT, CARRIED = "guides.safetensors", "spent.json", "carried-{}-of-{}.safetensors"
 """What lies in a checkpoint beside the model and what Trainer puts there."""
 TWICE = 0.5
 """Seconds from which on a second ctrl-C is one: torchrun passes on what the terminal has sent to all already."""
@@ -187,8 +187,8 @@ class TaskTrainer(Trainer):
         self,
         task: LanguageModelling,
         arguments: TrainingArguments,
-        stream: Stream,
-        held: Rows,
+        stream: TrainingSet,
+        held: TokenRows,
         watch: Watch,
         optimizers: tuple[torch.optim.Optimizer, LambdaLR],
     ) -> None:
@@ -212,10 +212,10 @@ class TaskTrainer(Trainer):
         not finite."""
         started = time.monotonic()
         self.task.check_finite()
-        if self.task.lanes is not None:
-            path = self._lanes_in(output_dir or self.args.output_dir)
+        if self.task.carried is not None:
+            path = self._carried_in(output_dir or self.args.output_dir)
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self.task.lanes.state_dict(), path)
+            save_file(self.task.carried.state_dict(), path)
             if self.args.world_size > 1:
                 torch.distributed.barrier()
         spent = together(self.args, self.task, self.watch.spent)
@@ -232,32 +232,32 @@ class TaskTrainer(Trainer):
         there were more or fewer processes: then lanes begin anew."""
         if self.task.guides is not None:
             self.task.guides.load_state_dict(load_file(Path(resume_from_checkpoint) / GUIDES))
-        if self.task.lanes is not None and self._lanes_in(resume_from_checkpoint).is_file():
-            self.task.lanes.load_state_dict(load_file(self._lanes_in(resume_from_checkpoint)), self.args.device)
+        if self.task.carried is not None and self._carried_in(resume_from_checkpoint).is_file():
+            self.task.carried.load_state_dict(load_file(self._carried_in(resume_from_checkpoint)), self.args.device)
 
-    def _lanes_in(self, folder: str) -> Path:
-        return Path(folder) / LANES.format(self.args.process_index, max(1, self.args.world_size))
+    def _carried_in(self, folder: str) -> Path:
+        return Path(folder) / CARRIED.format(self.args.process_index, max(1, self.args.world_size))
 
 
 @torch.no_grad()
 def held_out_losses(
-    task: LanguageModelling, rows: Rows, masking: Masking | None, args: TrainingArguments
+    task: LanguageModelling, rows: TokenRows, masking: Masking | None, args: TrainingArguments
 ) -> dict[str, float]:
     """``eval_loss``: nats a target, over all processes' shares of the rows; float64 sums. Of a task with a
     reconstruction ``eval_reconstruction``, the mean over batches by their targets."""
     training = task.training
     task.eval()
-    lanes = task.lanes.anew() if task.lanes is not None else None
+    carried = task.carried.emptied() if task.carried is not None else None
     sums = torch.zeros(3, dtype=torch.float64, device=args.device)
     for indices in _held_batches(rows, args):
         batch = stack([example(rows, index, masking, index) for index in indices])
-        if lanes is not None:
-            lanes.begin()
-            batch["fresh"] = torch.tensor([not rows.follows(index) for index in indices])
+        if carried is not None:
+            carried.begin()
+            batch["restart"] = torch.tensor([not rows.follows(index) for index in indices])
         batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
         targets = (batch["labels"] >= 0).sum()
         with task.reconstructing() as errors:
-            sums[0] += task.total(**batch, lanes=lanes).double()
+            sums[0] += task.total(**batch, carried=carried).double()
         sums[1] += targets
         sums[2] += sum(errors) * targets
     task.train(training)
@@ -268,13 +268,13 @@ def held_out_losses(
     return found if task.reconstruction is None else found | {"eval_reconstruction": missed / count}
 
 
-def _held_batches(rows: Rows, args: TrainingArguments) -> list[list[int]]:
+def _held_batches(rows: TokenRows, args: TrainingArguments) -> list[list[int]]:
     """This process's share of the rows, in batches; lanes in their order, each batch the next row of each."""
     size, world = args.per_device_train_batch_size, max(1, args.world_size)
-    if rows.lanes:
-        mine = range(args.process_index, rows.lanes, world)
+    if rows.streams:
+        mine = range(args.process_index, rows.streams, world)
         groups = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return [[lane * rows.steps + step for lane in group] for group in groups for step in range(rows.steps)]
+        return [[stream * rows.steps + step for stream in group] for group in groups for step in range(rows.steps)]
     mine = range(args.process_index, len(rows), world)
     return [list(mine[start : start + size]) for start in range(0, len(mine), size)]
 

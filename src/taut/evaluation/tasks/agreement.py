@@ -11,16 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.evaluation import task
 from taut.evaluation._encode import batches, pool, states, token_ids, usable_length
 from taut.evaluation._language import Window, causal_windows, logits, masked_windows, same_length_batches, tokenize
-from taut.evaluation.task import Progress, Task, kind, reads_text
+from taut.evaluation.task import Progress, Task, TaskOptions, kind, reads_text
 
 MASK_EVERY = 7
 """One in seven, close to the share that masked models are trained with."""
 
 
-class Knobs(task.Knobs):
+class AgreementOptions(TaskOptions):
     """Options of agreement."""
 
     data: str = Field("python_topics", description="running text")
@@ -38,13 +37,13 @@ class Agreement(Task):
     id = "agreement"
     needs_reference = True
     summary = "how far a model strays from its original: divergence and top-1 agreement, or cosines"
-    Knobs: ClassVar[type[Knobs]] = Knobs
+    Options: ClassVar[type[TaskOptions]] = AgreementOptions
 
     def fits(self, model: PreTrainedModel) -> str | None:
         return reads_text(model)
 
     def evaluated(self) -> data.Data:
-        return data.paragraphs(self.knobs.data, self.knobs.split, self.knobs.limit)
+        return data.paragraphs(self.options.data, self.options.split, self.options.limit)
 
     def scores(
         self,
@@ -58,7 +57,7 @@ class Agreement(Task):
             raise TautError(f"task {self.id}: needs the original model to compare with; pass it as reference")
         if kind(reference) != kind(model):
             raise TautError(f"task {self.id}: the reference gives {kind(reference)}, the model {kind(model)}")
-        length = usable_length(model, tokenizer, self.knobs.max_length)
+        length = usable_length(model, tokenizer, self.options.max_length)
         if kind(model) in ("causal", "masked"):
             return self._language(model, tokenizer, progress, reference, length)
         return self._vectors(model, tokenizer, progress, reference, length)
@@ -72,7 +71,7 @@ class Agreement(Task):
         reference: PreTrainedModel,
         length: int,
     ) -> tuple[Score, ...]:
-        source = data.text(self.knobs.data, self.knobs.split, self.knobs.limit)
+        source = data.text(self.options.data, self.options.split, self.options.limit)
         tokens = tokenize(tokenizer, source.rows[0][0])
         causal = kind(model) == "causal"
         if causal:
@@ -82,7 +81,7 @@ class Agreement(Task):
             windows = masked_windows(tokens, tokenizer, length)
         divergences: list[Tensor] = []
         agreements: list[Tensor] = []
-        for batch in same_length_batches(windows, self.knobs.batch_size):
+        for batch in same_length_batches(windows, self.options.batch_size):
             rows = [windows[i].ids if causal else _with_holes(windows[i], tokenizer.mask_token_id) for i in batch]
             places = [_predicted(windows[i]) if causal else _holes(windows[i]) for i in batch]
             original, variant = logits(reference, rows), logits(model, rows)
@@ -129,7 +128,7 @@ class Agreement(Task):
         ids = token_ids(tokenizer, source.column(0), length)
         pooled, token = [0.0] * len(ids), [0.0] * len(ids)
         done = 0
-        for batch in batches([len(row) for row in ids], self.knobs.batch_size):
+        for batch in batches([len(row) for row in ids], self.options.batch_size):
             rows = [ids[index] for index in batch]
             (original, mask), (variant, _) = states(reference, tokenizer, rows), states(model, tokenizer, rows)
             if original.shape != variant.shape:

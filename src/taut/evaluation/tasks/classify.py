@@ -15,15 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.evaluation import task
 from taut.evaluation._encode import encode, pool, states, token_ids, usable_length
 from taut.evaluation._probe import probe
-from taut.evaluation.task import Progress, Task, reads_text
+from taut.evaluation.task import Progress, Task, TaskOptions, reads_text
 
 HEAD_LEARNING_RATE = 1e-3
 
 
-class Knobs(task.Knobs):
+class ClassifyOptions(TaskOptions):
     """Options of classify."""
 
     data: str = Field("sst2", description="a name such as sst2, cola, trec, or a file with a text and a label a row")
@@ -43,7 +42,7 @@ class Classify(Task):
 
     id = "classify"
     summary = "sort texts into classes by a linear probe or a short fine-tuning (accuracy, Matthews' correlation)"
-    Knobs: ClassVar[type[Knobs]] = Knobs
+    Options: ClassVar[type[TaskOptions]] = ClassifyOptions
 
     def fits(self, model: PreTrainedModel) -> str | None:
         return reads_text(model)
@@ -62,12 +61,14 @@ class Classify(Task):
         train, evaluation = self.splits()
         classes = sorted(set(train.column(1)))
         if len(classes) < 2:
-            raise TautError(f"task {self.id}: the training rows of {self.knobs.data} have the one label {classes[0]!r}")
+            raise TautError(
+                f"task {self.id}: the training rows of {self.options.data} have the one label {classes[0]!r}"
+            )
         labels = np.array([classes.index(label) for label in train.column(1)])
         # A label never trained on is no class: every prediction of its rows is wrong.
         gold = np.array([classes.index(label) if label in classes else -1 for label in evaluation.column(1)])
         texts = (train.column(0), evaluation.column(0))
-        if self.knobs.mode == "probe":
+        if self.options.mode == "probe":
             predicted, how = self._probe(model, tokenizer, texts, labels, len(classes), progress)
         else:
             predicted, how = self._finetune(model, tokenizer, texts, labels, len(classes), progress, seed)
@@ -104,28 +105,28 @@ class Classify(Task):
 
     def splits(self) -> tuple[data.Data, data.Data]:
         """Rows (text, label) to train on and to evaluate on: as published, or cut 3 to 1 in hashed order."""
-        knobs = self.knobs
-        if knobs.train is not None:
-            train = data.labelled(knobs.train, columns=knobs.columns)
-            evaluation = data.labelled(knobs.data, knobs.split, knobs.columns)
-        elif knobs.data in data.NAMED and "train" in data.NAMED[knobs.data].files:
-            if knobs.split == "train":
-                raise TautError(f"task {self.id}: split train of {knobs.data} is what is trained on; choose another")
-            train = data.labelled(knobs.data, "train", knobs.columns)
-            evaluation = data.labelled(knobs.data, knobs.split, knobs.columns)
+        options = self.options
+        if options.train is not None:
+            train = data.labelled(options.train, columns=options.columns)
+            evaluation = data.labelled(options.data, options.split, options.columns)
+        elif options.data in data.NAMED and "train" in data.NAMED[options.data].files:
+            if options.split == "train":
+                raise TautError(f"task {self.id}: split train of {options.data} is what is trained on; choose another")
+            train = data.labelled(options.data, "train", options.columns)
+            evaluation = data.labelled(options.data, options.split, options.columns)
         else:
-            whole = data.labelled(knobs.data, knobs.split, knobs.columns)
+            whole = data.labelled(options.data, options.split, options.columns)
             quarter = max(1, len(whole.rows) // 4)
             evaluation = data.Data(whole.source, f"{whole.split}, first quarter", whole.rows[:quarter])
             train = data.Data(whole.source, f"{whole.split}, last three quarters", whole.rows[quarter:])
-        evaluation = evaluation.head(knobs.limit)
+        evaluation = evaluation.head(options.limit)
         seen = set(evaluation.column(0))
         rows = tuple(row for row in train.rows if row[0] not in seen)
-        train = data.Data(train.source, train.split, rows).head(knobs.train_limit)
+        train = data.Data(train.source, train.split, rows).head(options.train_limit)
         if not evaluation.rows or len(train.rows) < 2:
             raise TautError(
-                f"task {self.id}: {knobs.data} leaves {len(train.rows)} rows to train on and {len(evaluation.rows)} to "
-                "evaluate on; expected at least 2 and 1"
+                f"task {self.id}: {options.data} leaves {len(train.rows)} rows to train on and "
+                f"{len(evaluation.rows)} to evaluate on; expected at least 2 and 1"
             )
         return train, evaluation
 
@@ -142,8 +143,8 @@ class Classify(Task):
             model,
             tokenizer,
             [*texts[0], *texts[1]],
-            max_length=self.knobs.max_length,
-            batch_size=self.knobs.batch_size,
+            max_length=self.options.max_length,
+            batch_size=self.options.batch_size,
             progress=progress,
             normalise=False,
         ).double().numpy()  # fmt: skip
@@ -165,21 +166,21 @@ class Classify(Task):
         progress: Progress,
         seed: int,
     ) -> tuple[np.ndarray, str]:
-        knobs = self.knobs
-        length = usable_length(model, tokenizer, knobs.max_length)
+        options = self.options
+        length = usable_length(model, tokenizer, options.max_length)
         ids = token_ids(tokenizer, texts[0], length)
         targets = torch.tensor(labels, device=model.device)
-        total = len(ids) * knobs.epochs + len(texts[1])
+        total = len(ids) * options.epochs + len(texts[1])
         with _restored(model), torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(seed)
             head = nn.Linear(_width(model, tokenizer, ids[:1]), classes, device=model.device)
             trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            groups = [{"params": trainable, "lr": knobs.learning_rate}] if trainable else []
+            groups = [{"params": trainable, "lr": options.learning_rate}] if trainable else []
             optimiser = torch.optim.AdamW([*groups, {"params": head.parameters(), "lr": HEAD_LEARNING_RATE}])
             model.train()
             done = 0
-            for _ in range(knobs.epochs):
-                for batch in torch.randperm(len(ids)).split(knobs.train_batch_size):
+            for _ in range(options.epochs):
+                for batch in torch.randperm(len(ids)).split(options.train_batch_size):
                     hidden, mask = states(model, tokenizer, [ids[index] for index in batch.tolist()])
                     loss = nn.functional.cross_entropy(head(pool(hidden, mask)), targets[batch.to(targets.device)])
                     optimiser.zero_grad()
@@ -193,8 +194,8 @@ class Classify(Task):
                 model,
                 tokenizer,
                 texts[1],
-                max_length=knobs.max_length,
-                batch_size=knobs.batch_size,
+                max_length=options.max_length,
+                batch_size=options.batch_size,
                 progress=progress,
                 done=done,
                 total=total,
@@ -202,7 +203,7 @@ class Classify(Task):
             )
             with torch.inference_mode():
                 predicted = head(vectors.to(model.device)).argmax(-1).cpu().numpy()
-        return predicted, f"fine-tuned, {knobs.epochs} epochs, learning rate {knobs.learning_rate:g}, seed {seed}"
+        return predicted, f"fine-tuned, {options.epochs} epochs, learning rate {options.learning_rate:g}, seed {seed}"
 
 
 def correlation_products(predicted: np.ndarray, gold: np.ndarray) -> list[float]:

@@ -11,9 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.evaluation import task
 from taut.evaluation._encode import encode
-from taut.evaluation.task import Progress, Task, reads_text
+from taut.evaluation.task import Progress, Task, TaskOptions, reads_text
 
 PAIRS = 450
 SHORTEST_PASSAGE = 30
@@ -24,7 +23,7 @@ CODE_SIGNS = ("::=", ">>>", "+--", "|")
 DEPTH = 10
 
 
-class Knobs(task.Knobs):
+class DocsRetrievalOptions(TaskOptions):
     """Options of docs_retrieval."""
 
     data: str = Field("python_topics", description="running text with blank lines between its paragraphs")
@@ -40,7 +39,7 @@ class DocsRetrieval(Task):
 
     id = "docs_retrieval"
     summary = "find the passage a sentence was cut out of, in Python's own reference pages (MRR@10, recall@1)"
-    Knobs: ClassVar[type[Knobs]] = Knobs
+    Options: ClassVar[type[TaskOptions]] = DocsRetrievalOptions
 
     def fits(self, model: PreTrainedModel) -> str | None:
         return reads_text(model)
@@ -62,14 +61,14 @@ class DocsRetrieval(Task):
             model,
             tokenizer,
             [*pairs.column(0), *pairs.column(1)],
-            max_length=self.knobs.max_length,
-            batch_size=self.knobs.batch_size,
+            max_length=self.options.max_length,
+            batch_size=self.options.batch_size,
             progress=progress,
         ).double()
         ranks = ranks_of_own(vectors[:count] @ vectors[count:].T)
         lexical = ranks_of_own(okapi(pairs.column(0), pairs.column(1)))
         harmonic = sum(1 / rank for rank in range(1, min(DEPTH, count) + 1))
-        how = f"cosine of mean-pooled vectors, {count} passages, at most {self.knobs.max_length} tokens"
+        how = f"cosine of mean-pooled vectors, {count} passages, at most {self.options.max_length} tokens"
         return (
             self.score(
                 f"mrr_at_{DEPTH}",
@@ -93,12 +92,12 @@ class DocsRetrieval(Task):
 
     def pairs(self) -> data.Data:
         """Rows (sentence, passage without it), in hashed order. Raises TautError when the text has too few."""
-        found = data.paragraphs(self.knobs.data, self.knobs.split)
+        found = data.paragraphs(self.options.data, self.options.split)
         rows = (cut(paragraph) for paragraph in dict.fromkeys(found.column(0)))
-        pairs = data.Data(found.source, found.split, data.hashed([row for row in rows if row])).head(self.knobs.limit)
+        pairs = data.Data(found.source, found.split, data.hashed([row for row in rows if row])).head(self.options.limit)
         if len(pairs.rows) < 2:
             raise TautError(
-                f"task {self.id}: data {self.knobs.data} has {len(pairs.rows)} usable passages; expected at least 2 "
+                f"task {self.id}: data {self.options.data} has {len(pairs.rows)} usable passages; expected at least 2 "
                 f"paragraphs of {SHORTEST_PASSAGE} words or more with blank lines between them"
             )
         return pairs

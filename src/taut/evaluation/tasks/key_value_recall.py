@@ -13,15 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.evaluation import task
 from taut.evaluation._language import CACHED, logits
-from taut.evaluation.task import Progress, Task, writes_text
+from taut.evaluation.task import Progress, Task, TaskOptions, writes_text
 
 KEYS, VALUES, FILLERS = 64, 64, 128
 """Words of each kind: frequent ones of the built-in text, none of two kinds."""
 
 
-class Knobs(task.Knobs):
+class KeyValueRecallOptions(TaskOptions):
     """Options of key_value_recall."""
 
     data: None = Field(None, description="not taken: the texts are made up")
@@ -46,7 +45,7 @@ class KeyValueRecall(Task):
 
     id = "key_value_recall"
     summary = "a key's value from segments back, chosen among the values of the text: what a memory carries"
-    Knobs: ClassVar[type[Knobs]] = Knobs
+    Options: ClassVar[type[TaskOptions]] = KeyValueRecallOptions
 
     def fits(self, model: PreTrainedModel) -> str | None:
         return writes_text(model)
@@ -81,21 +80,20 @@ class KeyValueRecall(Task):
             )
         with torch.inference_mode():
             for rows in asked.values():
-                for start in range(0, len(rows), self.knobs.batch_size):
-                    batch = rows[start : start + self.knobs.batch_size]
-                    last = logits(model, [ids for ids, _, _ in batch], self.knobs.cached)[:, -1]
+                for start in range(0, len(rows), self.options.batch_size):
+                    batch = rows[start : start + self.options.batch_size]
+                    last = logits(model, [ids for ids, _, _ in batch], self.options.cached)[:, -1]
                     for scores, (_, firsts, answer) in zip(last, batch, strict=True):
                         right.append(float(scores[firsts].argmax() == answer))
                     progress(len(right), total)
-        how = (
-            f"{self.knobs.pairs} segments, {self.knobs.fillers} fillers in each; {skipped} texts skipped, whose values "
-        )
-        how += "begin alike" + (f"; {self.knobs.cached} at a time through the cache" if self.knobs.cached else "")
+        options = self.options
+        how = f"{options.pairs} segments, {options.fillers} fillers in each; {skipped} texts skipped, whose values "
+        how += "begin alike" + (f"; {options.cached} at a time through the cache" if options.cached else "")
         facts = self.evaluated().facts(total)
-        return (self.score("accuracy", "share", how, right, "higher", facts, {"chance": 1 / self.knobs.pairs}),)
+        return (self.score("accuracy", "share", how, right, "higher", facts, {"chance": 1 / self.options.pairs}),)
 
     def _documents(self) -> list[tuple[str, str, str, list[str]]]:
-        return documents(self.knobs.limit, self.knobs.pairs, self.knobs.fillers, 0, self.knobs.between)
+        return documents(self.options.limit, self.options.pairs, self.options.fillers, 0, self.options.between)
 
 
 def documents(

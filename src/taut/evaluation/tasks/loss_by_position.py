@@ -10,16 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.evaluation import task
 from taut.evaluation._encode import usable_length
 from taut.evaluation._language import CACHED, causal_windows, logits, surprise, tokenize
-from taut.evaluation.task import Progress, Task, writes_text
+from taut.evaluation.task import Progress, Task, TaskOptions, writes_text
 
 FIRST = 16
 """Tokens of context at most in the first range; every further range ends at twice the context."""
 
 
-class Knobs(task.Knobs):
+class LossByPositionOptions(TaskOptions):
     """Options of loss_by_position."""
 
     data: str = Field("python_topics", description="running text")
@@ -36,13 +35,13 @@ class LossByPosition(Task):
 
     id = "loss_by_position"
     summary = "loss of tokens with much and with little context: whether what lies far back is used"
-    Knobs: ClassVar[type[Knobs]] = Knobs
+    Options: ClassVar[type[TaskOptions]] = LossByPositionOptions
 
     def fits(self, model: PreTrainedModel) -> str | None:
         return writes_text(model)
 
     def evaluated(self) -> data.Data:
-        return data.paragraphs(self.knobs.data, self.knobs.split, self.knobs.limit)
+        return data.paragraphs(self.options.data, self.options.split, self.options.limit)
 
     def scores(
         self,
@@ -52,9 +51,9 @@ class LossByPosition(Task):
         progress: Progress,
         reference: PreTrainedModel | None,
     ) -> tuple[Score, ...]:
-        source = data.text(self.knobs.data, self.knobs.split, self.knobs.limit)
+        source = data.text(self.options.data, self.options.split, self.options.limit)
         tokens = tokenize(tokenizer, source.rows[0][0])
-        length = usable_length(model, tokenizer, self.knobs.max_length)
+        length = usable_length(model, tokenizer, self.options.max_length)
         opening = int(tokenizer.bos_token_id is not None)
         windows = causal_windows(tokens, tokenizer.bos_token_id, length, length - opening)
         rows = [window.ids for window in windows if len(window.ids) == length]
@@ -67,7 +66,7 @@ class LossByPosition(Task):
         losses = self._losses(model, rows, progress)
         facts = source.facts(len(rows))
         how = f"{len(rows)} windows of {length} tokens side by side, {'BOS first' if opening else 'no BOS'}"
-        how += f", {self.knobs.cached} at a time through the cache" if self.knobs.cached else ""
+        how += f", {self.options.cached} at a time through the cache" if self.options.cached else ""
         found = [
             self.score(
                 f"loss_at_{first}_to_{last - 1}",
@@ -96,10 +95,10 @@ class LossByPosition(Task):
     def _losses(self, model: PreTrainedModel, rows: Sequence[Sequence[int]], progress: Progress) -> torch.Tensor:
         """(N, length - 1) float64 nats of every token but the first of each window."""
         found: list[torch.Tensor] = []
-        size = self.knobs.batch_size
+        size = self.options.batch_size
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
-            for scores, ids in zip(logits(model, batch, self.knobs.cached), batch, strict=True):
+            for scores, ids in zip(logits(model, batch, self.options.cached), batch, strict=True):
                 found.append(surprise(scores[:-1], ids[1:]))
             progress(len(found), len(rows))
         return torch.stack(found)

@@ -13,16 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.evaluation import task
 from taut.evaluation._encode import usable_length
 from taut.evaluation._language import CACHED
-from taut.evaluation.task import Progress, Task, writes_text
+from taut.evaluation.task import Progress, Task, TaskOptions, writes_text
 
 KEPT_FOR_EXAMPLES = 10
 """One row in so many, the last ones of the fixed order, is never scored: worked examples are drawn from these."""
 
 
-class Knobs(task.Knobs):
+class MultipleChoiceOptions(TaskOptions):
     """Options of multiple_choice."""
 
     data: str = Field("openbookqa", description="openbookqa, arc_easy, arc_challenge, piqa, boolq, or a JSON file")
@@ -41,7 +40,7 @@ class MultipleChoice(Task):
 
     id = "multiple_choice"
     summary = "questions with a choice of answers (OpenBookQA, ARC, PIQA, BoolQ), with or without worked examples"
-    Knobs: ClassVar[type[Knobs]] = Knobs
+    Options: ClassVar[type[TaskOptions]] = MultipleChoiceOptions
 
     def fits(self, model: PreTrainedModel) -> str | None:
         return writes_text(model)
@@ -51,14 +50,14 @@ class MultipleChoice(Task):
 
     def splits(self) -> tuple[data.Data, data.Data]:
         """The questions that are scored, and those that examples are drawn from: none is both."""
-        whole = data.questions(self.knobs.data, self.knobs.split)
+        whole = data.questions(self.options.data, self.options.split)
         kept = math.ceil(len(whole.rows) / KEPT_FOR_EXAMPLES)
-        scored = data.Data(whole.source, whole.split, whole.rows[:-kept]).head(self.knobs.limit)
+        scored = data.Data(whole.source, whole.split, whole.rows[:-kept]).head(self.options.limit)
         examples = data.Data(whole.source, whole.split, whole.rows[-kept:] if kept else ())
-        if not scored.rows or len(examples.rows) < self.knobs.shots:
+        if not scored.rows or len(examples.rows) < self.options.shots:
             raise TautError(
-                f"task {self.id}: {self.knobs.data} has {len(whole.rows)} questions, {kept} of them kept for examples; "
-                f"expected at least 1 to score, and {self.knobs.shots} for shots = {self.knobs.shots}"
+                f"task {self.id}: {self.options.data} has {len(whole.rows)} questions, {kept} of them kept for "
+                f"examples; expected at least 1 to score, and {self.options.shots} for shots = {self.options.shots}"
             )
         return scored, examples
 
@@ -74,32 +73,32 @@ class MultipleChoice(Task):
             harness = importlib.import_module("taut.evaluation._harness")
         except ImportError as error:
             raise TautError(f"task {self.id}: needs lm_eval ({error}): pip install 'taut[eval]'") from None
-        knobs = self.knobs
+        options = self.options
         scored, examples = self.splits()
-        length = usable_length(model, tokenizer, knobs.max_length)
+        length = usable_length(model, tokenizer, options.max_length)
         with torch.inference_mode():
             answers = harness.ask(
                 model,
                 tokenizer,
-                knobs.data,
+                options.data,
                 scored.rows,
                 examples.rows,
-                shots=knobs.shots,
+                shots=options.shots,
                 seed=seed,
                 max_length=length,
-                batch_size=knobs.batch_size,
-                cached=knobs.cached,
+                batch_size=options.batch_size,
+                cached=options.cached,
                 progress=progress,
             )
         if not answers.asked:
             raise TautError(f"task {self.id}: every question has an answer of more than {length} tokens")
         rows = [scored.rows[place] for place in answers.asked]
-        how = f"{answers.version}; {knobs.shots} worked examples before each question"
-        how += f", drawn with seed {seed}" if knobs.shots else ""
+        how = f"{answers.version}; {options.shots} worked examples before each question"
+        how += f", drawn with seed {seed}" if options.shots else ""
         how += f"; at most {length} tokens, {answers.cut} prompts cut at their beginning"
         skipped = len(scored.rows) - len(rows)
         how += f", {skipped} questions not asked whose answers are longer" if skipped else ""
-        how += f"; {knobs.cached} at a time through the cache" if knobs.cached else ""
+        how += f"; {options.cached} at a time through the cache" if options.cached else ""
         facts = scored.facts(len(rows))
         return tuple(
             self.score(

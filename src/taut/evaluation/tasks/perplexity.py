@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import data
 from taut.core.record import Score
-from taut.evaluation import task
 from taut.evaluation._encode import usable_length
 from taut.evaluation._language import (
     CACHED,
@@ -23,13 +22,13 @@ from taut.evaluation._language import (
     surprise,
     tokenize,
 )
-from taut.evaluation.task import Progress, Task, kind
+from taut.evaluation.task import Progress, Task, TaskOptions, kind
 
 CHARACTERS = {"causal": 100_000, "masked": 2_000}
 """How much text is read when no limit is given. A masked model needs one pass a token."""
 
 
-class Knobs(task.Knobs):
+class PerplexityOptions(TaskOptions):
     """Options of perplexity."""
 
     data: str = Field("python_topics", description="running text")
@@ -48,7 +47,7 @@ class Perplexity(Task):
 
     id = "perplexity"
     summary = "how well a language model predicts a text: per token, bits per byte; pseudo-perplexity for masked ones"
-    Knobs: ClassVar[type[Knobs]] = Knobs
+    Options: ClassVar[type[TaskOptions]] = PerplexityOptions
 
     def fits(self, model: PreTrainedModel) -> str | None:
         found = kind(model)
@@ -58,7 +57,7 @@ class Perplexity(Task):
         return f"{type(model).__name__} has no such head ({found}); {wanted}"
 
     def evaluated(self) -> data.Data:
-        return data.paragraphs(self.knobs.data, self.knobs.split, self.knobs.limit or max(CHARACTERS.values()))
+        return data.paragraphs(self.options.data, self.options.split, self.options.limit or max(CHARACTERS.values()))
 
     def scores(
         self,
@@ -69,12 +68,12 @@ class Perplexity(Task):
         reference: PreTrainedModel | None,
     ) -> tuple[Score, ...]:
         causal = kind(model) == "causal"
-        limit = self.knobs.limit or CHARACTERS[kind(model)]
-        source = data.text(self.knobs.data, self.knobs.split, limit)
+        limit = self.options.limit or CHARACTERS[kind(model)]
+        source = data.text(self.options.data, self.options.split, limit)
         tokens = tokenize(tokenizer, source.rows[0][0])
-        length = usable_length(model, tokenizer, self.knobs.max_length)
+        length = usable_length(model, tokenizer, self.options.max_length)
         if causal:
-            windows = causal_windows(tokens, tokenizer.bos_token_id, length, self.knobs.stride)
+            windows = causal_windows(tokens, tokenizer.bos_token_id, length, self.options.stride)
             nats = self._causal(model, windows, progress)
         else:
             windows = masked_windows(tokens, tokenizer, length)
@@ -118,18 +117,18 @@ class Perplexity(Task):
 
     def _manner(self, tokenizer: PreTrainedTokenizerBase, causal: bool) -> str:
         if not causal:
-            return f"{self.knobs.together} masked at a time"
+            return f"{self.options.together} masked at a time"
         opening = "no BOS, first token not scored" if tokenizer.bos_token_id is None else "BOS first"
-        cached = f", {self.knobs.cached} at a time through the cache" if self.knobs.cached else ""
-        return f"stride {self.knobs.stride or 'half a window'}, {opening}{cached}"
+        cached = f", {self.options.cached} at a time through the cache" if self.options.cached else ""
+        return f"stride {self.options.stride or 'half a window'}, {opening}{cached}"
 
     @torch.inference_mode()
     def _causal(self, model: PreTrainedModel, windows: Sequence[Window], progress: Progress) -> list[float]:
         """Nats of the scored tokens of each window."""
         nats: list[float] = []
-        for batch in same_length_batches(windows, self.knobs.batch_size):
+        for batch in same_length_batches(windows, self.options.batch_size):
             rows = [windows[index].ids for index in batch]
-            for row, index in zip(logits(model, rows, self.knobs.cached), batch, strict=True):
+            for row, index in zip(logits(model, rows, self.options.cached), batch, strict=True):
                 scored = windows[index].scored
                 targets = windows[index].ids[scored]
                 nats.append(float(surprise(row[scored.start - 1 : scored.stop - 1], targets).sum()))
@@ -142,11 +141,11 @@ class Perplexity(Task):
         nats: list[float] = []
         for window in windows:
             places = range(*window.scored.indices(len(window.ids)))
-            passes = math.ceil(len(places) / self.knobs.together)
+            passes = math.ceil(len(places) / self.options.together)
             total = 0.0
-            for start in range(0, passes, self.knobs.batch_size):
+            for start in range(0, passes, self.options.batch_size):
                 # Tokens masked together lie as far apart as they can.
-                hidden = [places[turn::passes] for turn in range(start, min(start + self.knobs.batch_size, passes))]
+                hidden = [places[turn::passes] for turn in range(start, min(start + self.options.batch_size, passes))]
                 rows = [[mask if at in holes else key for at, key in enumerate(window.ids)] for holes in hidden]
                 for row, holes in zip(logits(model, rows), hidden, strict=True):
                     total += float(surprise(row[list(holes)], [window.ids[at] for at in holes]).sum())

@@ -11,12 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError
 from taut.core.record import Score
-from taut.evaluation import task
 from taut.evaluation._encode import encode
-from taut.evaluation.task import Progress, Task, reads_text
+from taut.evaluation.task import Progress, Task, TaskOptions, reads_text
 
 
-class Knobs(task.Knobs):
+class StsOptions(TaskOptions):
     """Options of sts."""
 
     data: str = Field("stsb", description="stsb, sts12, sts13, sts14, or a file with two sentences and a score")
@@ -29,13 +28,13 @@ class Sts(Task):
 
     id = "sts"
     summary = "rank pairs of sentences by likeness as people do (Spearman)"
-    Knobs: ClassVar[type[Knobs]] = Knobs
+    Options: ClassVar[type[TaskOptions]] = StsOptions
 
     def fits(self, model: PreTrainedModel) -> str | None:
         return reads_text(model)
 
     def evaluated(self) -> data.Data:
-        return data.scored_pairs(self.knobs.data, self.knobs.split, self.knobs.columns).head(self.knobs.limit)
+        return data.scored_pairs(self.options.data, self.options.split, self.options.columns).head(self.options.limit)
 
     def scores(
         self,
@@ -48,7 +47,7 @@ class Sts(Task):
         pairs = self.evaluated()
         gold = [float(score) for score in pairs.column(2)]
         if len(set(gold)) < 2:
-            raise TautError(f"task {self.id}: all {len(gold)} scores of {self.knobs.data} are equal; nothing to rank")
+            raise TautError(f"task {self.id}: all {len(gold)} scores of {self.options.data} are equal; nothing to rank")
         first, second = pairs.column(0), pairs.column(1)
         # A sentence that stands in several pairs is run once.
         distinct = list(dict.fromkeys([*first, *second]))
@@ -57,8 +56,8 @@ class Sts(Task):
             model,
             tokenizer,
             distinct,
-            max_length=self.knobs.max_length,
-            batch_size=self.knobs.batch_size,
+            max_length=self.options.max_length,
+            batch_size=self.options.batch_size,
             progress=progress,
         ).double()
         cosines = (vectors[[place[s] for s in first]] * vectors[[place[s] for s in second]]).sum(-1).tolist()
@@ -69,7 +68,7 @@ class Sts(Task):
             self.score(
                 "spearman",
                 "correlation",
-                f"cosine of mean-pooled vectors, at most {self.knobs.max_length} tokens; samples: product of the "
+                f"cosine of mean-pooled vectors, at most {self.options.max_length} tokens; samples: product of the "
                 "standardised ranks of each pair, whose mean is the correlation",
                 rank_products(cosines, gold),
                 "higher",

@@ -17,7 +17,7 @@ from taut.methods.part import TablePart
 from taut.methods.store import Store, stored_bytes
 from taut.ops.factors.svd import leading_directions
 from taut.ops.tables.bands import banded, map_bytes, pack_classes
-from taut.ops.tables.row_map import Places, RowMap
+from taut.ops.tables.row_map import RowMap, RowPlaces
 
 STANDARD_DEVIATION = 0.02
 """Of the entries of the table when it is trained from scratch."""
@@ -75,7 +75,7 @@ class AdaptiveTable(TablePart):
         return [f"band_{band}" if band else "weight" for band in range(len(self.shapes))]
 
     @property
-    def places(self) -> Places:
+    def places(self) -> RowPlaces:
         """Band of every row, its place there, and the rows band after band."""
         return self._map(self.classes)
 

@@ -40,10 +40,11 @@ class LowBitKnobs(Knobs):
 
 
 class LowBitTable(TablePart):
-    """``weight`` is (V, groups, bytes of a group) uint8: codes and scales (see kernels.rowwise). NVFP4 has a scale of
-    the whole table as well: ``tensor_scale``, the four bytes of a float32.
+    """``weight`` is (V, groups, bytes of a group) uint8: codes and scales (see ops.quantization.rowwise).
 
-    Nothing is trainable, except between ``loosen`` and ``tighten``, when ``weight_loose`` (V, D) float32 is what the
+    NVFP4 has a scale of the whole table as well: ``tensor_scale``, the four bytes of a float32.
+
+    Nothing is trainable, except between ``loosen`` and ``tighten``, when ``weight_unpacked`` (V, D) float32 is what the
     codes are chosen from. Lookups come in ``dtype``, which follows ``.to()``, ``.half()`` and their like although no
     floating tensor is here.
     """
@@ -57,12 +58,12 @@ class LowBitTable(TablePart):
         self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
         scale = torch.empty(4, dtype=torch.uint8, device=device) if layout.number == "nvfp4" else None
         self.register_buffer("tensor_scale", scale)
-        self.register_parameter("weight_loose", None)
+        self.register_parameter("weight_unpacked", None)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) ids -> (..., D) of ``dtype``, times ``scale``. Raises IndexError for an id outside the table."""
-        if self.weight_loose is not None:
-            vectors = self._straight_through(F.embedding(ids, self.weight_loose, self.padding_idx)).to(self.dtype)
+        if self.weight_unpacked is not None:
+            vectors = self._straight_through(F.embedding(ids, self.weight_unpacked, self.padding_idx)).to(self.dtype)
         elif self.tensor_scale is not None:
             vectors = (lookup(self.weight, ids, self.layout) * self._stored_scale).to(self.dtype)
         else:
@@ -74,8 +75,8 @@ class LowBitTable(TablePart):
         return self.merged()[ids] * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V), exact up to rounding, without ever holding the dense table (but while loosened)."""
-        if self.weight_loose is not None:
+        """(..., D) -> (..., V), exact up to rounding, without ever holding the dense table (but while unpacked)."""
+        if self.weight_unpacked is not None:
             return F.linear(hidden, self.merged())
         if self.tensor_scale is not None:
             # In float32, since what a half-precision model computes with may not reach so far without the scale.
@@ -89,7 +90,7 @@ class LowBitTable(TablePart):
 
     def merged(self) -> Tensor:
         """(V, D) of ``dtype``, without ``scale``."""
-        table = self._expanded() if self.weight_loose is None else self._straight_through(self.weight_loose)
+        table = self._expanded() if self.weight_unpacked is None else self._straight_through(self.weight_unpacked)
         return table.to(self.dtype)
 
     @torch.no_grad()
@@ -101,16 +102,16 @@ class LowBitTable(TablePart):
         if scale is not None:
             self.tensor_scale.copy_(scale.view(torch.uint8))
 
-    def loosen(self, original: Tensor | None = None) -> None:
-        super().loosen(original)
+    def unpack(self, original: Tensor | None = None) -> None:
+        super().unpack(original)
         start = self._expanded() if original is None else original.detach().to(self.weight.device)
-        self.weight_loose = nn.Parameter(start.to(torch.float32, copy=True))
+        self.weight_unpacked = nn.Parameter(start.to(torch.float32, copy=True))
 
-    def tighten(self) -> None:
-        super().tighten()
-        if self.weight_loose is not None:
-            self.assign(self.weight_loose)
-            self.weight_loose = None
+    def repack(self) -> None:
+        super().repack()
+        if self.weight_unpacked is not None:
+            self.assign(self.weight_unpacked)
+            self.weight_unpacked = None
 
     def extra_repr(self) -> str:
         layout = self.layout
@@ -131,9 +132,9 @@ class LowBitTable(TablePart):
         return self.tensor_scale.clone().view(torch.float32)
 
     def _straight_through(self, rows: Tensor) -> Tensor:
-        """(..., D) of ``weight_loose`` as they will be once stored; the gradient passes as if nothing were rounded."""
+        """(..., D) of ``weight_unpacked`` as they will be stored; the gradient passes as if nothing were rounded."""
         with torch.no_grad():
-            scale = self._tensor_scale(self.weight_loose)
+            scale = self._tensor_scale(self.weight_unpacked)
             flat = rows.reshape(-1, self.layout.width)
             back = unpack(pack(flat if scale is None else flat / scale, *self._rounding()), self.layout)
             rounding = (back if scale is None else back * scale).view(rows.shape) - rows

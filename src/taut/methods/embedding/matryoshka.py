@@ -105,9 +105,9 @@ class MatryoshkaTable(TablePart):
 
     def _draw(self) -> None:
         """The prefix of this lookup and of the logits that follow: the same sequence in every run and every copy."""
-        generator = torch.Generator().manual_seed(self.draws)
+        generator = torch.Generator().manual_seed(self.random_step)
         self.drawn = self.widths[int(torch.randint(len(self.widths), (), generator=generator))]
-        self.draws += 1
+        self.random_step += 1
 
     def _prefix(self, coordinates: Tensor) -> Tensor:
         """(..., R), those behind the drawn prefix zero; a product, so that every parameter still gets a gradient."""

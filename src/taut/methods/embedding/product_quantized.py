@@ -85,7 +85,7 @@ class ProductTable(TablePart):
         )
         few = flat.shape[0] <= FEW_TOKENS or self.layout.subvector >= FEW_CODES * self.layout.stages
         plain = flat.device.type != "cpu" or flat.dtype not in (torch.float32, torch.float64)
-        if training or plain or not few or torch.compiler.is_compiling() or "weight_loose" in self._parameters:
+        if training or plain or not few or torch.compiler.is_compiling() or "weight_unpacked" in self._parameters:
             answer = self._expanded(flat, training)
         else:
             answer = scores(flat, self.weight, self._books().to(flat.dtype), self.layout)
@@ -101,35 +101,35 @@ class ProductTable(TablePart):
         """V D: codes and lengths stand for all rows."""
         return self.num_embeddings * self.embedding_dim
 
-    def loosen(self, original: Tensor | None = None) -> None:
+    def unpack(self, original: Tensor | None = None) -> None:
         """Lengths and stored codebooks become float parameters. To choose codes anew, so do the rows, (V, D), and a
         lookup gives the nearest centroids. Subvectors start from ``original`` where their codes are those nearest to
         it, else from what they stand for, so that at first no code changes."""
         start = self._start(original) if self.relearn == "codes" else None
-        super().loosen(original)
+        super().unpack(original)
         if self.norms is not None:
-            self.norms_loose = nn.Parameter(decode_lengths(self.norms, torch.float32))
+            self.norms_unpacked = nn.Parameter(decode_lengths(self.norms, torch.float32))
         if start is not None:
-            self.weight_loose = nn.Parameter(start)
+            self.weight_unpacked = nn.Parameter(start)
 
     @torch.no_grad()
-    def tighten(self) -> None:
+    def repack(self) -> None:
         """Back to codes, bytes and stored codebooks."""
-        if "weight_loose" in self._parameters:
-            chosen = self._chosen(self.weight_loose, self.weight, self._lengths(None), self._books())
+        if "weight_unpacked" in self._parameters:
+            chosen = self._chosen(self.weight_unpacked, self.weight, self._lengths(None), self._books())
             self.weight.copy_(chosen)
-            del self.weight_loose
-        if "norms_loose" in self._parameters:
-            self.norms.copy_(encode_lengths(self.norms_loose))
-            del self.norms_loose
-        super().tighten()
+            del self.weight_unpacked
+        if "norms_unpacked" in self._parameters:
+            self.norms.copy_(encode_lengths(self.norms_unpacked))
+            del self.norms_unpacked
+        super().repack()
 
     def _rows(self, ids: Tensor) -> Tensor:
         """(n,) -> (n, D), without ``scale``."""
         books, lengths = self._books(), self._lengths(ids)
-        if "weight_loose" not in self._parameters:
+        if "weight_unpacked" not in self._parameters:
             return lookup(self.weight, ids, books, self.layout, lengths)
-        rows = F.embedding(ids, self.weight_loose).to(books.dtype)
+        rows = F.embedding(ids, self.weight_unpacked).to(books.dtype)
         with torch.no_grad():
             packed = self._chosen(rows, self.weight.index_select(0, ids), lengths, books)
         chosen = lookup(packed, torch.arange(ids.numel(), device=ids.device), books, self.layout, lengths)
@@ -168,13 +168,13 @@ class ProductTable(TablePart):
         """Of the rows ``ids`` (n,), None for all: (n,) of ``dtype``, None where none are kept."""
         if self.norms is None:
             return None
-        loose = self._parameters.get("norms_loose")
-        if loose is None:
+        unpacked = self._parameters.get("norms_unpacked")
+        if unpacked is None:
             return decode_lengths(self.norms if ids is None else self.norms.index_select(0, ids), self.dtype)
-        loose = loose if ids is None else loose.index_select(0, ids)
+        unpacked = unpacked if ids is None else unpacked.index_select(0, ids)
         with torch.no_grad():
-            rounding = decode_lengths(encode_lengths(loose), loose.dtype) - loose
-        return (loose + rounding).to(self.dtype)
+            rounding = decode_lengths(encode_lengths(unpacked), unpacked.dtype) - unpacked
+        return (unpacked + rounding).to(self.dtype)
 
     def _expanded(self, hidden: Tensor, training: bool) -> Tensor:
         """(T, D) -> (T, V). In training no expanded row waits for the backward pass: it is expanded once more."""

@@ -32,7 +32,7 @@ class BlockDensePart(LinearPart):
     """y = U (blockdiag(V) x) + b. ``weight`` is U transposed (R, outputs), ``projection`` is V (B, R/B, inputs/B): both
     with their long side contiguous, which is how one token reads them fastest."""
 
-    premerges = True
+    may_keep_dense_copy = True
 
     def __init__(
         self, site: LinearSite, blocks: int, rank: int, store: Store | None, device: torch.device, dtype: torch.dtype

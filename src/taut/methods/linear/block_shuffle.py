@@ -37,7 +37,7 @@ class BlockShufflePart(LinearPart):
     follows is elementwise.
     """
 
-    premerges = True
+    may_keep_dense_copy = True
 
     def __init__(
         self, site: LinearSite, blocks: int, store: Store | None, device: torch.device, dtype: torch.dtype

@@ -34,7 +34,7 @@ class LowRankLinearPart(LinearPart):
     a time, reads memory at half the speed.
     """
 
-    premerges = True
+    may_keep_dense_copy = True
 
     def __init__(
         self, site: LinearSite, rank: int, store: Store | None, device: torch.device, dtype: torch.dtype

@@ -174,7 +174,7 @@ def _mask(view: View, pattern: Pattern, block: Block, query: Tensor) -> Tensor |
         return additive(allowed(), query.dtype)
     low = spans[-1][0]
     memory = view.pattern or Causal()
-    inner = low >= view.reach(pattern.settled) + memory.settled
+    inner = low >= view.reach(pattern.repeats_from) + memory.repeats_from
     turn = rows.start % math.lcm(pattern.period, memory.period)
     place = (rows.start - low, turn) if inner else (rows.start, low)
     memo = (pattern, inner, place, rows.stop - rows.start, *(high - low for low, high in spans), query.dtype)

@@ -31,7 +31,7 @@ class Pattern(ABC):
 
     @property
     @abstractmethod
-    def settled(self) -> int:
+    def repeats_from(self) -> int:
         """From this position on, what a query sees depends on the distance and on its place modulo ``period`` alone,
         but for keys that are seen always or never. Blocks beyond it share masks."""
 
@@ -57,7 +57,7 @@ class Causal(Pattern):
         return length * (length + 1) // 2
 
     @property
-    def settled(self) -> int:
+    def repeats_from(self) -> int:
         return 0
 
 
@@ -78,7 +78,7 @@ class Window(Pattern):
         return below if self.causal else 2 * below - length
 
     @property
-    def settled(self) -> int:
+    def repeats_from(self) -> int:
         return self.width
 
 
@@ -95,7 +95,7 @@ class Global(Pattern):
         return length**2 - max(0, length - self.count) ** 2
 
     @property
-    def settled(self) -> int:
+    def repeats_from(self) -> int:
         return self.count
 
 
@@ -120,7 +120,7 @@ class Sink(Pattern):
         return count * longest - count * (count - 1) // 2
 
     @property
-    def settled(self) -> int:
+    def repeats_from(self) -> int:
         return self.count + self.window
 
     @property
@@ -152,8 +152,8 @@ class _Several(Pattern):
     members: tuple[Pattern, ...]
 
     @property
-    def settled(self) -> int:
-        return max(member.settled for member in self.members)
+    def repeats_from(self) -> int:
+        return max(member.repeats_from for member in self.members)
 
     @property
     def period(self) -> int:
@@ -217,7 +217,7 @@ class View:
     pattern: Pattern | None = None
     marks: tuple[Tensor, Tensor] | None = None
     rule: Rule | None = None
-    stock: Callable[[], Tensor | None] | None = None
+    dense_mask: Callable[[], Tensor | None] | None = None
     memo: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     ndim = 4
@@ -236,8 +236,8 @@ class View:
         ``is_causal`` flag (which holds for more than one query). ``pattern`` is ANDed with what is here."""
         key = ("dense", pattern, device)
         if key not in self.memo:
-            if self.plain and pattern is None and self.stock is not None:
-                self.memo[key] = self.stock()
+            if self.plain and pattern is None and self.dense_mask is not None:
+                self.memo[key] = self.dense_mask()
             elif self.plain and pattern is None and self._unmasked:
                 self.memo[key] = None
             else:

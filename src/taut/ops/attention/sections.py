@@ -20,7 +20,7 @@ WORTH = 0.7
 
 
 @dataclass(frozen=True)
-class Block:
+class SectionBlock:
     """The queries ``rows`` see keys ``low`` to ``high``, and those of the first ``count`` kept ones that are older."""
 
     rows: slice
@@ -34,15 +34,15 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SectionPlan:
     """Places (B or 1, C) of the kept keys, oldest first, which of these are some, (B or 1, C) bool, and the blocks."""
 
     kept: Tensor
     real: Tensor
-    blocks: tuple[Block, ...]
+    blocks: tuple[SectionBlock, ...]
 
 
-def plan(view: View, device: torch.device, rows: int | None = None) -> Plan | None:
+def plan(view: View, device: torch.device, rows: int | None = None) -> SectionPlan | None:
     """How to go about it in blocks of ``rows`` queries; None where a view is not of this kind, or is read as fast in
     one call. Looked up once for all layers.
 
@@ -57,7 +57,14 @@ def plan(view: View, device: torch.device, rows: int | None = None) -> Plan | No
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, view: View, plan: Plan, *, scaling: float | None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    view: View,
+    plan: SectionPlan,
+    *,
+    scaling: float | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Softmax attention under ``view`` as planned: query (B, H, T, K), key and value (B, H', S, K) with H a multiple of
     H' -> (B, T, H, K), any floating dtype. ``scaling`` None: K^-1/2. Queries that see nothing (padding) get finite
@@ -71,7 +78,7 @@ def attend(
     return torch.cat([each.transpose(1, 2) for each in found], 1)
 
 
-def _seen(held: Tensor, plan: Plan) -> Iterator[Tensor]:
+def _seen(held: Tensor, plan: SectionPlan) -> Iterator[Tensor]:
     """The keys or values of each block, (B, H', s, K): kept ones, then its own."""
     own = blocked.slices(held, [(block.rows, [(block.low, block.high)]) for block in plan.blocks])
     older = blocked.slices(
@@ -81,7 +88,7 @@ def _seen(held: Tensor, plan: Plan) -> Iterator[Tensor]:
         yield torch.cat([next(older), each], 2) if block.count else each
 
 
-def _planned(view: View, device: torch.device, rows: int) -> Plan | None:
+def _planned(view: View, device: torch.device, rows: int) -> SectionPlan | None:
     if view.queries <= rows or (found := view.pattern.sections(*view.marks)) is None:
         return None
     starts, kept = found
@@ -97,15 +104,15 @@ def _planned(view: View, device: torch.device, rows: int) -> Plan | None:
         high = bottom + view.keys - view.queries
         # Some keys more, as the fused kernels are faster then.
         low = max(0, low - (low - high - count) % blocked.ALIGNMENT)
-        blocks.append(Block(slice(top, bottom), count if low else 0, low, high))
+        blocks.append(SectionBlock(slice(top, bottom), count if low else 0, low, high))
     if sum(block.pairs for block in blocks) > WORTH * view.queries * view.keys:
         return None
     order = (~kept).long().argsort(dim=1, stable=True)[:, : max(counts)]
     real = torch.arange(order.shape[1], device=device) < kept.sum(1, keepdim=True)
-    return Plan(order, real, tuple(blocks))
+    return SectionPlan(order, real, tuple(blocks))
 
 
-def _mask(view: View, plan: Plan, block: Block, query: Tensor) -> Tensor | None:
+def _mask(view: View, plan: SectionPlan, block: SectionBlock, query: Tensor) -> Tensor | None:
     """The additive mask of a block, (B or 1, 1, t, s), shared by layers; None when all is seen."""
     memo = ("sections", block.rows.start, block.rows.stop, query.dtype)
     if memo not in view.memo:

@@ -39,7 +39,7 @@ class CountedLayer(StoredLayer, ABC):
         self.keys, self.values = keys, values
 
     @abstractmethod
-    def settle(self, kept: Any) -> None:
+    def absorb(self, kept: Any) -> None:
         """Take in what is pending, as ``CountedCache.kept`` says."""
 
     def reset(self) -> None:
@@ -60,7 +60,7 @@ class CountedCache(PositionedCache, ABC):
         self.width = 0
 
     @abstractmethod
-    def kept(self, settled: int, fresh: int, device: torch.device) -> Any:
+    def kept(self, absorbed: int, fresh: int, device: torch.device) -> Any:
         """What layers do to take ``fresh`` tokens in that stand behind what they hold of ``settled`` ones."""
 
     @property
@@ -91,7 +91,7 @@ class CountedCache(PositionedCache, ABC):
             each.seen -= count
             if count:
                 each.keys, each.values = each.keys[:, :, :-count], each.values[:, :, :-count]
-            each.settle(kept)
+            each.absorb(kept)
 
     def state(self) -> dict[str, Tensor]:
         return {"seen": torch.tensor(self.layers[0].seen)}

@@ -153,7 +153,7 @@ class EvictionLayer(StoredLayer):
     def rescore(self, keys: Tensor, asked: Asked) -> None:
         self.scores = self.score.after(self.scores, keys, asked)
 
-    def settle(self, cut: Cut) -> None:
+    def evict(self, cut: Cut) -> None:
         index = cut.index(self.scores)
         self.scores = self.scores.gather(2, index)
         self.keys, self.values = gathered(self.keys, index), gathered(self.values, index)
@@ -234,10 +234,10 @@ class EvictionCache(PositionedCache):
         elif self.score.reads_queries:
             own.rescore(keys.detach(), Asked(query.detach(), view, scaling, self.counted))
         if self.cut is not None:
-            own.settle(self.cut)
+            own.evict(self.cut)
 
     def finish(self) -> None:
-        self._settled()
+        self._after_eviction()
         self.key_positions = self.counted = None
         for layer in self.layers:
             layer.ready = False
@@ -318,8 +318,8 @@ class EvictionCache(PositionedCache):
                 query = torch.cat(layer.unconfirmed, 2)[:, :, :confirmed]
                 layer.rescore(layer.to_attend(layer.keys, query), Asked(query, view, layer.scaling, counted))
             if self.cut is not None:
-                layer.settle(self.cut)
-        self._settled()
+                layer.evict(self.cut)
+        self._after_eviction()
 
     def _positions(self, fresh: int, device: torch.device, first: int | None = None) -> Tensor:
         """Of all columns, the last ``fresh`` of which are new: (B or 1, S). Old ones stand at 0, before everybody."""
@@ -340,7 +340,7 @@ class EvictionCache(PositionedCache):
         count = min(self.entries, int(age[:, 0].max()))
         return Cut(count, self.real & (age <= self.recent), self.real) if count < self.columns else None
 
-    def _settled(self) -> None:
+    def _after_eviction(self) -> None:
         """All layers have made the cut."""
         if self.cut is None:
             return

@@ -53,7 +53,7 @@ class Compression(Marked):
         return self.segment + self.memory + self.rate - 1 + self.compressed
 
     @property
-    def settled(self) -> int:
+    def repeats_from(self) -> int:
         return 0
 
 
@@ -71,7 +71,7 @@ class Intake:
 
 
 @dataclass(frozen=True)
-class Places:
+class QueuePlaces:
     """What stands where in one pass, (B or 1, ...) int64 each: the ``groups`` and the ``tokens`` that are held, -1 for
     an empty column; the ``new`` tokens, pending ones among them, below 0 for padding; the groups that are ``formed`` of
     all these by the end of the pass, -1 for none. ``gapless``: all earlier tokens are there, in the order of the text.
@@ -123,22 +123,22 @@ class QueueCache(CountedCache, ABC):
     @abstractmethod
     def begin(self, incoming: Incoming) -> None: ...
 
-    def start(self, incoming: Incoming) -> Places:
+    def start(self, incoming: Incoming) -> QueuePlaces:
         """Tell the layers what to do -> what stands where. Raises TautError for packed sequences."""
         if incoming.restarts is not None:
             raise TautError("packed sequences would be compressed together: give each a row of its own")
         layer, device = self.layers[0], incoming.device
         self.starts = incoming.starts
-        settled, fresh = layer.seen - layer.pending, layer.pending + incoming.queries
-        intake = self.kept(settled, fresh, device)
+        absorbed, fresh = layer.seen - layer.pending, layer.pending + incoming.queries
+        intake = self.kept(absorbed, fresh, device)
         for each in self.layers:
             each.turn = intake
-        new = self.since(settled, device)[:, None] + torch.arange(fresh, device=device)
-        before, after = (self._counts_and_groups(seen, device)[1] for seen in (settled, settled + fresh))
+        new = self.since(absorbed, device)[:, None] + torch.arange(fresh, device=device)
+        before, after = (self._counts_and_groups(seen, device)[1] for seen in (absorbed, absorbed + fresh))
         count = 0 if intake.members is None else intake.members.shape[1] // self.compression.rate
         formed = before + torch.arange(count, device=device)
-        gapless = self.starts is None and self.columns == settled and not layer.compressed
-        return Places(*self._held(settled, device), new, torch.where(formed < after, formed, -1), gapless)
+        gapless = self.starts is None and self.columns == absorbed and not layer.compressed
+        return QueuePlaces(*self._held(absorbed, device), new, torch.where(formed < after, formed, -1), gapless)
 
     def state(self) -> dict[str, Tensor]:
         return super().state() | {"compressed": torch.tensor(self.layers[0].compressed)}
@@ -152,12 +152,12 @@ class QueueCache(CountedCache, ABC):
     def dropped(self) -> bool:
         return bool(self.compression.groups(torch.tensor(self.layers[0].seen)) > 0)
 
-    def kept(self, settled: int, fresh: int, device: torch.device) -> Intake:
+    def kept(self, absorbed: int, fresh: int, device: torch.device) -> Intake:
         """Which groups are complete after these tokens, and where the entries are that stay."""
         rate, old, columns = self.compression.rate, self.layers[0].compressed, self.columns
-        first = self.since(settled, device)[:, None]
-        held, before = self._counts_and_groups(settled, device)
-        total, after = self._counts_and_groups(settled + fresh, device)
+        first = self.since(absorbed, device)[:, None]
+        held, before = self._counts_and_groups(absorbed, device)
+        total, after = self._counts_and_groups(absorbed + fresh, device)
         count = int((after - before).max())
         if not count and self.starts is None:
             return Intake(old)
@@ -178,10 +178,10 @@ class QueueCache(CountedCache, ABC):
             return Intake(compressed, index=index)
         return Intake(compressed, column(formed), index, (total - formed).clamp(min=1))
 
-    def _held(self, settled: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _held(self, absorbed: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The groups (B or 1, G) and the tokens (B or 1, C) in the columns of every layer, -1 for an empty one."""
         old = self.layers[0].compressed
-        count, before = self._counts_and_groups(settled, device)
+        count, before = self._counts_and_groups(absorbed, device)
         groups = before - old + torch.arange(old, device=device)
         tokens = before * self.compression.rate + torch.arange(self.columns - old, device=device)
         return groups.clamp(min=-1), torch.where(tokens < count, tokens, -1)

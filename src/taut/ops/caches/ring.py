@@ -74,7 +74,7 @@ class RingLayer(CountedLayer):
         if self.record_past:
             self.pending += turn.queries
         else:
-            self.settle(turn.index)
+            self.absorb(turn.index)
         return keys, values
 
     def _over(self, held: Tensor, states: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ class RingLayer(CountedLayer):
             seen = _written(seen, rounded(states, self.store), turn)
         return held, seen
 
-    def settle(self, kept: Tensor | None) -> None:
+    def absorb(self, kept: Tensor | None) -> None:
         """Keep these columns of what is held, (B or 1, C), or all."""
         self.pending = 0
         if kept is not None:
@@ -103,18 +103,18 @@ class RingCache(CountedCache):
         layer, capacity = self.layers[0], self.ring.capacity
         queries, starts, device = incoming.queries, incoming.starts, incoming.device
         self.starts = starts
-        settled = layer.seen - layer.pending
+        absorbed = layer.seen - layer.pending
         fresh = layer.pending + queries
         latest = 0 if starts is None else int(starts.max())
         columns = self.columns
-        if fresh == 1 and columns == capacity and latest <= settled and not layer.record_past:
-            after = self.counts(settled + 1, device)
+        if fresh == 1 and columns == capacity and latest <= absorbed and not layer.record_past:
+            after = self.counts(absorbed + 1, device)
             turn = Turn(1, slot=self.ring.column(after - 1))
             self.key_positions = self.ring.held(after, columns)
         else:
-            turn = Turn(queries, index=self.kept(settled, fresh, device))
-            contiguous = settled == 0 or (starts is None and settled <= capacity)
-            self.key_positions = None if contiguous else self._positions(settled, columns, fresh, device)
+            turn = Turn(queries, index=self.kept(absorbed, fresh, device))
+            contiguous = absorbed == 0 or (starts is None and absorbed <= capacity)
+            self.key_positions = None if contiguous else self._positions(absorbed, columns, fresh, device)
         self.width = columns + (0 if turn.slot is not None else fresh)
         for each in self.layers:
             each.turn = turn
@@ -123,21 +123,21 @@ class RingCache(CountedCache):
     def dropped(self) -> bool:
         return self.layers[0].seen > self.ring.capacity
 
-    def kept(self, settled: int, fresh: int, device: torch.device) -> Tensor | None:
+    def kept(self, absorbed: int, fresh: int, device: torch.device) -> Tensor | None:
         """Where the ring finds its entries, (B or 1, C); None when all stay put."""
-        total, capacity = settled + fresh, self.ring.capacity
+        total, capacity = absorbed + fresh, self.ring.capacity
         if self.starts is None and total <= capacity:
             return None
         earliest = 0 if self.starts is None else int(self.starts.min())
         position = self.ring.held(self.counts(total, device), max(0, min(capacity, total - earliest)))
         column = torch.arange(position.shape[1], device=device)
-        is_new = position >= self.counts(settled, device)[:, None]
-        return torch.where(is_new, self.columns + position - self.since(settled, device)[:, None], column)
+        is_new = position >= self.counts(absorbed, device)[:, None]
+        return torch.where(is_new, self.columns + position - self.since(absorbed, device)[:, None], column)
 
-    def _positions(self, settled: int, columns: int, fresh: int, device: torch.device) -> Tensor:
+    def _positions(self, absorbed: int, columns: int, fresh: int, device: torch.device) -> Tensor:
         """Of ``columns`` columns of the ring and ``fresh`` tokens behind them: (B or 1, columns + fresh)."""
-        new = self.since(settled, device)[:, None] + torch.arange(fresh, device=device)
-        return torch.cat([self.ring.held(self.counts(settled, device), columns), new], 1)
+        new = self.since(absorbed, device)[:, None] + torch.arange(fresh, device=device)
+        return torch.cat([self.ring.held(self.counts(absorbed, device), columns), new], 1)
 
 
 def _written(held: Tensor, new: Tensor, turn: Turn) -> Tensor:

@@ -2,9 +2,9 @@
 each input, which is looked up with x as the weights of a bag.
 
 A map (M, N) is one int8 tensor (blocks, N, bytes of a group): block by block of ``group`` outputs, and in it input by
-input the codes of those outputs and their scale, as ``kernels.rowwise`` packs a row. So an output of a group is a sum
-of rows times the numbers of x, which FBGEMM's lookup of integers in 8, 4 and 2 bits does in one pass over the codes,
-and no scale is shared by two inputs, however much their magnitudes differ.
+input the codes of those outputs and their scale, as ``rowwise`` packs a row. So an output of a group is a sum of rows
+times the numbers of x, which FBGEMM's lookup of integers in 8, 4 and 2 bits does in one pass over the codes, and no
+scale is shared by two inputs, however much their magnitudes differ.
 
 For many tokens, and for other formats, blocks are expanded some at a time and multiplied while they are in the cache.
 """

@@ -1,6 +1,6 @@
 """Token tables in few bits: one uint8 tensor, each group of a row followed by its own scale.
 
-Of a group come first the codes, the earlier columns in a byte's lower bits, then what ``kernels.number_formats`` keeps
+Of a group come first the codes, the earlier columns in a byte's lower bits, then what ``formats`` keeps
 of its scale. Codes of 6 and of 3 bits lie in two planes: the lower four (two) bits of every number, then the upper two
 (one). With integers of 8, 4 and 2 bits that is the format of torch's
 ``quantized.embedding_bag_{byte,4bit,2bit}_rowwise_offsets`` (FBGEMM): codes, then a scale and a bias, float32 for 8
@@ -37,7 +37,7 @@ EXPANDED_ELSEWHERE = 1 << 28
 @dataclass(frozen=True)
 class RowFormat:
     """Rows of ``width`` D numbers of ``bits`` each, every ``group`` of which share a scale; the last group may be
-    short. ``number`` names the format of a number (``kernels.number_formats.FORMATS``)."""
+    short. ``number`` names the format of a number (``ops.quantization.formats.FORMATS``)."""
 
     bits: int
     width: int

@@ -1,4 +1,4 @@
-"""``kernels.bands`` for a module: the places that its packed classes stand for, computed anew when these change."""
+"""``ops.tables.bands`` for a module: the places that its packed classes stand for, computed anew when these change."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from taut.ops.tables.bands import places
 
 
 @dataclass(frozen=True)
-class Places:
+class RowPlaces:
     """Of V rows: the class of each (V,) uint8, its rank within the class (V,) int32, and all rows (V,) int64, class
     after class."""
 
@@ -31,14 +31,14 @@ class RowMap:
         self.rows, self.count = rows, count
         self._source: Tensor | None = None
         self._state = (0, 0)
-        self._places: Places | None = None
+        self._places: RowPlaces | None = None
 
-    def __call__(self, packed: Tensor) -> Places:
-        """Of packed classes (``kernels.bands.pack_classes``). Kept until the tensor, its memory or its values change,
+    def __call__(self, packed: Tensor) -> RowPlaces:
+        """Of packed classes (``bands.pack_classes``). Kept until the tensor, its memory or its values change,
         as loading, ``.to()`` and ``copy.deepcopy`` do."""
         state = (packed.data_ptr(), 0 if packed.is_inference() else packed._version)
         if self._places is None or self._source is not packed or self._state != state:
             classes, offsets = places(packed, self.count, self.rows)
             self._source, self._state = packed, state
-            self._places = Places(classes, offsets, classes.argsort(stable=True))
+            self._places = RowPlaces(classes, offsets, classes.argsort(stable=True))
         return self._places

@@ -57,7 +57,7 @@ class DynamicKnobs(Knobs):
 
 
 @dataclass(frozen=True)
-class Places:
+class ColumnPlaces:
     """Where rows lie: class and rank within the class of every row, the first page of each class, the rows in the
     order of the pages, split by class, and the place of every row in that order."""
 
@@ -74,8 +74,8 @@ class DynamicTable(TablePart):
     """``weight`` (pages, columns of a page) holds the rows class by class, what is left over zero; ``projection``
     (W, D) rotates back from the W columns of the widest class; ``classes`` is the packed class of every row.
 
-    Loosened, every row has all W columns (``columns_loose``, (V, W)) and a value for each step from one class to the
-    next (``router_loose``, (V, C - 1)); the score of a class is the sum of the steps to it. The forward takes the
+    Unpacked, every row has all W columns (``columns_unpacked``, (V, W)) and a value for each step from one class to the
+    next (``router_unpacked``, (V, C - 1)); the score of a class is the sum of the steps to it. The forward takes the
     division into classes with the greatest sum of scores that fits the pages, as ``tighten`` will; in training mode
     instead a class drawn for every token (straight-through Gumbel softmax). A loss moves columns from row to row only
     where it contains their price, ``expected_width()`` times some factor.
@@ -99,13 +99,13 @@ class DynamicTable(TablePart):
         self.hold("projection", (self.widths[-1], site.width), store, device)
         packed = map_bytes(site.rows, len(pages))
         self.register_buffer("classes", torch.zeros(packed, dtype=torch.uint8, device=device))
-        self.register_parameter("columns_loose", None)
-        self.register_parameter("router_loose", None)
-        self._places: Places | None = None
+        self.register_parameter("columns_unpacked", None)
+        self.register_parameter("router_unpacked", None)
+        self._places: ColumnPlaces | None = None
         self._routed: tuple[Tensor, tuple[int, int], Tensor] | None = None
 
     @property
-    def places(self) -> Places:
+    def places(self) -> ColumnPlaces:
         """Derived from ``classes`` and kept until these change; not stored."""
         source, state, known = self.classes, _state(self.classes), self._places
         if known is None or known.source is not source or known.state != state:
@@ -114,7 +114,7 @@ class DynamicTable(TablePart):
             starts = accumulate((size * own for size, own in zip(sizes, self.pages, strict=True)), initial=0)
             rows = classes.long().argsort(stable=True)
             order = torch.empty_like(rows).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
-            self._places = Places(source, state, classes, offsets, tuple(starts)[:-1], rows.split(sizes), order)
+            self._places = ColumnPlaces(source, state, classes, offsets, tuple(starts)[:-1], rows.split(sizes), order)
         return self._places
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class DynamicTable(TablePart):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V): the hidden state rotated once, then of it as many columns as each class has."""
-        if self.columns_loose is not None:
+        if self.columns_unpacked is not None:
             return F.linear(hidden, self.merged())
         rotated, pages = F.linear(hidden, self.held("projection")), self.held("weight")
         scores = []
@@ -159,12 +159,12 @@ class DynamicTable(TablePart):
 
     def expected_width(self, frequency: Tensor | None = None) -> Tensor:
         """How many columns a lookup reads on average, a number without axes; ``frequency`` (V,): how often each token
-        is looked up, else all equally often. Loosened, the router's expectation, for a penalty in a loss."""
+        is looked up, else all equally often. Unpacked, the router's expectation, for a penalty in a loss."""
         widths = torch.tensor(self.widths, dtype=torch.float32, device=self.classes.device)
-        if self.router_loose is None:
+        if self.router_unpacked is None:
             expected = widths[self.places.classes.long()]
         else:
-            expected = class_scores(self.router_loose).softmax(-1) @ widths
+            expected = class_scores(self.router_unpacked).softmax(-1) @ widths
         if frequency is None:
             return expected.mean()
         frequency = frequency.to(expected.device, torch.float64)
@@ -175,33 +175,33 @@ class DynamicTable(TablePart):
         page_bytes = stored_bytes((1, self.page), self.store, self.dtype.itemsize)
         return self.expected_width(frequency) * (8 * page_bytes / self.page / self.embedding_dim)
 
-    def loosen(self, original: Tensor | None = None) -> None:
+    def unpack(self, original: Tensor | None = None) -> None:
         with torch.no_grad():
             if original is None:
                 columns = self._columns(torch.arange(self.num_embeddings, device=self.classes.device))
             else:
                 columns = self.coordinates(original.to(self.classes.device))
             router = initial_values(self.places.classes, len(self.pages))
-        super().loosen(original)
+        super().unpack(original)
         # The pages are written anew by ``tighten``; until then they are no parameter.
-        self._parameters.pop("weight_loose", None)
+        self._parameters.pop("weight_unpacked", None)
         if self.store is None:
             self.weight = None
-        self.columns_loose, self.router_loose = nn.Parameter(columns.float()), nn.Parameter(router)
+        self.columns_unpacked, self.router_unpacked = nn.Parameter(columns.float()), nn.Parameter(router)
 
-    def tighten(self) -> None:
-        super().tighten()
-        if self.columns_loose is not None:
+    def repack(self) -> None:
+        super().repack()
+        if self.columns_unpacked is not None:
             if self.store is None:
-                pages = self.columns_loose.new_empty(self.count, self.page, dtype=self.dtype)
+                pages = self.columns_unpacked.new_empty(self.count, self.page, dtype=self.dtype)
                 self.weight = nn.Parameter(pages)
-            self.set_rows(self.columns_loose.detach(), self._division())
-            self.columns_loose = self.router_loose = self._routed = None
+            self.set_rows(self.columns_unpacked.detach(), self._division())
+            self.columns_unpacked = self.router_unpacked = self._routed = None
 
     def _columns(self, ids: Tensor) -> Tensor:
         """(...) ids -> (..., W), zero behind the width of the token's class."""
-        if self.columns_loose is not None:
-            return self._loose_columns(ids)
+        if self.columns_unpacked is not None:
+            return self._unpacked_columns(ids)
         readers = [partial(self._read, kind) for kind in range(len(self.pages))]
         return banded(ids, self.places.classes, self.places.offsets, readers, self.widths[-1], self.dtype)
 
@@ -214,20 +214,20 @@ class DynamicTable(TablePart):
         rows = self.held_rows("weight", first[:, None] + torch.arange(own, device=first.device))
         return F.pad(rows.flatten(1), (0, self.widths[-1] - self.widths[kind]))
 
-    def _loose_columns(self, ids: Tensor) -> Tensor:
-        rows = F.embedding(ids, self.columns_loose).unflatten(-1, (self.pages[-1], self.page))
+    def _unpacked_columns(self, ids: Tensor) -> Tensor:
+        rows = F.embedding(ids, self.columns_unpacked).unflatten(-1, (self.pages[-1], self.page))
         rows = rows if self.store is None else self.store.straight_through(rows)
-        scores = class_scores(F.embedding(ids, self.router_loose))
+        scores = class_scores(F.embedding(ids, self.router_unpacked))
         if self.training:
-            scores = with_noise(scores, self.draws)
-            self.draws += 1
+            scores = with_noise(scores, self.random_step)
+            self.random_step += 1
         keep = gate(scores, scores.argmax(-1) if self.training else self._division()[ids])
         ladder = torch.tensor([[page < own for page in range(self.pages[-1])] for own in self.pages]).to(keep)
         return (rows * (keep @ ladder)[..., None]).flatten(-2).to(self.dtype)
 
     def _division(self) -> Tensor:
         """(V,) int64: of every row the class that ``tighten`` gives it, from the router's values."""
-        router, state = self.router_loose, _state(self.router_loose)
+        router, state = self.router_unpacked, _state(self.router_unpacked)
         if self._routed is None or self._routed[0] is not router or self._routed[1] != state:
             division = allocate(-class_scores(router.detach()), torch.tensor(self.pages), self.count).to(router.device)
             self._routed = router, state, division

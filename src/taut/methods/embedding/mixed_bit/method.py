@@ -69,10 +69,10 @@ class Blocks:
 
 class MixedBitTable(TablePart):
     """``classes`` is which of ``layouts`` each row has, packed in whole bits; ``weight`` (1, N, 1) uint8 holds the rows
-    class by class, each class packed as in kernels.rowwise, and its end may stay empty.
+    class by class, each class packed as in ops.quantization.rowwise, and its end may stay empty.
 
     N follows from the budget alone, so that the skeleton can be built before it is known which row has how many bits.
-    Nothing is trainable, except between ``loosen`` and ``tighten``, when ``weight_loose`` (V, D) float32 is what the
+    Nothing is trainable, except between ``loosen`` and ``tighten``, when ``weight_unpacked`` (V, D) float32 is what the
     codes are chosen from; which row has how many bits, and what compensation adds, stays.
     """
 
@@ -91,7 +91,7 @@ class MixedBitTable(TablePart):
         packed = map_bytes(site.rows, len(layouts))
         self.register_buffer("weight", torch.zeros((1, size, 1), dtype=torch.uint8, device=device))
         self.register_buffer("classes", torch.zeros(packed, dtype=torch.uint8, device=device))
-        self.register_parameter("weight_loose", None)
+        self.register_parameter("weight_unpacked", None)
         self._blocks: Blocks | None = None
 
     @property
@@ -132,7 +132,7 @@ class MixedBitTable(TablePart):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), exact up to rounding, one class after the other, never the dense table."""
-        if self.weight_loose is not None:
+        if self.weight_unpacked is not None:
             return F.linear(hidden, self.merged())
         scores = {kind: logits(hidden, self._block(kind), self.layouts[kind]) for kind in self._kinds()}
         for kind in self._compensated():
@@ -151,20 +151,20 @@ class MixedBitTable(TablePart):
             table = table.index_copy(0, rows, self._read(kind, torch.arange(len(rows), device=rows.device)))
         return table
 
-    def loosen(self, original: Tensor | None = None) -> None:
-        super().loosen(original)
+    def unpack(self, original: Tensor | None = None) -> None:
+        super().unpack(original)
         start = torch.cat([self._rounded(kind) for kind in self._kinds()])
         start = torch.empty_like(start).index_copy_(0, torch.cat(self.blocks.rows), start)
-        self.weight_loose = nn.Parameter(start if original is None else original.detach().to(start, copy=True))
+        self.weight_unpacked = nn.Parameter(start if original is None else original.detach().to(start, copy=True))
 
     @torch.no_grad()
-    def tighten(self) -> None:
-        super().tighten()
-        if self.weight_loose is not None:
+    def repack(self) -> None:
+        super().repack()
+        if self.weight_unpacked is not None:
             for kind in self._kinds():
-                rows = self.weight_loose[self.blocks.rows[kind]]
+                rows = self.weight_unpacked[self.blocks.rows[kind]]
                 self._block(kind).copy_(pack(rows, self.layouts[kind], clip=self.clip))
-            self.weight_loose = None
+            self.weight_unpacked = None
 
     def numbers(self) -> int:
         """V D: a code stands for a number."""
@@ -217,7 +217,7 @@ class MixedBitTable(TablePart):
         if not len(offsets):
             empty = self.weight.new_empty(0, self.embedding_dim, dtype=self.dtype)
             # A loose table takes part in every graph, as dense tables do.
-            return empty if self.weight_loose is None else empty + self.weight_loose[:0].to(self.dtype)
+            return empty if self.weight_unpacked is None else empty + self.weight_unpacked[:0].to(self.dtype)
         vectors = self._look_up(kind, offsets)
         if kind in self._compensated():
             records, scale = self._records(kind)
@@ -228,10 +228,10 @@ class MixedBitTable(TablePart):
 
     def _look_up(self, kind: int, offsets: Tensor) -> Tensor:
         """``_read`` without compensation. While loose the gradient passes as if nothing had been rounded."""
-        layout, loose = self.layouts[kind], self.weight_loose
-        if loose is None:
+        layout, unpacked = self.layouts[kind], self.weight_unpacked
+        if unpacked is None:
             return lookup(self._block(kind), offsets, layout, self.dtype)
-        rows = F.embedding(self.blocks.rows[kind].index_select(0, offsets), loose, self.padding_idx)
+        rows = F.embedding(self.blocks.rows[kind].index_select(0, offsets), unpacked, self.padding_idx)
         with torch.no_grad():
             rounding = unpack(pack(rows, layout, clip=self.clip), layout) - rows
         return (rows + rounding).to(self.dtype)

@@ -65,7 +65,7 @@ class TensorTrainKnobs(Knobs):
 
 
 class TensorTrainTable(TablePart):
-    """``weight``, ``core_2``, ... ``core_K`` of (p_k, 1, r_{k-1} q_k r_k), see kernels.tensor_train.
+    """``weight``, ``core_2``, ... ``core_K`` of (p_k, 1, r_{k-1} q_k r_k), see methods.embedding.tensor_train.kernel.
 
     ``hot_rows`` (C, D) replaces what the cores give for C of the rows. ``places`` is uint8: where every row stands in
     the train, hot ones first, or, in the given order, only which rows are hot; ceil(log2 V) bits a number.

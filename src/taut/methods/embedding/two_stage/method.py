@@ -21,7 +21,7 @@ from taut.methods.store import Store, stored_bytes
 from taut.ops.codebooks.product_codes import LENGTH_ONE, CodeLayout, decode_lengths, encode_lengths
 from taut.ops.quantization.rowwise import RowFormat
 from taut.ops.tables.bands import map_bytes, pack_classes
-from taut.ops.tables.row_map import Places, RowMap
+from taut.ops.tables.row_map import RowMap, RowPlaces
 
 STANDARD_DEVIATION = 0.02
 """Of the entries of the table when it is trained from scratch."""
@@ -88,10 +88,10 @@ class Layout:
 class TwoStageTable(TablePart):
     """``weight`` (V, 1, bytes) are the first stage's codes into ``codebook``; ``fine`` the second stage of the rows
     that ``refined`` (a bit for each row) marks, in their order: (n, 1, bytes) codes into ``fine_codebook``, or packed
-    rows (kernels.rowwise). The stages add up to coordinates, which ``projection`` (R, D), if any, takes to full width;
-    ``lengths`` (V,) multiplies the result, a byte each (kernels.product_codes).
+    rows (ops.quantization.rowwise). The stages add up to coordinates, which ``projection`` (R, D), if any, takes to
+    full width; ``lengths`` (V,) multiplies the result, a byte each (ops.codebooks.product_codes).
 
-    Loosened with the original at hand, a row's coordinates are the parameter ``points_loose`` (V, R), and its codes
+    Unpacked with the original at hand, a row's coordinates are the parameter ``points_unpacked`` (V, R), and its codes
     are chosen anew at every use.
     """
 
@@ -107,7 +107,7 @@ class TwoStageTable(TablePart):
         self._map = RowMap(site.rows, 2)
 
     @property
-    def places(self) -> Places:
+    def places(self) -> RowPlaces:
         """Whether every row has a second stage, and its place there."""
         return self._map(self.refined)
 
@@ -123,12 +123,12 @@ class TwoStageTable(TablePart):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V). Without gradients no row is expanded: products with all centroids are added up. With
-        them, or loosened, rows are expanded to R numbers piece by piece."""
+        them, or unpacked, rows are expanded to R numbers piece by piece."""
         flat = hidden.reshape(-1, self.embedding_dim)
         if self.layout.rank is not None:
             flat = F.linear(flat, self.held("projection"))
         ids = torch.arange(self.num_embeddings, device=hidden.device)
-        if torch.is_grad_enabled() or "lengths_loose" in self._parameters:
+        if torch.is_grad_enabled() or "lengths_unpacked" in self._parameters:
             scores = torch.cat([flat @ self._coordinates(piece).T for piece in ids.split(PIECE)], dim=1)
         else:
             scores = self.layout.first.scores(flat, self.weight, self._book("codebook"))
@@ -146,18 +146,18 @@ class TwoStageTable(TablePart):
         """V D: a code stands for numbers of a row."""
         return self.num_embeddings * self.embedding_dim
 
-    def loosen(self, original: Tensor | None = None) -> None:
+    def unpack(self, original: Tensor | None = None) -> None:
         """Codebooks, directions and lengths become trainable; with ``original`` (V, D) the choice of codes too."""
-        super().loosen(original)
+        super().unpack(original)
         if original is not None:
-            self.register_parameter("points_loose", nn.Parameter(self.points(original.to(self.weight.device))))
+            self.register_parameter("points_unpacked", nn.Parameter(self.points(original.to(self.weight.device))))
         lengths = decode_lengths(self.lengths, torch.float32)[:, None]
-        self.register_parameter("lengths_loose", nn.Parameter(lengths))
+        self.register_parameter("lengths_unpacked", nn.Parameter(lengths))
 
     @torch.no_grad()
-    def tighten(self) -> None:
-        super().tighten()
-        lengths, points = (self._parameters.pop(f"{name}_loose", None) for name in ("lengths", "points"))
+    def repack(self) -> None:
+        super().repack()
+        lengths, points = (self._parameters.pop(f"{name}_unpacked", None) for name in ("lengths", "points"))
         if lengths is not None:
             self.lengths.copy_(encode_lengths(lengths[:, 0]))
         if points is not None:
@@ -206,7 +206,7 @@ class TwoStageTable(TablePart):
 
     def _coordinates(self, ids: Tensor) -> Tensor:
         """(n,) ids -> (n, R), the sum of both stages."""
-        layout, book, points = self.layout, self._book("codebook"), self._parameters.get("points_loose")
+        layout, book, points = self.layout, self._book("codebook"), self._parameters.get("points_unpacked")
         if points is None:
             values = layout.first.read(self.weight, ids, book, self.dtype)
         else:
@@ -226,10 +226,10 @@ class TwoStageTable(TablePart):
 
     def _lengths(self, ids: Tensor) -> Tensor:
         """(n,) ids -> (n,)."""
-        loose = self._parameters.get("lengths_loose")
-        if loose is None:
+        unpacked = self._parameters.get("lengths_unpacked")
+        if unpacked is None:
             return decode_lengths(self.lengths.index_select(0, ids), self.dtype)
-        lengths = F.embedding(ids, loose, self.padding_idx)[:, 0]
+        lengths = F.embedding(ids, unpacked, self.padding_idx)[:, 0]
         with torch.no_grad():
             rounding = decode_lengths(encode_lengths(lengths), lengths.dtype) - lengths
         return (lengths + rounding).to(self.dtype)

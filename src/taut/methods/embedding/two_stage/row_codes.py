@@ -50,7 +50,7 @@ class RowCodes(ABC):
 
 @dataclass(frozen=True)
 class Centroids(RowCodes):
-    """Product codes (kernels.product_codes) in one stage. A book's row is one subvector's codebook."""
+    """Product codes (ops.codebooks.product_codes) in one stage. A book's row is one subvector's codebook."""
 
     layout: CodeLayout
 
@@ -82,13 +82,13 @@ class Centroids(RowCodes):
         return product_codes.scores(hidden, packed, self._books(book), self.layout)
 
     def _books(self, book: Tensor) -> Tensor:
-        """(1, R / w, C, w): as kernels.product_codes wants it."""
+        """(1, R / w, C, w): as ops.codebooks.product_codes wants it."""
         return book.view(1, self.layout.positions, self.layout.centroids, self.layout.subvector)
 
 
 @dataclass(frozen=True)
 class Numbers(RowCodes):
-    """Rounded numbers with scales of their own (kernels.rowwise); there is no book."""
+    """Rounded numbers with scales of their own (ops.quantization.rowwise); there is no book."""
 
     layout: RowFormat
     book_shape: ClassVar[None] = None

@@ -52,8 +52,8 @@ class MapCodes(ABC):
 
 @dataclass(frozen=True)
 class OutputScales(MapCodes):
-    """8-bit weights (kernels.int8_linear), inputs rounded to 8 bits: each token by its own range, or, with ``fixed``,
-    all by the one that calibration showed."""
+    """8-bit weights (ops.quantization.int8_linear), inputs rounded to 8 bits: each token by its own range, or, with
+    ``fixed``, all by the one that calibration showed."""
 
     outputs: int
     inputs: int
@@ -97,7 +97,8 @@ class OutputScales(MapCodes):
 
 @dataclass(frozen=True)
 class GroupScales(MapCodes):
-    """2 to 8 bits a weight (kernels.low_bit_linear), inputs as they are or, with ``grid``, rounded to short floats."""
+    """2 to 8 bits a weight (ops.quantization.grouped_linear). Inputs stay exact, or ``grid`` rounds them to short
+    floats."""
 
     form: GroupFormat
     symmetric: bool = False

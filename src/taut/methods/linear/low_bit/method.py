@@ -63,11 +63,11 @@ class LowBitKnobs(Knobs):
 
 
 class LowBitLinearPart(LinearPart):
-    """``weight`` is int8, of one dimension for integer products and of three for groups (see kernels.map_codes);
+    """``weight`` is int8, of one dimension for integer products and of three for groups (see codes.py);
     ``input_range`` uint8 is what calibration showed of the inputs, where ``activations`` ask for it.
 
     Only the bias is trainable, and gradients pass through to the input; but between ``loosen`` and ``tighten``
-    ``weight_loose`` (outputs, inputs) float32 is what the codes are chosen from, under the scales there are.
+    ``weight_unpacked`` (outputs, inputs) float32 is what the codes are chosen from, under the scales there are.
     """
 
     def __init__(self, site: LinearSite, codes: MapCodes, device: torch.device, dtype: torch.dtype) -> None:
@@ -77,18 +77,18 @@ class LowBitLinearPart(LinearPart):
         self.register_buffer("weight", torch.empty(codes.shape, dtype=torch.int8, device=device))
         known = torch.empty(codes.input_bytes, dtype=torch.uint8, device=device) if codes.input_bytes else None
         self.register_buffer("input_range", known)
-        self.register_parameter("weight_loose", None)
+        self.register_parameter("weight_unpacked", None)
 
     def product(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs), in the dtype of ``x``."""
-        if self.weight_loose is None:
+        if self.weight_unpacked is None:
             return self.codes.linear(x, self.weight, self.input_range, self.bias)
         inputs = straight_through(x, self.codes.rounded(x, self.input_range))
-        return F.linear(inputs, self._rounded_loose().to(x.dtype), self.bias)
+        return F.linear(inputs, self._rounded_unpacked().to(x.dtype), self.bias)
 
     def merged(self) -> Tensor:
         """(outputs, inputs) float32."""
-        return self.codes.expand(self.weight) if self.weight_loose is None else self._rounded_loose().detach()
+        return self.codes.expand(self.weight) if self.weight_unpacked is None else self._rounded_unpacked().detach()
 
     def numbers(self) -> int:
         """The dense count: a code stands for a number."""
@@ -109,36 +109,36 @@ class LowBitLinearPart(LinearPart):
         """Prepare for inputs between these, (inputs,) each; only for activations that need to know."""
         self.input_range.copy_(self.codes.learn_inputs(least, greatest))
 
-    def loosen(self, original: Tensor | None = None) -> None:
+    def unpack(self, original: Tensor | None = None) -> None:
         """Starts at ``original`` where rounding that to nearest gives the codes; compensated codes are a better start
         than what they were made of."""
-        super().loosen(original)
+        super().unpack(original)
         start = self.codes.expand(self.weight)
         if original is not None:
             dense = original.detach().to(self.weight.device, torch.float32)
             if torch.equal(self.codes.repack(dense, self.weight), self.weight):
                 start = dense.clone()
-        self.weight_loose = nn.Parameter(start)
+        self.weight_unpacked = nn.Parameter(start)
 
     @torch.no_grad()
-    def tighten(self) -> None:
-        super().tighten()
-        if self.weight_loose is not None:
-            self._check_loose()
-            self.weight.copy_(self.codes.repack(self.weight_loose, self.weight))
-            self.weight_loose = None
+    def repack(self) -> None:
+        super().repack()
+        if self.weight_unpacked is not None:
+            self._check_unpacked()
+            self.weight.copy_(self.codes.repack(self.weight_unpacked, self.weight))
+            self.weight_unpacked = None
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.codes}"
 
-    def _rounded_loose(self) -> Tensor:
-        """``weight_loose`` as it will be once tight; the gradient passes as if nothing were rounded."""
+    def _rounded_unpacked(self) -> Tensor:
+        """``weight_unpacked`` as it will be once tight; the gradient passes as if nothing were rounded."""
         with torch.no_grad():
-            tight = self.codes.expand(self.codes.repack(self.weight_loose, self.weight))
-        return straight_through(self.weight_loose, tight)
+            packed = self.codes.expand(self.codes.repack(self.weight_unpacked, self.weight))
+        return straight_through(self.weight_unpacked, packed)
 
-    def _check_loose(self) -> None:
-        if not self.weight_loose.isfinite().all():
+    def _check_unpacked(self) -> None:
+        if not self.weight_unpacked.isfinite().all():
             raise TautError("the trained weight holds numbers that are not finite; it cannot be stored in few bits")
 
 

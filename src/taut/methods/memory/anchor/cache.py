@@ -38,7 +38,7 @@ class Segments(Marked):
         return torch.searchsorted(numbers, query.div(STEP, rounding_mode="floor").contiguous()), key % STEP > 0
 
     @property
-    def settled(self) -> int:
+    def repeats_from(self) -> int:
         return 0
 
 
@@ -125,10 +125,10 @@ class AnchorLayer(StoredLayer):
             raise TautError(FOREIGN)
         keys, values = super().update(key_states, value_states)
         self.seen += key_states.shape[2]
-        self.settle(self.index)
+        self.retain(self.index)
         return keys, values
 
-    def settle(self, index: Tensor | None) -> None:
+    def retain(self, index: Tensor | None) -> None:
         """Keep these columns of what is held."""
         if index is not None:
             self.keys, self.values = gathered(self.keys, index), gathered(self.values, index)
@@ -250,7 +250,7 @@ class AnchorCache(PositionedCache):
         self.pending, self.open = [], after
         index = self._reduced(after, 0)
         for layer in self.layers:
-            layer.settle(index)
+            layer.retain(index)
 
     def state(self) -> dict[str, Tensor]:
         held = {"positions": self.held.positions, "marks": self.held.marks}

@@ -61,7 +61,7 @@ class Anchor(MemoryMethod):
     Knobs = AnchorKnobs
     knobs: AnchorKnobs
 
-    def reads(self, tokenizer: Callable[[], Any]) -> "Anchor":
+    def with_tokenizer(self, tokenizer: Callable[[], Any]) -> "Anchor":
         """With the ids of its strings. Raises TautError for a string that is not one token."""
         knobs = self.knobs
         pairs = {"ids": (knobs.ids, knobs.anchors), "source_ids": (knobs.source_ids, knobs.source_ends)}

@@ -41,7 +41,7 @@ class UsedLayer(QueueLayer):
     def rescore(self, keys: Tensor, asked: Asked) -> None:
         self.scores = MASS.after(self.scores, keys, asked)
 
-    def settle(self, kept: Intake) -> None:
+    def absorb(self, kept: Intake) -> None:
         keys, values, scores = self.keys, self.values, self.scores[..., None]
         if kept.members is not None:
             chosen = self._chosen(kept)
@@ -99,7 +99,7 @@ class UsedCache(QueueCache):
         """Score what the layer has seen, and reduce the groups that leave."""
         own = self.layers[layer]
         own.rescore(keys.detach(), Asked(query.detach(), view, scaling, self.counted))
-        own.settle(own.turn)
+        own.absorb(own.turn)
 
     def finish(self) -> None:
         super().finish()

@@ -12,7 +12,7 @@ from taut.ops.attention.masks import View
 from taut.ops.caches.base import Incoming, gathered
 from taut.ops.caches.pooling import POOLS, Compressor, Pool
 from taut.ops.caches.quantized import RowStore, rounded
-from taut.ops.caches.queues import Compression, Intake, Places, QueueCache, QueueLayer
+from taut.ops.caches.queues import Compression, Intake, QueueCache, QueueLayer, QueuePlaces
 
 
 class CompressedLayer(QueueLayer):
@@ -43,7 +43,7 @@ class CompressedLayer(QueueLayer):
             self.keep(self.turn, *held)
         return attended
 
-    def settle(self, kept: Intake | None) -> None:
+    def absorb(self, kept: Intake | None) -> None:
         self.pending = 0
         if kept is not None:
             attended = self.to_attend(self.keys, self.like), self.to_attend(self.values, self.like)
@@ -86,7 +86,7 @@ class CompressedLayer(QueueLayer):
 
 class CompressedCache(QueueCache):
     """Recent entries of ``layers`` layers, and before them older ones pooled by the name ``pool``: of POOLS, or else by
-    what the model has learned (kernels.compressor.Compressor)."""
+    what the model has learned (ops.caches.pooling.Compressor)."""
 
     layers: list[CompressedLayer]
 
@@ -122,7 +122,7 @@ class CompressedCache(QueueCache):
         for layer in self.layers:
             layer.rest()
 
-    def _prepare(self, incoming: Incoming, places: Places) -> None:
+    def _prepare(self, incoming: Incoming, places: QueuePlaces) -> None:
         """Give the layers their pools, and say who is asked about which of the new groups: who came behind them."""
         fixed, self.learned = POOLS.get(self.pool), incoming.learned
         watching = fixed is None and self.learned.errors is not None

@@ -29,7 +29,7 @@ class Recurrence(Pattern):
         return own + self.segment * before + rest * min(whole * self.segment, self.memory)
 
     @property
-    def settled(self) -> int:
+    def repeats_from(self) -> int:
         return self.segment + self.memory
 
     @property
