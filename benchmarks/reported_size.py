@@ -9,7 +9,7 @@ from real_models import MINILM, STORIES, location, recipes
 import taut
 from taut.core.spec import TrialSpec
 from taut.measurement.count import count, folder_bytes
-from taut.studies import trial
+from taut.studies.trial import Trial
 from taut.surgery.loading import resolve
 
 WITHIN = 0.001
@@ -34,7 +34,7 @@ def main() -> int:
                 headers = folder_bytes(out).headers
             plan = taut.plan(where, recipe)
             spec = TrialSpec(study="reported_size", model=where, recipe_name=label, recipe=recipe.to_dict())
-            noted = trial.run(spec, lambda text: None).costs["file_bytes"].value
+            noted = Trial(spec).run(lambda text: None).costs["file_bytes"].value
             gaps = {
                 "plan off": off(dense.tensors - plan.before.bytes + plan.after.bytes, weights - headers),
                 "count off": off(count(model).file, weights),

@@ -19,6 +19,7 @@ from taut.core.errors import TautError
 from taut.core.record import Quantity, Record
 from taut.core.spec import TrialSpec
 from taut.studies import runner
+from taut.studies.display import LiveDisplay, PlainDisplay
 from taut.studies.ledger import Ledger
 from taut.studies.study import Study
 
@@ -36,6 +37,7 @@ from pathlib import Path
 from sample_records import record
 from test_runner import STUDY, Fake
 from taut.studies import runner
+from taut.studies.display import PlainDisplay
 from taut.studies.ledger import Ledger
 
 class Slow(Fake):
@@ -45,19 +47,22 @@ class Slow(Fake):
             time.sleep(60)
         return super().run(spec, report)
 
-outcome = runner.run(STUDY, Ledger(sys.argv[1]), Slow(), runner.PlainDisplay())
+outcome = runner.run(STUDY, Ledger(sys.argv[1]), Slow(), PlainDisplay())
 sys.exit(outcome.exit_code)
 """
 
 
 class Fake:
-    """A journey without models. ``on`` maps recipe names to what happens instead of success."""
+    """Prepares trials without models. ``on`` maps recipe names to what happens instead of success."""
 
     def __init__(
         self, on: dict[str, Callable[[TrialSpec], Record]] | None = None, need: dict[str, float] | None = None
     ):
         self.on, self.need = on or {}, need or {}
         self.ran: list[str] = []
+
+    def __call__(self, spec: TrialSpec) -> "Ready":
+        return Ready(self, spec)
 
     def validate(self, spec: TrialSpec) -> str | None:
         return "memory: an encoder keeps no cache" if "memory" in spec.recipe else None
@@ -78,9 +83,22 @@ def raising(error: BaseException) -> Callable[[TrialSpec], Record]:
     return happen
 
 
-def run(path: Path, journey: Fake | None = None, study: Study = STUDY) -> tuple[runner.Outcome, str]:
+class Ready:
+    """A trial of a Fake."""
+
+    def __init__(self, fake: Fake, spec: TrialSpec) -> None:
+        self.fake, self.spec, self.reason = fake, spec, fake.validate(spec)
+
+    def estimate(self) -> dict[str, float]:
+        return self.fake.estimate(self.spec)
+
+    def run(self, report: Callable[[str], None]) -> Record:
+        return self.fake.run(self.spec, report)
+
+
+def run(path: Path, fake: Fake | None = None, study: Study = STUDY) -> tuple[runner.Outcome, str]:
     stream = io.StringIO()
-    outcome = runner.run(study, Ledger(path), journey or Fake(), runner.PlainDisplay(stream))
+    outcome = runner.run(study, Ledger(path), fake or Fake(), PlainDisplay(stream))
     return outcome, stream.getvalue()
 
 
@@ -99,9 +117,9 @@ def test_a_run_writes_one_record_a_trial_and_says_so(tmp_path: Path) -> None:
 def test_a_second_run_does_nothing(tmp_path: Path) -> None:
     run(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    journey = Fake()
-    outcome, told = run(tmp_path, journey)
-    assert journey.ran == []
+    fake = Fake()
+    outcome, told = run(tmp_path, fake)
+    assert fake.ran == []
     assert len(outcome.skipped) == len(outcome.records) == 6
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     assert "(6 were in the ledger already)" in told
@@ -155,10 +173,10 @@ def test_wrong_input_ends_the_run_before_the_first_trial(tmp_path: Path) -> None
                 raise TautError("low_rank has no knob 'rang'")
             return None
 
-    journey = Wrong()
+    fake = Wrong()
     with pytest.raises(TautError, match="rang"):
-        run(tmp_path / "ledger", journey)
-    assert journey.ran == []
+        run(tmp_path / "ledger", fake)
+    assert fake.ran == []
     assert not (tmp_path / "ledger").exists()
 
 
@@ -173,12 +191,12 @@ def test_a_study_none_of_whose_recipes_can_work_is_wrong_input(tmp_path: Path) -
 
 
 def test_a_trial_without_memory_is_refused_and_not_recorded(tmp_path: Path) -> None:
-    journey = Fake(need={"r2": 1e18})
-    outcome, told = run(tmp_path, journey)
+    fake = Fake(need={"r2": 1e18})
+    outcome, told = run(tmp_path, fake)
     ((spec, reason),) = outcome.refused
     assert spec.recipe_name == "r2"
     assert "needs about 1000000000.0 GB" in reason
-    assert "r2" not in journey.ran
+    assert "r2" not in fake.ran
     assert outcome.exit_code == 1
     assert "refused: m · r2 · seed 0" in told
     assert not Ledger(tmp_path).has(spec.id), "on a larger machine it runs"
@@ -194,9 +212,9 @@ def test_ctrl_c_leaves_whole_records_and_goes_on_from_there(tmp_path: Path) -> N
     assert [one.recipe_name for one in Ledger(tmp_path).records()] == [one.recipe_name for one in outcome.records]
     assert len(outcome.records) == 3
     assert not list(tmp_path.glob("*.lease"))
-    journey = Fake()
-    outcome, _ = run(tmp_path, journey)
-    assert journey.ran == ["r2", "r3"]
+    fake = Fake()
+    outcome, _ = run(tmp_path, fake)
+    assert fake.ran == ["r2", "r3"]
     assert outcome.exit_code == 0
 
 
@@ -227,9 +245,9 @@ def test_a_real_process_is_interrupted_or_killed(tmp_path: Path, blow: signal.Si
     assert Ledger(ledger).damaged() == []
     before = {path: path.read_bytes() for path in ledger.glob("*.json")}
     assert len(before) == 3
-    journey = Fake()
-    outcome, _ = run(ledger, journey)
-    assert journey.ran == ["r2", "r3"]
+    fake = Fake()
+    outcome, _ = run(ledger, fake)
+    assert fake.ran == ["r2", "r3"]
     assert len(outcome.records) == 6
     assert {path: path.read_bytes() for path in before} == before
     assert not list(ledger.glob("*.lease"))
@@ -260,9 +278,9 @@ def test_a_damaged_record_is_named_and_its_trial_run_again(tmp_path: Path) -> No
     spec = STUDY.trials()[2]
     path = tmp_path / f"{spec.id}.json"
     path.write_text(path.read_text()[:100])
-    journey = Fake()
-    outcome, told = run(tmp_path, journey)
-    assert journey.ran == [spec.recipe_name]
+    fake = Fake()
+    outcome, told = run(tmp_path, fake)
+    assert fake.ran == [spec.recipe_name]
     assert f"damaged record skipped: {path}" in told
     assert len(path.read_text()) == 100
     assert len(outcome.records) == 6
@@ -300,7 +318,7 @@ def test_the_outcome_is_json(tmp_path: Path) -> None:
 
 def test_the_live_display_shows_names_as_they_are(tmp_path: Path) -> None:
     stream = io.StringIO()
-    view = runner.LiveDisplay(Console(file=stream, force_terminal=True, width=120))
+    view = LiveDisplay(Console(file=stream, force_terminal=True, width=120))
     study = Study.parse({"name": "[red]", "models": ["m"], "recipes": {"[bold]x": {"embedding": "low_rank"}}})
     runner.run(study, Ledger(tmp_path), Fake(), view)
     assert "m · [bold]x · seed 0" in stream.getvalue()

@@ -75,6 +75,7 @@ def apply(
     """
     from taut.surgery import apply as surgery
     from taut.surgery.loading import resolve
+    from taut.surgery.prepare import prepare
 
     if out is not None:
         surgery.check_writable(Path(out).absolute())
@@ -86,7 +87,8 @@ def apply(
             surgery.save(model, out)
         return model
     source = resolve(model)
-    options = {"dtype": read_dtype(dtype), "device": device, "seed": seed, "progress": progress}
+    prepared = prepare(source, Recipe.load(recipe), dtype=read_dtype(dtype))
+    options = {"device": device, "seed": seed, "progress": progress}
     texts = read_texts(text, exclude)
     if heal:
         from taut.healing.heal import compress_and_heal
@@ -97,9 +99,9 @@ def apply(
             "healing": healing,
             "state": out and Path(out).with_name(f".{Path(out).name}.heal"),
         }
-        compressed, _ = compress_and_heal(source, Recipe.load(recipe), texts, heal, **options)
+        compressed = compress_and_heal(prepared, texts, heal, **options)
     else:
-        compressed, _ = surgery.compress(source, Recipe.load(recipe), texts, **options)
+        compressed = surgery.compress(prepared, texts, **options)
     if out is not None:
         surgery.save(compressed, out, source.folder)
     return compressed
@@ -232,6 +234,6 @@ def export(model: "str | Path | PreTrainedModel", out: str | Path) -> list[tuple
 
 def footprint(model: "PreTrainedModel") -> str:
     """One line to paste into an issue: class, parameters, bytes per slot, recipe."""
-    from taut.studies.trial import footprint as describe
+    from taut.studies.costs import footprint_line
 
-    return describe(model)
+    return footprint_line(model)

@@ -30,10 +30,19 @@ def evaluate(
     **options: Any,
 ) -> tuple[Score, ...]:
     """Scores of a model on one task, each beside its shortcut baselines. Raises TautError for wrong input."""
-    from taut.studies.trial import evaluate as run
+    from taut.evaluation.evaluate import evaluate as run
 
-    options = options if data is None else {**options, "data": str(data)}
-    return run(model, task, options, tokenizer, reference, seed, device, read_dtype(dtype), progress)
+    return run(
+        model,
+        task,
+        options=options if data is None else {**options, "data": str(data)},
+        tokenizer=tokenizer,
+        reference=reference,
+        seed=seed,
+        device=device,
+        dtype=read_dtype(dtype),
+        progress=progress,
+    )
 
 
 def context(
@@ -73,9 +82,10 @@ def measure(
     **options: Any,
 ) -> dict[str, Quantity]:
     """Size, FLOPs, latency, memory and energy of a model; with ``against``, interleaved ratios to another one."""
-    from taut.studies.trial import measure as run
+    from taut.studies.costs import measure as run
 
-    return run(model, against, options, device, read_dtype(dtype), seed, progress)
+    chosen = {"device": device, "dtype": read_dtype(dtype), "seed": seed}
+    return run(model, against, options=options, **chosen, **({} if progress is None else {"report": progress}))
 
 
 def compare(

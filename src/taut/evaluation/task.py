@@ -10,24 +10,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.core.errors import TautError
 from taut.core.record import Quantity, Score
+from taut.core.registry import TASKS
 from taut.core.strict import parse_options
 from taut.data import Data
 from taut.surgery.modes import evaluating
 
 Progress = Callable[[int, int], None]
-"""Called with how much is done and how much there is."""
+"""Called with the amount done and the total."""
 
 Kind = Literal["causal", "masked", "sequence to sequence", "states"]
 
 
 class TaskOptions(BaseModel):
-    """What every task lets the user choose."""
+    """The options that every task has."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str | None = Field(None, description="a name, a file or hub:OWNER/NAME:SPLIT:COLUMNS; see taut.data")
-    split: str | None = Field(None, description="the split of the data; the usual evaluation split when left out")
-    limit: int | None = Field(None, ge=1, description="use only the first items of the fixed order")
+    split: str | None = Field(None, description="the split of the data; by default the usual evaluation split")
+    limit: int | None = Field(None, ge=1, description="use only this many items, from the start of the fixed order")
     batch_size: int = Field(32, ge=1, le=4096, description="sequences run at once; does not change the score")
     max_length: int = Field(256, ge=2, description="tokens kept of each text, special tokens included")
 
@@ -35,30 +36,33 @@ class TaskOptions(BaseModel):
 class Task(ABC):
     """One evaluation. Subclasses are final; their file name is the id.
 
-    Deterministic: the same model, options and seed give the same scores. The model is left as it was found.
+    Deterministic: the same model, options and seed give the same scores. A task leaves the model unchanged.
     """
 
     id: ClassVar[str]
     summary: ClassVar[str]
     Options: ClassVar[type[TaskOptions]] = TaskOptions
     needs_reference: ClassVar[bool] = False
-    """Whether the original model is needed beside the one that is scored."""
+    """Whether the task also needs the original model, to compare the scored model with it."""
 
     def __init__(self, options: TaskOptions | None = None) -> None:
         self.options = self.Options() if options is None else options
 
     @classmethod
     def parse(cls, options: dict[str, Any], where: str = "task") -> "Task":
-        """Check options from a study or the command line. Raises TautError naming the option and the nearest one."""
+        """Check options from a study or the command line.
+
+        Raises TautError that names the wrong option and the nearest valid one.
+        """
         return cls(parse_options(cls.Options, options, where, cls.id, "option"))
 
     @abstractmethod
     def fits(self, model: PreTrainedModel) -> str | None:
-        """None when the task can be put to this model, else the reason in words."""
+        """None if the task can run on this model, else the reason in words."""
 
     @abstractmethod
     def evaluated(self) -> Data:
-        """The texts that are scored on: what calibration and healing must not see. Raises TautError without data."""
+        """The texts used for scoring, which calibration and healing must not use. Raises TautError without data."""
 
     def evaluate(
         self,
@@ -69,9 +73,9 @@ class Task(ABC):
         progress: Progress | None = None,
         reference: PreTrainedModel | None = None,
     ) -> tuple[Score, ...]:
-        """The scores of a model. ``reference`` is the original model, for tasks that compare with it.
+        """Score a model. ``reference`` is the original model, for tasks that compare with it.
 
-        Raises TautError when the task does not fit, the data is missing, or a needed reference is.
+        Raises TautError if the task does not fit the model, or if the data or a needed reference is missing.
         """
         reason = self.fits(model)
         if reason:
@@ -88,7 +92,7 @@ class Task(ABC):
         progress: Progress,
         reference: PreTrainedModel | None,
     ) -> tuple[Score, ...]:
-        """What ``evaluate`` returns; called with a model that fits, in evaluation mode."""
+        """Compute the scores that ``evaluate`` returns, for a model that fits and is in evaluation mode."""
 
     def score(
         self,
@@ -102,7 +106,7 @@ class Task(ABC):
         value: float | None = None,
         interval: tuple[float, float] | None = None,
     ) -> Score:
-        """A Score of this task; the value is the mean of the samples unless given. ``interval``: of 95 %."""
+        """Build a Score of this task. ``value`` defaults to the mean of the samples; ``interval`` is the 95 % one."""
         samples = tuple(float(sample) for sample in samples)
         value = math.fsum(samples) / len(samples) if value is None else value
         low, high = interval or (None, None)
@@ -112,8 +116,15 @@ class Task(ABC):
         )
 
 
+def parse_task(content: dict[str, Any]) -> Task:
+    """The task that ``content["name"]`` names, with the other entries as its options. Raises TautError for a wrong
+    name or option."""
+    options = {key: value for key, value in content.items() if key != "name"}
+    return TASKS.get(content["name"]).parse(options, f"task {content['name']}")
+
+
 def kind(model: PreTrainedModel) -> Kind:
-    """What a model's output is: next-token logits, logits of masked tokens, or hidden states."""
+    """The kind of a model by its output: next-token logits, logits of masked tokens, or hidden states."""
     if model.config.is_encoder_decoder:
         return "sequence to sequence"
     if model.can_generate():
@@ -122,17 +133,17 @@ def kind(model: PreTrainedModel) -> Kind:
 
 
 def writes_text(model: PreTrainedModel) -> str | None:
-    """None when a model predicts the next token, else the reason."""
-    found = kind(model)
-    return None if found == "causal" else f"{type(model).__name__} does not predict the next token ({found})"
+    """None if a model predicts the next token, else the reason."""
+    output = kind(model)
+    return None if output == "causal" else f"{type(model).__name__} does not predict the next token ({output})"
 
 
 def reads_text(model: PreTrainedModel) -> str | None:
-    """None when a model takes token ids and so gives vectors of texts, else the reason."""
+    """None if a model takes token ids, and so can turn texts into vectors, else the reason."""
     if model.main_input_name != "input_ids":
         return f"{type(model).__name__} reads {model.main_input_name}, not token ids"
     return None
 
 
 def _silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """A progress callback that does nothing."""

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.architectures.locate import locate
 from taut.core.errors import TautError
-from taut.core.recipe import Recipe
 from taut.core.site import AttentionSite
 from taut.healing.batches import predicts_masked, text_batches
 from taut.healing.distil import Comparison, Distillation
@@ -30,8 +29,8 @@ from taut.healing.settings import Healing
 from taut.healing.trainer import optimizer, train
 from taut.healing.unpack import Snapshot, learners, unpacked
 from taut.surgery.apply import compress, surgery_of
-from taut.surgery.loading import Source, open_model, open_skeleton, open_tokenizer
-from taut.surgery.plan import Plan
+from taut.surgery.loading import open_model
+from taut.surgery.prepare import Prepared
 
 Progress = Callable[[int, int], None]
 HELD = 8
@@ -109,39 +108,37 @@ def heal(
 
 
 def compress_and_heal(
-    source: Source,
-    recipe: Recipe,
+    prepared: Prepared,
     texts: Iterable[str],
     choices: "int | dict[str, Any] | Healing",
     *,
-    dtype: torch.dtype | None = None,
     device: str = "cpu",
     seed: int = 0,
     text: str = "given",
     state: str | Path | None = None,
     progress: Progress | None = None,
     healing: Progress | None = None,
-) -> tuple[PreTrainedModel, Plan]:
-    """``surgery.apply.tighten``, then ``heal`` on the same texts, beside a second copy of the original.
+) -> PreTrainedModel:
+    """``surgery.apply.compress``, then ``heal`` on the same texts, beside a second copy of the original.
 
     ``seed`` counts for both unless ``choices`` has its own. The text is checked before any weight is read. Raises
     TautError as the two do, and for a source without a tokenizer.
     """
     chosen = Healing.parse(choices, seed)
+    if not chosen.steps:
+        return compress(prepared, texts, device=device, seed=seed, progress=progress)
     texts = list(texts)
-    batches: list[dict[str, Tensor]] = []
-    if chosen.steps:
-        tokenizer = open_tokenizer(source)
-        if tokenizer is None:
-            raise TautError(f"{source.name}: no tokenizer there, and healing needs one")
-        skeleton = open_skeleton(source)
-        batches = text_batches(tokenizer, texts, skeleton, size=chosen.batch, length=chosen.length, seed=chosen.seed)
-    model, plan = compress(source, recipe, texts, dtype=dtype, device=device, seed=seed, progress=progress)
-    if chosen.steps:
-        # Healing by layer is for models of which two do not fit: the second one stays on disk.
-        original = open_model(source, dtype, "disk" if chosen.by == "layer" else device, seed)
-        heal(model, original, choices=chosen, batches=batches, text=text, state=state, progress=healing)
-    return model, plan
+    tokenizer = prepared.tokenizer()
+    if tokenizer is None:
+        raise TautError(f"{prepared.source.name}: no tokenizer there, and healing needs one")
+    sizes = {"size": chosen.batch, "length": chosen.length, "seed": chosen.seed}
+    batches = text_batches(tokenizer, texts, prepared.skeleton, **sizes)
+    model = compress(prepared, texts, device=device, seed=seed, progress=progress)
+    # Healing by layer is for models of which two do not fit: the second one stays on disk.
+    place = "disk" if chosen.by == "layer" else device
+    original = open_model(prepared.source, prepared.skeleton.dtype, place, seed)
+    heal(model, original, choices=chosen, batches=batches, text=text, state=state, progress=healing)
+    return model
 
 
 def _split(count: int) -> tuple[range, range]:

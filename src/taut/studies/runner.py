@@ -5,22 +5,20 @@ import signal
 import sys
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import psutil
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from taut.core.environment import environment
 from taut.core.errors import TautError
 from taut.core.record import Record
 from taut.core.spec import TrialSpec
+from taut.studies.display import Display, open_display
 from taut.studies.ledger import Ledger
 from taut.studies.protocol import Row, role_of, summary
 from taut.studies.study import Study
@@ -33,17 +31,21 @@ DEFAULTS: dict[str, Any] = {"tasks": ("docs_retrieval", "agreement"), "measure":
 log = logging.getLogger("taut")
 
 
-class Journey(Protocol):
-    """What the runner needs to know about trials. The module taut.studies.trial is one."""
+class Prepared(Protocol):
+    """A trial that is ready to run. ``taut.studies.trial.Trial`` is one."""
 
-    def validate(self, spec: TrialSpec) -> str | None:
-        """Why this trial cannot work (the recipe fits no site), or None. Raises TautError for wrong input."""
+    reason: str | None
+    """Why it cannot work (the recipe fits no site), or None."""
 
-    def estimate(self, spec: TrialSpec) -> dict[str, float]:
+    def estimate(self) -> dict[str, float]:
         """``seconds`` and ``bytes`` (of memory) that the trial will take, roughly."""
 
-    def run(self, spec: TrialSpec, report: Callable[[str], None]) -> Record:
+    def run(self, report: Callable[[str], None]) -> Record:
         """The whole trial; ``report`` says in a word or two what is being done."""
+
+
+Prepare = Callable[[TrialSpec], Prepared]
+"""From a spec to a trial. Raises TautError for input that is wrong whatever the recipe."""
 
 
 @dataclass
@@ -108,91 +110,6 @@ class Outcome:
         }
 
 
-class Display(ABC):
-    """Abstract: what the user sees of a run. Everything goes to standard error."""
-
-    @abstractmethod
-    def say(self, text: str) -> None:
-        """One line that stays."""
-
-    @abstractmethod
-    def begin(self, spec: TrialSpec, number: int, total: int) -> None:
-        """A trial starts."""
-
-    @abstractmethod
-    def step(self, text: str) -> None:
-        """What the trial is doing now."""
-
-    @abstractmethod
-    def end(self) -> None:
-        """The trial is over."""
-
-    def close(self) -> None:
-        """The run is over."""
-
-
-class PlainDisplay(Display):
-    """Lines, for logs and pipes."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-
-    def say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
-
-    def begin(self, spec: TrialSpec, number: int, total: int) -> None:
-        self.say(f"[{number}/{total}] {spec.name}")
-
-    def step(self, text: str) -> None:
-        self.say(f"    {text}")
-
-    def end(self) -> None:
-        pass
-
-
-class LiveDisplay(Display):
-    """A bar that moves, for terminals."""
-
-    def __init__(self, console: Console | None = None) -> None:
-        self._progress = Progress(
-            SpinnerColumn(),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=console or Console(stderr=True),
-            transient=True,
-        )
-        self._task: TaskID | None = None
-        self._name = ""
-
-    def say(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False)
-
-    def begin(self, spec: TrialSpec, number: int, total: int) -> None:
-        if self._task is None:
-            self._progress.start()
-            self._task = self._progress.add_task("", total=total)
-        self._name = spec.recipe_name
-        self._progress.update(self._task, completed=number - 1, description=self._name)
-
-    def step(self, text: str) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, description=f"{self._name}: {text}")
-
-    def end(self) -> None:
-        if self._task is not None:
-            self._progress.advance(self._task)
-
-    def close(self) -> None:
-        self._progress.stop()
-
-
-def display() -> Display:
-    """A live bar on a terminal, plain lines elsewhere."""
-    return LiveDisplay() if sys.stderr.isatty() else PlainDisplay()
-
-
 def compare(
     study: str | Path,
     recipes: Sequence[str] = (),
@@ -221,12 +138,12 @@ def compare(
         chosen = Study.from_arguments(str(study), recipes, **DEFAULTS | options)
     chosen = chosen.narrowed(only, device, threads)
     # Only now, as it brings torch and transformers: wrong input is answered at once.
-    from taut.studies import trial
+    from taut.studies.trial import Trial
 
-    return run(chosen, Ledger(ledger or Path("runs") / chosen.name), trial, view)
+    return run(chosen, Ledger(ledger or Path("runs") / chosen.name), Trial, view)
 
 
-def run(study: Study, ledger: Ledger, journey: Journey, view: Display | None = None) -> Outcome:
+def run(study: Study, ledger: Ledger, prepare: Prepare, view: Display | None = None) -> Outcome:
     """Run what the ledger does not hold yet, and say how it went.
 
     All trials are checked before the first one runs. Ctrl-C ends the run with everything finished so far in the
@@ -234,22 +151,23 @@ def run(study: Study, ledger: Ledger, journey: Journey, view: Display | None = N
     of whose recipes can work, and when not one trial has the memory it needs.
     """
     specs = study.trials()
-    view = view or display()
+    view = view or open_display()
     outcome = Outcome(study.name, ledger.path, len(specs))
     try:
         outcome.skipped = [spec for spec in specs if ledger.has(spec.id)]
         held = {spec.id for spec in outcome.skipped}
         pending = [spec for spec in specs if spec.id not in held]
-        reasons = {spec.id: journey.validate(spec) for spec in pending}
+        trials = {spec.id: prepare(spec) for spec in pending}
         variants = [spec for spec in specs if role_of(spec.recipe) == "variant" and spec.expect == "done"]
-        if variants and all(reasons.get(spec.id) for spec in variants):
+        if variants and all(spec.id in trials and trials[spec.id].reason for spec in variants):
             first = variants[0]
-            raise TautError(f"{study.source}: no recipe can work; the first: {first.name}: {reasons[first.id]}")
+            raise TautError(f"{study.source}: no recipe can work; the first: {first.name}: {trials[first.id].reason}")
         for path, reason in ledger.damaged():
             view.say(f"damaged record skipped: {path}: {reason}")
-        affordable = _afford(pending, reasons, journey, outcome, view)
+        affordable = _afford(pending, trials, outcome, view)
         for number, spec in enumerate(affordable, 1):
-            _one(spec, ledger, journey, view, outcome, reasons[spec.id], number, len(affordable))
+            # Taken out, so that what a trial opened is freed once it has run.
+            _one(spec, trials.pop(spec.id), ledger, view, outcome, (number, len(affordable)))
     except KeyboardInterrupt:
         outcome.interrupted = True
     finally:
@@ -263,12 +181,13 @@ def run(study: Study, ledger: Ledger, journey: Journey, view: Display | None = N
 
 
 def _afford(
-    pending: Sequence[TrialSpec], reasons: dict[str, str | None], journey: Journey, outcome: Outcome, view: Display
+    pending: Sequence[TrialSpec], trials: dict[str, Prepared], outcome: Outcome, view: Display
 ) -> list[TrialSpec]:
     """Say what the run will take, and leave out the trials that need more memory than there is."""
     free, affordable, seconds, peak = free_memory(), [], 0.0, 0.0
     for spec in pending:
-        guess = {"seconds": 0.0, "bytes": 0.0} if reasons[spec.id] else journey.estimate(spec)
+        trial = trials[spec.id]
+        guess = {"seconds": 0.0, "bytes": 0.0} if trial.reason else trial.estimate()
         limit = free if spec.ram is None else spec.ram
         if guess["bytes"] > limit:
             why = f"needs about {_gigabytes(guess['bytes'])}, and {_gigabytes(limit)} is "
@@ -287,15 +206,10 @@ def _afford(
 
 
 def _one(
-    spec: TrialSpec,
-    ledger: Ledger,
-    journey: Journey,
-    view: Display,
-    outcome: Outcome,
-    reason: str | None,
-    number: int,
-    total: int,
+    spec: TrialSpec, trial: Prepared, ledger: Ledger, view: Display, outcome: Outcome, place: tuple[int, int]
 ) -> None:
+    """Run one trial under its lease and write its record, whatever happens. ``place`` is its number and how many there
+    are."""
     with ledger.lease(spec.id) as holder:
         if holder is not None:
             outcome.elsewhere.append((spec, holder))
@@ -304,13 +218,13 @@ def _one(
         if ledger.has(spec.id):
             outcome.skipped.append(spec)
             return
-        view.begin(spec, number, total)
+        view.begin(spec, *place)
         started, clock = datetime.now(UTC).isoformat(timespec="milliseconds"), time.monotonic()
         try:
-            if reason is not None:
-                raise TautError(reason)
+            if trial.reason is not None:
+                raise TautError(trial.reason)
             with _deadline(spec.seconds):
-                record = journey.run(spec, view.step)
+                record = trial.run(view.step)
             path = ledger.write(record)
         # SystemExit comes from libraries that think they are a program.
         except (Exception, SystemExit) as error:

@@ -5,7 +5,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from taut.methods.base import PartMethod
 from taut.surgery.align import align_tensors
 from taut.surgery.calibration import calibrate, token_batches
 from taut.surgery.install import Surgery, fitted, started
-from taut.surgery.loading import Source, open_model, open_skeleton, open_tokenizer
+from taut.surgery.loading import open_model
 from taut.surgery.plan import Plan, Step, make_plan
+from taut.surgery.prepare import Prepared
 from taut.surgery.quantizer import TautConfig, TautQuantizer
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf")
@@ -74,31 +74,25 @@ def apply(
 
 
 def compress(
-    source: Source,
-    recipe: Recipe,
+    prepared: Prepared,
     texts: Iterable[str] = (),
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: torch.dtype | None = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[PreTrainedModel, Plan]:
-    """Open a model and apply a recipe to it: the plan is checked on the skeleton, before any weight is read.
+) -> PreTrainedModel:
+    """Open a prepared model and apply its plan.
 
-    ``texts`` are for calibration and used only by methods that calibrate, where there is a ``tokenizer``: this one, or
-    the source's.
+    ``texts`` are for calibration. They are read only when a method calibrates and there is a tokenizer.
     """
-    known = cache(lambda: open_tokenizer(source) if tokenizer is None else tokenizer)
-    make_plan(open_skeleton(source), recipe, tokenizer=known)
-    model = open_model(source, dtype, device, seed)
-    plan = make_plan(model, recipe, tokenizer=known)
+    plan = prepared.plan
+    model = open_model(prepared.source, prepared.skeleton.dtype, device, seed)
     batches: Iterable[dict[str, torch.Tensor]] = ()
     calibrates = any(isinstance(step.method, PartMethod) and step.method.needs for step in plan.steps)
-    if calibrates and known() is not None:
-        batches = token_batches(known(), texts, model)
-    apply(model, plan, batches, keep_originals=False, original=source.name, seed=seed, progress=progress)
-    return model, plan
+    if calibrates and (tokenizer := prepared.tokenizer()) is not None:
+        batches = token_batches(tokenizer, texts, model)
+    apply(model, plan, batches, keep_originals=False, original=prepared.source.name, seed=seed, progress=progress)
+    return model
 
 
 def undo(model: PreTrainedModel) -> None:

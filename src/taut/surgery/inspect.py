@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from taut.core.errors import TautError
-from taut.surgery.loading import check_folder
+from taut.surgery.loading import check_folder, safetensors_header
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -23,12 +21,11 @@ def inspect(folder: Path) -> dict[str, Any]:
         raise TautError(f"{folder}/config.json: not JSON: {error}") from None
     quantization = config.get("quantization_config") or {}
     compressed = quantization.get("quant_method") == "taut"
-    tensors = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                piece = file.get_slice(name)
-                tensors.append({"name": name, "shape": list(piece.get_shape()), "dtype": piece.get_dtype()})
+    tensors = [
+        {"name": name, "shape": entry["shape"], "dtype": entry["dtype"]}
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, entry in safetensors_header(path).items()
+    ]
     return {
         "folder": str(folder),
         "model_type": config.get("model_type"),

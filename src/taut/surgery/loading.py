@@ -17,6 +17,8 @@ from taut.architectures.skeleton import model_class, skeleton
 from taut.core.errors import TautError, nearest
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Safetensors' names of float dtypes."""
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json", "*.tiktoken")
 
 
@@ -36,6 +38,16 @@ class Source:
             return AutoConfig.from_pretrained(self.folder)
         except (ValueError, OSError, KeyError) as error:
             raise TautError(f"{self.folder}/config.json: {_one_line(error)}") from None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are: by the configuration, else by the first float tensor of the folder, else float32."""
+        configured = self.config.dtype
+        if isinstance(configured, torch.dtype):
+            return configured
+        headers = map(safetensors_header, sorted(self.folder.glob("*.safetensors")) if self.folder else ())
+        names = (entry["dtype"] for header in headers for entry in header.values())
+        return next((FLOATS[name] for name in names if name in FLOATS), torch.float32)
 
 
 def resolve(name: str | Path) -> Source:
@@ -78,7 +90,7 @@ def check_folder(folder: Path) -> Path:
             else f"{folder}: no *.safetensors there"
         )
     for path in weights:
-        _check_safetensors(path)
+        safetensors_header(path)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         missing = set(json.loads(index.read_text())["weight_map"].values()) - {path.name for path in weights}
@@ -111,14 +123,14 @@ def open_model(source: Source, dtype: torch.dtype | None = None, device: str = "
     if source.folder is None:
         device = "cpu" if device == "disk" else device
         torch.manual_seed(seed)
-        return model_class(config)._from_config(config, dtype=dtype or torch.float32).to(device).eval()
+        return model_class(config)._from_config(config, dtype=dtype or source.dtype).to(device).eval()
     # Only for weights that cannot stay as they are, such as those of another dtype.
     converted = tempfile.TemporaryDirectory(prefix="taut-") if device == "disk" else None
     try:
         model, report = model_class(config).from_pretrained(
             source.folder,
             config=config,
-            dtype=dtype or "auto",
+            dtype=dtype or source.dtype,
             output_loading_info=True,
             device_map=device_map(device),
             offload_folder=converted and converted.name,
@@ -152,12 +164,16 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
         raise TautError(f"{source.folder}: tokenizer: {_one_line(error)}") from None
 
 
-def open_skeleton(source: Source) -> PreTrainedModel:
-    """The model's shape without its weights, on the meta device."""
-    return skeleton(source.config)
+def open_skeleton(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model's shape without its weights, on the meta device. ``dtype`` None is the checkpoint's own."""
+    return skeleton(source.config, dtype or source.dtype)
 
 
-def _check_safetensors(path: Path) -> None:
+def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The tensors of a safetensors file, by name: ``dtype``, ``shape`` and ``data_offsets``. No tensor is read.
+
+    Raises TautError when the file is not whole.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
@@ -166,11 +182,13 @@ def _check_safetensors(path: Path) -> None:
             raise TautError(f"{path}: not a safetensors file (no readable header)")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise TautError(f"{path}: not a safetensors file (its header is damaged)") from None
     if 8 + length + end != size:
         raise TautError(f"{path}: truncated: {size:,} bytes, its header promises {8 + length + end:,}")
+    return header
 
 
 def _minilm() -> Path:

@@ -56,6 +56,8 @@ class Plan:
     family: str
     steps: tuple[Step, ...]
     untouched: tuple[tuple[str, str], ...]
+    sites: tuple[Site, ...]
+    """All sites of the model, with a step or without."""
 
     @property
     def before(self) -> Cost:
@@ -117,7 +119,7 @@ def make_plan(
             untouched.append((slot, "the recipe does not name this slot"))
     check_whole_stacks(((step.site, step.method) for step in chosen.values()), anatomy.sites, recipe.source)
     steps = tuple(chosen[site.name] for site in anatomy.sites if site.name in chosen)
-    return Plan(recipe, anatomy.family, steps, tuple(untouched))
+    return Plan(recipe, anatomy.family, steps, tuple(untouched), anatomy.sites)
 
 
 def restore_steps(model: PreTrainedModel, steps: Iterable[dict[str, Any]]) -> tuple[Step, ...]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from taut.core.errors import TautError
 from taut.healing.trainer import newest, random_states_kept
 from taut.surgery.apply import check_writable, copy_companions, whole_folder
-from taut.surgery.loading import check_device, open_skeleton
+from taut.surgery.loading import check_device
 from taut.training.budget import Costs, costs_of, plan_course
 from taut.training.carried_memory import CarriedMemory
 from taut.training.checkpoints import check, claim, disk_full_told, history
@@ -232,7 +232,7 @@ class _Run:
             if self.source.folder is not None:
                 copy_companions(self.source.folder, folder)
             # Weights were float32 while they learned; they go back into what they came in.
-            self.model.to(open_skeleton(self.source).dtype).save_pretrained(folder)
+            self.model.to(self.source.dtype).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             (folder / RECORD).write_text(text)
             if (self.state / LOGS).is_dir():

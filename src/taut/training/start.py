@@ -15,6 +15,7 @@ from taut.methods.base import MemoryMethod, PartMethod
 from taut.surgery.apply import compress, steps_of
 from taut.surgery.loading import Source, open_model, open_skeleton, resolve
 from taut.surgery.plan import make_plan
+from taut.surgery.prepare import prepare
 from taut.training.carried_memory import NO_MEMORY
 from taut.training.reconstruction import NO_COMPRESSOR
 from taut.training.spec import TrainSpec
@@ -23,14 +24,14 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def resolve_objective(spec: TrainSpec) -> tuple[Source, bool]:
-    """Where the model comes from, and whether it learns from hidden tokens. Only the config is read.
+    """Where the model comes from, and whether it learns from hidden tokens. Only the configuration is read.
 
     Raises TautError for an encoder-decoder, a model without a head over its vocabulary, an objective that does not suit
     its attention, rows longer than its positions, a recipe that fits nowhere, carry_memory without a memory, and
     reconstruction without anything that learns to compress.
     """
     source = resolve(spec.model)
-    skeleton = open_skeleton(source)
+    skeleton = open_skeleton(source, torch.float32)
     if skeleton.config.is_encoder_decoder:
         raise TautError(f"{source.name}: an encoder-decoder; taut train knows causal and masked models")
     causal = all(site.causal for site in locate(skeleton).sites if isinstance(site, AttentionSite))
@@ -44,7 +45,7 @@ def resolve_objective(spec: TrainSpec) -> tuple[Source, bool]:
         if type(source.scratch) not in mapping:
             raise TautError(f"{source.name}: transformers has no masked language model of this architecture")
         source.scratch.architectures = [mapping[type(source.scratch)].__name__]
-        skeleton = open_skeleton(source)
+        skeleton = open_skeleton(source, torch.float32)
     if skeleton.get_output_embeddings() is None:
         raise TautError(
             f"{source.name}: {type(skeleton).__name__} has no head over its vocabulary: nothing to predict. What a "
@@ -65,7 +66,7 @@ def resolve_objective(spec: TrainSpec) -> tuple[Source, bool]:
 def begin(spec: TrainSpec, source: Source, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> PreTrainedModel:
     """The model before its first step, float32, with the recipe applied.
 
-    A scratch model without a vocabulary of its own gets the tokenizer's, and parts that can learn start as their method
+    A scratch model without a vocabulary of its own gets the tokenizer's. Its parts that can learn start as their method
     starts them from scratch, not as fits to random weights. Raises TautError for a vocabulary smaller than the
     tokenizer's.
     """
@@ -76,9 +77,9 @@ def begin(spec: TrainSpec, source: Source, tokenizer: PreTrainedTokenizerBase, t
         raise TautError(f"{source.name}: a vocabulary of {vocabulary}, but the tokenizer has {len(tokenizer)} entries")
     if not spec.recipe:
         return open_model(source, torch.float32, seed=spec.seed)
-    model, _ = compress(
-        source, Recipe.load(spec.recipe), texts, tokenizer=tokenizer, dtype=torch.float32, seed=spec.seed
-    )
+    # Planned once more: only now are the vocabulary and the tokenizer known that the run will have.
+    prepared = prepare(source, Recipe.load(spec.recipe), dtype=torch.float32, tokenizer=tokenizer)
+    model = compress(prepared, texts, seed=spec.seed)
     if source.scratch is not None:
         torch.manual_seed(spec.seed)
         _start_parts(model)
