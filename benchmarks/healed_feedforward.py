@@ -21,7 +21,7 @@ from taut.core.recipe import Recipe
 from taut.core.record import Quantity
 from taut.data import calibration_texts, scored_pairs
 from taut.data.files import files_of, read
-from taut.healing.batches import token_rows
+from taut.data.token_rows import text_rows
 from taut.healing.heal import heal
 from taut.studies.statistics import paired_bootstrap
 from taut.surgery.apply import compress
@@ -110,7 +110,7 @@ def row(keep: float, steps: int, known: dict[str, Any], dense: dict[str, tuple[f
 
 def healing_tokens(tokenizer: Any, texts: list[str], steps: int) -> int:
     """How many tokens so many steps read, each row of the text coming up equally often."""
-    rows = token_rows(tokenizer, texts, CHOICES["length"])
+    rows = text_rows(tokenizer, texts, CHOICES["length"])
     return round(sum(map(len, rows)) / len(rows) * steps * CHOICES["batch"])
 
 

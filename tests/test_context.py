@@ -249,7 +249,7 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     tiny_tokenizer().save_pretrained(other)
     code, out, err = run(folder, other, *words)
     assert code == 2
-    assert "give models of one tokenizer" in err.replace("\n", " ")
+    assert "give models with the same tokenizer" in err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_wrong_input_is_told(options: dict, words: str, tmp_path: Path):
 
 
 def test_groups_are_of_decoders_and_not_empty():
-    with pytest.raises(TautError, match="give one model at least"):
+    with pytest.raises(TautError, match="give at least one model"):
         taut.context([])
     with pytest.raises(TautError, match="BertForMaskedLM does not predict the next token"):
         taut.context([tiny("bert", vocab_size=SIZE)], tokenizer=tiny_tokenizer(encoder=True))

@@ -301,10 +301,10 @@ def test_wrong_input_is_one_clear_line():
     assert "pages of 5 columns do not divide the width 16 in two or more; the nearest is 4" in reason(page=5)
     assert "in two or more; the nearest is 8" in reason(page=16)
     assert "width 13 has no divisor" in DynamicEmbedding.parse({"width": 6}).fits(table(90, 13))
-    assert "are all 0 columns in pages of 8" in reason(page=8, classes=[0.0, 0.1])
-    assert "width 2 is out of reach at 90 x 16: from 4" in reason(width=2, classes=[0.25, 1.0])
-    assert "on average" in reason(width=15)
-    with pytest.raises(TautError, match="classes = .*expected two or more rising shares"):
+    assert "all round to 0 columns in pages of 8" in reason(page=8, classes=[0.0, 0.1])
+    assert "width 2 is impossible for 90 x 16: the average may be 4" in reason(width=2, classes=[0.25, 1.0])
+    assert "the average may be" in reason(width=15)
+    with pytest.raises(TautError, match="classes = .*expected two or more ascending shares"):
         reason(classes=[0.5, 0.25])
     with pytest.raises(TautError, match="is too little at embedding: the least is"):
         DynamicEmbedding.parse({"page": 4}, keep=0.01).solve(site, 0.01)

@@ -212,7 +212,7 @@ def test_wrong_input_is_one_clear_line():
     site = table()
     assert "at most 67 buckets" in HashedEmbedding.parse({"buckets": 68}).fits(site)
     assert HashedEmbedding.parse({"buckets": 67}).fits(site) is None
-    assert "no reduction of rows of 2" in HashedEmbedding.parse({"buckets": 1}).fits(table(width=2))
+    assert "do not reduce rows of 2" in HashedEmbedding.parse({"buckets": 1}).fits(table(width=2))
     with pytest.raises(TautError, match="leaves no buckets at embedding .* the least is"):
         HashedEmbedding.parse({}, keep=0.01).solve(site, 0.01)
     with pytest.raises(TautError, match="give keep or buckets"):

@@ -19,8 +19,9 @@ from taut.cli import app
 from taut.contract.tiny import inputs, tiny
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
+from taut.healing.runs import newest
 from taut.healing.settings import Healing
-from taut.healing.trainer import newest, optimizer
+from taut.healing.trainer import optimizer
 from taut.healing.unpack import unpacked
 from taut.methods.part import Part
 from taut.surgery.apply import apply

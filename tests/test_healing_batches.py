@@ -8,7 +8,8 @@ from tiny_tokenizer import SIZE, tiny_tokenizer
 
 from taut import data
 from taut.contract.tiny import tiny
-from taut.healing.batches import next_tokens, text_batches, token_rows
+from taut.data.token_rows import text_rows
+from taut.healing.batches import next_tokens, text_batches
 from taut.healing.losses import divergence, imitation, relative_error, similarity_error, text_loss
 
 
@@ -55,7 +56,7 @@ def test_texts_become_batches() -> None:
         for batch in batches
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
-    assert sorted(rows) == sorted(token_rows(tokenizer, texts, 32))
+    assert sorted(rows) == sorted(text_rows(tokenizer, texts, 32))
     assert all(row[0] == tokenizer.cls_token_id and row[-1] == tokenizer.sep_token_id for row in rows)
     assert max(map(len, rows)) <= 32
     assert all(len(batch["input_ids"]) <= 8 for batch in batches)

@@ -264,7 +264,7 @@ def test_loss_by_position_keeps_falling_only_where_context_is_seen(tmp_path: Pat
 
 def test_loss_by_position_says_what_it_needs(tmp_path: Path):
     task = loss_by_position.LossByPosition.parse({"data": text_file(tmp_path, TEXT[:90])})
-    with pytest.raises(TautError, match="two of each at least"):
+    with pytest.raises(TautError, match="expected at least 2 of each"):
         task.evaluate(model("llama"), tiny_tokenizer())
     assert "does not predict the next token" in task.fits(model("bert"))
     assert loss_by_position.places(100) == [(1, 16), (16, 32), (32, 64)]

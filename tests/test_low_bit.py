@@ -106,7 +106,7 @@ class TestTable:
         [
             ({"group": 96}, "group 96 is wider than the table, 48"),
             ({"number": "nf4"}, "number: nf4 needs bits: 4, not 8"),
-            ({"number": "fp4", "bits": 4, "symmetric": True}, "centred on zero by itself"),
+            ({"number": "fp4", "bits": 4, "symmetric": True}, "always centred on zero"),
             ({"number": "mxfp4", "bits": 4, "group": 16}, "groups of 32 by definition, not 16"),
             ({"number": "nvfp4", "bits": 4, "group": 32}, "groups of 16 by definition, not 32"),
         ],

@@ -363,7 +363,7 @@ class TestMethod:
             ({"number": "nf4"}, "number: nf4 needs bits: 4, not 8"),
             ({"bits": 4, "activations": "int8"}, "activations: int8 needs bits: 8, not 4"),
             ({"bits": 6, "activations": "static"}, "activations: static needs bits: 8, not 6"),
-            ({"activations": "int8", "group": 16}, "one scale an output; drop group and clip"),
+            ({"activations": "int8", "group": 16}, "one scale per output; drop group and clip"),
             ({"bits": 4, "number": "fp4", "symmetric": True}, "centred on zero by itself"),
             ({"bits": 4, "number": "mxfp4", "group": 16}, "groups of 32 by definition, not 16"),
             ({"bits": 4, "group": 65}, "group 65 is more than the 64 outputs"),

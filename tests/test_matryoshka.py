@@ -196,12 +196,12 @@ def test_from_scratch_entries_have_the_usual_deviation_and_padding_is_zero():
 
 def test_wrong_input_is_one_clear_line():
     site, part = table(), fitted(table(), matrix(60, 16), width=12)
-    with pytest.raises(TautError, match=r"width 5 is no prefix of this table: \[3, 6, 12\]; the nearest is 6"):
+    with pytest.raises(TautError, match=r"width 5 is not a prefix of this table \[3, 6, 12\]; the nearest is 6"):
         part.use(5)
-    assert "with its rotation at most 12 is" in MatryoshkaEmbedding.parse({"width": 13}).fits(site)
+    assert "give at most 12" in MatryoshkaEmbedding.parse({"width": 13}).fits(site)
     assert MatryoshkaEmbedding.parse({"width": 12}).fits(site) is None
     for wrong in ([], [0.5], [0.5, 0.5, 1.0], [0.0, 1.0], [0.5, 1.5]):
-        with pytest.raises(TautError, match="prefixes = .*expected rising shares"):
+        with pytest.raises(TautError, match="prefixes = .*expected ascending shares"):
             MatryoshkaEmbedding.parse({"width": 12, "prefixes": wrong})
     with pytest.raises(TautError, match="leaves no width at embedding .* the least is"):
         MatryoshkaEmbedding.parse({}, keep=0.01).solve(site, 0.01)

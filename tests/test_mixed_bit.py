@@ -226,7 +226,7 @@ def test_a_larger_budget_never_predicts_more_loss_and_no_table_is_larger_than_it
         if bits == 16.0:
             assert len(part.blocks.rows[-1]) == 200
             assert part.weight.nbytes == 200 * part.layouts[-1].row_bytes
-            assert MixedBitEmbedding.parse({"bits": bits}).note(site) == "bits 16 cut down to 10.09: every row has 8"
+            assert MixedBitEmbedding.parse({"bits": bits}).note(site) == "bits 16 reduced to 10.09: every row has 8"
 
 
 def test_equal_importance_of_equal_rows_is_a_uniform_table():

@@ -285,9 +285,9 @@ def test_it_learns_to_reconstruct(method: Compressive) -> None:
 
 
 def test_what_cannot_be_served_is_told() -> None:
-    with pytest.raises(TautError, match=r"pool = 'dilated': a group of one token"):
+    with pytest.raises(TautError, match=r"pool = 'dilated' needs rate >= 2: a group of one token"):
         Compressive.parse({"pool": "dilated", "rate": 1})
     model = tiny("llama")
     install(model, Compressive.parse(SHAPE))
-    with pytest.raises(TautError, match=r"pools by what its model has learned \(conv\)"):
+    with pytest.raises(TautError, match=r"needs a model with a learned pool \(conv\)"):
         model(**inputs(model), past_key_values=METHODS["conv"].cache(2))

@@ -367,7 +367,7 @@ def test_assigning_a_sum_of_centroids_finds_it_where_there_is_one_stage():
 def test_wrong_input_is_refused_with_the_reason():
     assert "the nearest that does is 4" in product(subvector=5).fits(table())
     assert "use centroids: 16" in ProductQuantizedEmbedding.parse({"subvector": 4}).fits(table())
-    assert "no reduction of 9 rows" in product(subvector=4).fits(table(9))
+    assert "do not reduce a table of 9 rows" in product(subvector=4).fits(table(9))
     line = LinearSite(slot="feedforward", path="a.b", role="up", inputs=4, outputs=4)
     assert "not a token table" in product(subvector=4).fits(line)
     assert product(subvector=4).fits(table()) is None

@@ -222,7 +222,7 @@ def test_mixed_precision_agrees() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(TautError, match="bias for relative positions"):
+    with pytest.raises(TautError, match="relative position bias"):
         taut.apply(tiny("t5"), RELATIVE)
     with pytest.raises(TautError, match="softcap|caps its attention"):
         taut.apply(tiny("gemma2"), RELATIVE)
@@ -260,7 +260,7 @@ def test_where_positions_enter_must_be_known(monkeypatch: pytest.MonkeyPatch) ->
     site = AttentionSite(
         slot="attention", path="x", heads=2, key_heads=2, head_width=8, causal=True, position="rope", length=8
     )
-    assert "was not found" in Relative().fits(site)
+    assert "it is unknown where" in Relative().fits(site)
 
 
 def test_a_plan_says_that_training_comes_first() -> None:

@@ -149,7 +149,7 @@ def test_the_scripts_of_the_page_add_text_only() -> None:
 
 def test_write_is_whole_or_nothing(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger")
-    with pytest.raises(TautError, match="no records here"):
+    with pytest.raises(TautError, match="no records found"):
         write(ledger, tmp_path / "report.html")
     for one in quickstart()[:3]:
         ledger.write(one)

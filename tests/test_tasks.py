@@ -288,15 +288,15 @@ def test_the_probe_finds_the_minimum():
 def test_classify_refuses_what_cannot_be_learnt(tmp_path: Path):
     path = tmp_path / "one.tsv"
     path.write_text("\n".join(f"text {n}\tsame" for n in range(12)))
-    with pytest.raises(TautError, match="have the one label 'same'"):
+    with pytest.raises(TautError, match="have the label 'same'"):
         classify.Classify.parse({"data": str(path)}).evaluate(model("bert"), tiny_tokenizer(encoder=True))
     path.write_text("a\t0\nb\t1\n")
-    with pytest.raises(TautError, match="leaves 1 rows to train on and 1 to evaluate on"):
+    with pytest.raises(TautError, match="leaves 1 rows for training and 1 for evaluation"):
         classify.Classify.parse({"data": str(path)}).splits()
 
 
 def test_the_training_split_is_not_evaluated_on():
-    with pytest.raises(TautError, match="split train of sst2 is what is trained on"):
+    with pytest.raises(TautError, match="split train of sst2 is used for training"):
         classify.Classify.parse({"data": "sst2", "split": "train"}).splits()
 
 

@@ -58,7 +58,7 @@ def test_whole_columns_are_a_low_rank_table_whose_narrow_factor_is_a_train():
     best = torch.linalg.svdvals(weight)[5:].square().sum()
     torch.testing.assert_close((part.merged() - weight).square().sum(), best)
     told = method(rank=3, columns="whole", column_factors=(2, 3, 4)).fits(place)
-    assert "columns: whole leaves no factors to give" in told
+    assert "columns: whole sets the factors itself" in told
 
 
 def test_order_of_a_permuted_vocabulary_gives_the_same_rows():
@@ -233,10 +233,10 @@ def test_keep_is_the_greatest_rank_within_the_budget():
         ({"rank": 4, "row_factors": (3, 4, 4)}, r"row_factors \[3, 4, 4\] make 48; .* at least 57, such as \[.*\]"),
         ({"rank": 4, "column_factors": (2, 3, 5)}, r"column_factors \[2, 3, 5\] make 30; .* exactly 24, such as"),
         ({"rank": 4, "row_factors": (8, 8), "column_factors": (2, 3, 4)}, "expected 2 factors"),
-        ({"rank": (4, 4, 4)}, r"rank \[4, 4, 4\]: 3 cores take 2 ranks of at least 1"),
-        ({"rank": 0}, r"rank \[0, 0\]: 3 cores take 2 ranks of at least 1"),
-        ({"rank": 10**6}, "are no reduction of"),
-        ({"rank": 1, "hot": 57}, "are no reduction of"),
+        ({"rank": (4, 4, 4)}, r"rank \[4, 4, 4\]: 3 cores need 2 ranks of at least 1"),
+        ({"rank": 0}, r"rank \[0, 0\]: 3 cores need 2 ranks of at least 1"),
+        ({"rank": 10**6}, "do not reduce"),
+        ({"rank": 1, "hot": 57}, "do not reduce"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(knobs, reason):
@@ -261,7 +261,7 @@ def test_wrong_input_is_refused_in_one_line():
 
 def test_note_tells_what_was_cut_and_how_the_head_is_computed():
     note = method(rank=100, row_factors=(3, 4, 5), column_factors=(2, 3, 4)).note(site(heads=("head",)))
-    assert "ranks 6, 20; 100, 100 asked for" in note
+    assert "ranks 6, 20; 100, 100 requested" in note
     assert "tied head" in note
     large = site(30_522, 768, "float32", heads=("head",))
     told = method(rank=32, row_factors=(25, 30, 42), column_factors=(8, 8, 12)).note(large)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import taut
 from taut.cli import app
 from taut.core.errors import TautError
-from taut.healing.trainer import newest
+from taut.healing.runs import newest
 from taut.training.corpus import read_corpus
 from taut.training.objective import LanguageModelling
 from taut.training.run import train

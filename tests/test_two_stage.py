@@ -274,7 +274,7 @@ def test_wrong_input_is_refused_with_the_reason():
     assert two_stage(bits=4, fine_subvector=5).fits(site) is None
     assert "fine_subvector 3" in two_stage(rank=8, fine_subvector=3).fits(site)
     assert "120 rows are too few for 256" in two_stage(centroids=256).fits(site)
-    assert "too few for 16 centroids; from 0.134 on" in two_stage(refine=0.05).fits(site)
+    assert "too few for 16 centroids; give at least 0.134" in two_stage(refine=0.05).fits(site)
     assert two_stage(refine=0.134).fits(site) is None
     assert two_stage(refine=0.05, bits=4).fits(site) is None
     method = two_stage()

@@ -149,7 +149,7 @@ def test_damaged_folders_are_refused(tmp_path: Path):
     path.write_bytes(content)
     facts = tmp_path / "whole" / "index.json"
     facts.write_text(facts.read_text().replace('"documents": 20', '"documents": 21'))
-    with pytest.raises(TautError, match="21 documents promised"):
+    with pytest.raises(TautError, match="expected 21 documents"):
         Index.load(tmp_path / "whole")
     facts.write_text(facts.read_text().replace('"format": 1', '"format": 9'))
     with pytest.raises(TautError, match="format 9"):
@@ -181,7 +181,7 @@ def test_wrong_searches():
         (torch.full((1, 48), torch.nan), {}, "not finite"),
         (torch.ones(2, 48), {"k": 0}, "k >= 1"),
         (torch.ones(2, 48), {"k": 5, "candidates": 4}, "candidates >= k"),
-        (torch.ones(2, 48), {"symmetric": True}, "not scored again"),
+        (torch.ones(2, 48), {"symmetric": True}, "cannot be rescored"),
     ):
         with pytest.raises(TautError, match=words):
             index.search(queries, **options)

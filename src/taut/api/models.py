@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taut.api.sources import Progress, RecipeLike, read_dtype, read_texts, use_threads
+from taut.api.sources import RecipeLike, read_dtype, read_texts, use_threads
 from taut.core.errors import TautError
+from taut.core.progress import Progress
 from taut.core.recipe import Recipe
 from taut.core.registry import METHODS
 

@@ -1,13 +1,12 @@
 """What the verbs are given, in every form that users give it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 
-Progress = Callable[[int, int], None]
 RecipeLike = str | Path | dict | Recipe
 
 

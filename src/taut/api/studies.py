@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taut.api.sources import Progress, read_dtype, use_threads
+from taut.api.sources import read_dtype, use_threads
+from taut.core.progress import Progress
 from taut.core.record import Quantity, Score
 
 if TYPE_CHECKING:

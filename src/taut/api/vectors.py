@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taut.api.sources import Progress, read_dtype
+from taut.api.sources import read_dtype
+from taut.core.progress import Progress
 
 if TYPE_CHECKING:
     import torch

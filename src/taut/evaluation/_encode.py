@@ -1,4 +1,4 @@
-"""Vectors of texts: mean-pooled hidden states, in batches of similar length."""
+"""Turns texts into vectors: pooled hidden states, computed in batches of similar length."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taut.evaluation.task import Progress
+from taut.architectures.positions import position_limit
+from taut.core.progress import Progress
 
 
 def encode(
@@ -22,10 +23,11 @@ def encode(
     normalise: bool = True,
     pooling: str = "mean",
 ) -> Tensor:
-    """N texts -> (N, D) float32 on the CPU, in the given order; unit length unless ``normalise`` is False.
+    """Encode N texts as vectors (N, D), float32 on the CPU, in the given order.
 
-    The last hidden states of the real tokens, pooled as ``POOLINGS`` says; by default their mean (Reimers & Gurevych
-    2019, arXiv:1908.10084). ``progress`` counts on from ``done``; the total is N unless given.
+    Each vector pools the last hidden states of the real tokens with one of ``POOLINGS``. The default is their mean
+    (Reimers & Gurevych 2019, arXiv:1908.10084). Vectors have unit length unless ``normalise`` is False. ``progress``
+    starts counting at ``done``; its total is ``total``, by default N.
     """
     ids = token_ids(tokenizer, texts, usable_length(model, tokenizer, max_length))
     vectors: Tensor | None = None
@@ -42,33 +44,29 @@ def encode(
 
 
 def usable_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
-    """The tokens a sequence may have: what was asked for, but no more than tokenizer and positions allow."""
-    config = model.config.get_text_config()
-    # T5 has no such number; GPT-2 has it under another name, which only attribute access knows.
-    positions = getattr(config, "max_position_embeddings", None) or wanted
-    # RoBERTa's positions start after the padding id, so its table is longer than its sequences.
-    unused = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
-    return min(wanted, tokenizer.model_max_length, positions - unused)
+    """The number of tokens that a sequence may have: ``wanted``, or less if the tokenizer or the positions limit it."""
+    return min(wanted, tokenizer.model_max_length, position_limit(model.config) or wanted)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[list[int]]:
-    """Ids of each text with special tokens, at most ``length``; at least one id, so that every text has a mean."""
+    """The ids of each text with special tokens: at most ``length``, and at least one, so that every text has a mean."""
     spare = tokenizer.eos_token_id or tokenizer.pad_token_id or 0
     encoded = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"] if texts else []
     return [row or [spare] for row in encoded]
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices, longest first (the first batch shows whether the memory suffices), ``size`` at a time."""
+    """Indices in batches of ``size``, longest sequences first: so the first batch shows whether the memory suffices."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
 def padded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """B lists of ids -> (B, T) ids and (B, T) mask, int64, padded on the right.
+    """Pad B lists of ids on the right: ids (B, T) and mask (B, T), both int64.
 
-    Done here because a tokenizer may have no padding token; the id under a masked position does not matter then.
+    The tokenizer does not do it because it may have no padding token. Which id stands at a masked position does not
+    matter.
     """
     length = max(len(row) for row in ids)
     filler = tokenizer.pad_token_id or 0
@@ -80,30 +78,33 @@ def padded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]], device:
 def states(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]]
 ) -> tuple[Tensor, Tensor]:
-    """B lists of ids -> last hidden states (B, T, D) float32 and mask (B, T). Of the encoder where there is one."""
+    """Run B lists of ids: last hidden states (B, T, D) float32 and mask (B, T).
+
+    For an encoder-decoder model these are the states of the encoder.
+    """
     table, mask = padded(tokenizer, ids, model.device)
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     return body(input_ids=table, attention_mask=mask).last_hidden_state.float(), mask
 
 
 def pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """(B, T, D), (B, T) -> (B, D): the mean over the real tokens. Padding may hold anything, even infinities."""
+    """(B, T, D), (B, T) -> (B, D): the mean over the real tokens. Padding may hold any value, even infinity."""
     real = mask.unsqueeze(-1).bool()
     return hidden.masked_fill(~real, 0.0).sum(1) / real.sum(1)
 
 
 def pool_first(hidden: Tensor, mask: Tensor) -> Tensor:
-    """(B, T, D), (B, T) -> (B, D): the first token, which an encoder's own classifier reads."""
+    """(B, T, D), (B, T) -> (B, D): the state of the first token, which an encoder's own classifier uses."""
     return hidden[:, 0]
 
 
 def pool_last(hidden: Tensor, mask: Tensor) -> Tensor:
-    """(B, T, D), (B, T) -> (B, D): the last real token. Padding is on the right."""
+    """(B, T, D), (B, T) -> (B, D): the state of the last real token. Padding is on the right."""
     return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
 
 
 def pool_greatest(hidden: Tensor, mask: Tensor) -> Tensor:
-    """(B, T, D), (B, T) -> (B, D): the greatest number of each dimension over the real tokens."""
+    """(B, T, D), (B, T) -> (B, D): the maximum of each dimension over the real tokens."""
     return hidden.masked_fill(~mask.unsqueeze(-1).bool(), -torch.inf).amax(1)
 
 
@@ -113,4 +114,4 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "lasttoken": pool_last,
     "max": pool_greatest,
 }
-"""Ways to one vector a text, under the names that sentence-transformers gives them."""
+"""The ways to pool states into one vector per text, under the names that sentence-transformers uses."""

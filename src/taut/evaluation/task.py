@@ -2,21 +2,19 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.core.errors import TautError
+from taut.core.progress import Progress, silent
 from taut.core.record import Quantity, Score
 from taut.core.registry import TASKS
 from taut.core.strict import parse_options
 from taut.data import Data
 from taut.surgery.modes import evaluating
-
-Progress = Callable[[int, int], None]
-"""Called with the amount done and the total."""
 
 Kind = Literal["causal", "masked", "sequence to sequence", "states"]
 
@@ -81,7 +79,7 @@ class Task(ABC):
         if reason:
             raise TautError(f"task {self.id}: {reason}")
         with evaluating(model), evaluating(model if reference is None else reference):
-            return self.scores(model, tokenizer, seed, progress or _silent, reference)
+            return self.scores(model, tokenizer, seed, progress or silent, reference)
 
     @abstractmethod
     def scores(
@@ -143,7 +141,3 @@ def reads_text(model: PreTrainedModel) -> str | None:
     if model.main_input_name != "input_ids":
         return f"{type(model).__name__} reads {model.main_input_name}, not token ids"
     return None
-
-
-def _silent(done: int, total: int) -> None:
-    """A progress callback that does nothing."""

@@ -1,4 +1,4 @@
-"""What a decoder keeps of a text that many others begin with: computed once, used often, kept in a file."""
+"""The key/value cache of a prefix that many texts share: computed once, reused often, saved in a file."""
 
 import copy
 import hashlib
@@ -13,40 +13,44 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from taut.architectures.positions import position_limit
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.ops.caches.base import PositionedCache
 from taut.surgery.apply import is_compressed, steps_of
 
 SAMPLES = 64
-"""Numbers of every tensor that a model's fingerprint looks at."""
+"""Numbers of every tensor that enter a model's fingerprint."""
 CHUNK = 1024
-"""Tokens read at once: a long text needs no mask of all its pairs."""
+"""Tokens read at once, so that a long text needs no mask over all pairs of its tokens."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """``ids`` (T,) int64 of the text, and the ``memory`` after reading it. ``fingerprint`` is the model's: its
-    configuration, positions and recipe included, and a sample of its weights."""
+    """A text that a model has read.
+
+    ``ids`` (T,) int64 are its tokens, ``memory`` is the cache after reading them. ``fingerprint`` identifies the model:
+    its configuration with positions and recipe, and a sample of its weights.
+    """
 
     ids: Tensor
     memory: Cache
     fingerprint: str
 
     def cache(self, rows: int = 1) -> Cache:
-        """A cache of its own for ``rows`` continuations; this one never changes."""
+        """A new copy of the cache for ``rows`` continuations; ``memory`` itself never changes."""
         cache = copy.deepcopy(self.memory)
         if rows > 1:
             cache.batch_repeat_interleave(rows)
         return cache
 
     def before(self, ids: Tensor) -> Tensor:
-        """(B, T') ids that go on -> (B, T + T') ids of the whole texts, as ``generate`` wants them."""
+        """(B, T') ids that follow the prefix -> (B, T + T') ids of the whole texts, as ``generate`` expects them."""
         return torch.cat([self.ids.to(ids.device).expand(len(ids), -1), ids], 1)
 
     @property
     def entries(self) -> int:
-        """Entries held in each layer."""
+        """The number of cache entries in a layer; the maximum over all layers."""
         return max((layer.keys.shape[2] for layer in self.memory.layers if layer.is_initialized), default=0)
 
     @property
@@ -56,7 +60,7 @@ class Prefix:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, complete or not at all. Raises TautError if it cannot be written."""
         tensors = {"ids": self.ids}
         for index, layer in enumerate(self.memory.layers):
             tensors |= {f"keys.{index}": layer.keys, f"values.{index}": layer.values}
@@ -77,8 +81,10 @@ class Prefix:
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> "Prefix":
-        """Read a file that was written with this very model. Raises TautError for another model, recipe or position
-        scheme, and for a file that is none of ours."""
+        """Load a file that was written with this very model.
+
+        Raises TautError for another model, recipe or position scheme, and for a file that is not a prefix.
+        """
         try:
             with safe_open(path, framework="pt", device=str(model.device)) as file:
                 written = (file.metadata() or {}).get("taut_prefix")
@@ -87,11 +93,11 @@ class Prefix:
             raise TautError(f"{path}: not readable as a prefix: {' '.join(str(error).split())}") from None
         if written is None or "ids" not in tensors:
             raise TautError(f"{path}: not a prefix: write one with taut prefix MODEL --text-file FILE --out {path}")
-        ours = fingerprint(model)
-        if written != ours:
+        expected = fingerprint(model)
+        if written != expected:
             raise TautError(
                 f"{path}: made with another model, recipe or position scheme (fingerprint {written[:12]}, this one is "
-                f"{ours[:12]}): make it again with taut prefix"
+                f"{expected[:12]}): write it again with taut prefix"
             )
         memory = empty_cache(model)
         for index, layer in enumerate(_layers(memory, tensors)):
@@ -99,15 +105,20 @@ class Prefix:
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
         if isinstance(memory, PositionedCache):
-            state = {name.removeprefix("state."): each for name, each in tensors.items() if name.startswith("state.")}
+            state = {
+                name.removeprefix("state."): tensor for name, tensor in tensors.items() if name.startswith("state.")
+            }
             memory.restore(state)
-        return cls(tensors["ids"], memory, ours)
+        return cls(tensors["ids"], memory, expected)
 
 
 @torch.no_grad()
 def read(model: PreTrainedModel, text: str | Tensor, tokenizer: PreTrainedTokenizerBase | None = None) -> Prefix:
-    """The prefix of a text, or of (T,) ids. Raises TautError for an empty text, one that is too long for the model, a
-    model that is no decoder, and for text without a tokenizer."""
+    """Read a text, or (T,) ids, and return its prefix.
+
+    Raises TautError for an empty text, a text that is too long for the model, a model that is no decoder, and a text
+    without a tokenizer.
+    """
     ids = _ids(text, tokenizer).to(model.device)
     check_length(model, len(ids))
     memory = empty_cache(model)
@@ -117,9 +128,9 @@ def read(model: PreTrainedModel, text: str | Tensor, tokenizer: PreTrainedTokeni
 
 
 def empty_cache(model: PreTrainedModel) -> Cache:
-    """A new cache of the kind that the model's recipe says. Raises TautError for a model without one."""
+    """A new cache of the kind that the model's recipe sets. Raises TautError for a model that is no decoder."""
     if not model.can_generate() or model.config.is_encoder_decoder:
-        raise TautError(f"{type(model).__name__} is no decoder with a language-modelling head: it has no prefix")
+        raise TautError(f"{type(model).__name__}: a prefix needs a decoder with a language-modelling head")
     for step in steps_of(model) if is_compressed(model) else ():
         if isinstance(step.site, MemorySite) and (cache := step.method.cache(step.site.layers)) is not None:
             return cache
@@ -127,29 +138,29 @@ def empty_cache(model: PreTrainedModel) -> Cache:
 
 
 def check_length(model: PreTrainedModel, tokens: int) -> None:
-    """Raises TautError when the model has fewer positions than ``tokens``."""
-    positions = vars(model.config.get_text_config()).get("max_position_embeddings")
+    """Raises TautError if the model has fewer positions than ``tokens``."""
+    positions = position_limit(model.config)
     if positions is not None and tokens > positions:
         raise TautError(f"{tokens} tokens, but {type(model).__name__} has {positions} positions: shorten the text")
 
 
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of the configuration, the recipe's plan and a sample of every tensor."""
-    known = model.config.to_dict()
+    settings = model.config.to_dict()
     transient = ("_name_or_path", "transformers_version", "torch_dtype", "use_cache", "architectures")
-    config = {key: value for key, value in known.items() if key not in transient}
-    config["quantization_config"] = _plan(known.get("quantization_config"))
-    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    config = {key: value for key, value in settings.items() if key not in transient}
+    config["quantization_config"] = _plan(settings.get("quantization_config"))
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         step = max(1, tensor.numel() // SAMPLES)
         sample = tensor.detach().reshape(-1)[::step][:SAMPLES].cpu().contiguous()
-        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
-    return found.hexdigest()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
+    return digest.hexdigest()
 
 
 def _plan(config: Any) -> Any:
-    """Of a recipe's configuration what decides the answers: its steps."""
+    """The part of a recipe's configuration that affects the output: its plan of steps."""
     return config.get("plan") if isinstance(config, dict) else vars(config).get("plan") if config is not None else None
 
 
@@ -157,7 +168,7 @@ def _ids(text: str | Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tenso
     if isinstance(text, Tensor):
         ids = text.reshape(-1)
     elif tokenizer is None:
-        raise TautError("a text needs the model's tokenizer: give tokenizer=, or ids")
+        raise TautError("a text needs the model's tokenizer: give tokenizer=, or pass ids")
     else:
         ids = tokenizer(text, return_tensors="pt").input_ids[0] if text else torch.zeros(0, dtype=torch.long)
     if not len(ids):
@@ -166,7 +177,7 @@ def _ids(text: str | Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tenso
 
 
 def _layers(memory: Cache, tensors: dict[str, Tensor]) -> list[Any]:
-    """The layers of an empty cache; a stock one makes them on demand."""
+    """The layers of an empty cache. Transformers' own cache creates them on demand, so they are added here."""
     count = sum(name.startswith("keys.") for name in tensors)
     while len(memory.layers) < count:
         memory.layers.append(memory.layer_class_to_replicate())

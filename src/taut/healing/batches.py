@@ -7,28 +7,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from taut.architectures.positions import position_limit
 from taut.core.errors import TautError
-from taut.data import sentences
+from taut.data.token_rows import text_rows
 from taut.healing.losses import IGNORED
 
 POOL = 16
 """Batches sorted by length together: near neighbours need little padding, and the order stays random."""
 MASKED = 0.15
 """The share of tokens hidden from a masked language model, as in its own training."""
-
-
-def token_rows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int) -> list[list[int]]:
-    """One list of ids for each text, special tokens included, never longer than ``length``.
-
-    A text that is too long is cut between sentences, and only a sentence that is too long is cut short. Texts of one
-    token say nothing and are left out.
-    """
-    whole = [text for text in texts if text.strip()]
-    rows: list[list[int]] = []
-    for text, ids in zip(whole, _encoded(tokenizer, whole), strict=True):
-        rows += [ids] if len(ids) <= length else _cut(tokenizer, text, length)
-    bare = len(tokenizer("", add_special_tokens=True)["input_ids"])
-    return [row for row in rows if len(row) > bare + 1]
 
 
 def text_batches(
@@ -46,7 +33,7 @@ def text_batches(
     masked language models find some of them hidden, and ``labels`` says which. Raises TautError for less text than one
     batch.
     """
-    rows = token_rows(tokenizer, texts, min(length, tokenizer.model_max_length, _positions(model) or length))
+    rows = text_rows(tokenizer, texts, min(length, tokenizer.model_max_length, position_limit(model.config) or length))
     if len(rows) < size:
         raise TautError(f"too little text: {len(rows)} texts of two tokens or more, and a batch takes {size}")
     draw = random.Random(seed)
@@ -81,30 +68,6 @@ def next_tokens(ids: Tensor, real: Tensor) -> Tensor:
 def predicts_masked(model: PreTrainedModel) -> bool:
     """Whether the model fills in masked tokens: an output map over the vocabulary and no causal decoder."""
     return type(model).__name__.endswith("ForMaskedLM")
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """The longest sequence that the model's positions allow, where they are counted."""
-    config = model.config.get_text_config()
-    # T5 has no such number; GPT-2 has it under another name, which only attribute access knows.
-    positions = getattr(config, "max_position_embeddings", None)
-    # RoBERTa's positions start after the padding id, so its table is longer than its sequences.
-    return positions - (config.pad_token_id or 0) - 1 if positions and "roberta" in config.model_type else positions
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text. Long texts are expected here, so the tokenizer's warning about them is not wanted."""
-    return tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"] if texts else []
-
-
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[list[int]]:
-    """Neighbouring sentences joined as long as they fit."""
-    pieces: list[str] = []
-    for sentence in sentences(text):
-        joined = f"{pieces[-1]} {sentence}" if pieces else sentence
-        fits = bool(pieces) and len(_encoded(tokenizer, [joined])[0]) <= length
-        pieces = [*pieces[:-1], joined] if fits else [*pieces, sentence]
-    return tokenizer(pieces, add_special_tokens=True, truncation=True, max_length=length)["input_ids"]
 
 
 def _padded(rows: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.architectures.locate import locate
 from taut.core.errors import TautError
+from taut.core.progress import Progress
 from taut.core.site import AttentionSite
 from taut.healing.batches import predicts_masked, text_batches
 from taut.healing.distil import Comparison, Distillation
@@ -32,7 +33,6 @@ from taut.surgery.apply import compress, surgery_of
 from taut.surgery.loading import open_model
 from taut.surgery.prepare import Prepared
 
-Progress = Callable[[int, int], None]
 HELD = 8
 """Batches that judge the result."""
 RUN = "run.json"

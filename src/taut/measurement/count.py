@@ -1,4 +1,4 @@
-"""Parameters, bytes and FLOPs, counted on the model itself: shared tensors once, packed tensors for what they are."""
+"""Counts parameters, bytes and FLOPs on the model itself: shared tensors once, packed tensors at their real size."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from taut.core.errors import TautError
 from taut.core.record import Quantity
+from taut.core.safetensors_header import read_header
 from taut.core.site import Site
 
 REST = "rest"
-"""Where the tensors go that belong to no site: norms, position tables, untied heads, poolers."""
+"""The slot name for tensors that belong to no site: norms, position tables, untied heads, poolers."""
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -32,9 +33,12 @@ SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True)
 class Share:
-    """``parameters``: the numbers that the tensors stand for (a 4-bit table has as many as the dense one).
-    ``stored``: bytes of the tensors in a file. ``resident``: bytes of the memory they hold, buffers that are not
-    saved included; None for a model on the meta device."""
+    """The size of a set of tensors.
+
+    ``parameters``: the numbers that the tensors represent (a 4-bit table has as many as the dense one). ``stored``:
+    bytes of the tensors in a file. ``resident``: bytes of memory that they occupy, including buffers that are not
+    saved; None for a model on the meta device.
+    """
 
     parameters: int
     stored: int
@@ -43,9 +47,10 @@ class Share:
 
 @dataclass(frozen=True)
 class Footprint(Share):
-    """A whole model, and its ``slots``: the five and ``rest``, as far as they hold tensors. They sum to the whole.
+    """The size of a whole model and of its ``slots``, which add up to the whole.
 
-    ``header``: bytes a safetensors file spends on names and shapes, beside the tensors.
+    ``slots`` has those of the five slots and ``rest`` that contain tensors. ``header``: bytes that a safetensors file
+    needs for names and shapes in addition to the tensors.
     """
 
     header: int
@@ -67,9 +72,9 @@ class Footprint(Share):
 def count(model: nn.Module, sites: Iterable[Site] = (), logical: Mapping[str, int] | None = None) -> Footprint:
     """The footprint of ``model``, split by the slots of ``sites``; a tensor belongs to the innermost site around it.
 
-    ``logical`` gives, for module paths whose tensors are packed, the number of parameters they stand for (a plan's
-    ``Cost.parameters``, bias included); everywhere else the elements of the parameters are counted. Memory held
-    outside tensors (a library's packed weights) is not seen; ``memory.peak_memory`` sees it.
+    ``logical`` maps the paths of modules with packed tensors to the number of parameters that they represent (a plan's
+    ``Cost.parameters``, bias included). Elsewhere the elements of the parameters are counted. Memory outside tensors
+    (a library's packed weights) is not counted; ``memory.peak_memory`` includes it.
     """
     slot_of = {site.path: site.slot for site in sites if site.slot != "memory"}
     logical = dict(logical or {})
@@ -101,7 +106,7 @@ def count(model: nn.Module, sites: Iterable[Site] = (), logical: Mapping[str, in
 
 @dataclass(frozen=True)
 class FolderBytes:
-    """What the weights of a folder take on disk: ``total`` = ``tensors`` + ``headers`` over all ``files``."""
+    """The bytes of a folder's weights on disk: ``total`` = ``tensors`` + ``headers`` over all ``files``."""
 
     total: int
     tensors: int
@@ -110,29 +115,25 @@ class FolderBytes:
 
 
 def folder_bytes(folder: str | Path) -> FolderBytes:
-    """The safetensors files of a saved model. Raises TautError when there is none or one is cut short."""
+    """The bytes of a saved model's safetensors files. Raises TautError if there is none or if one is damaged."""
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
         raise TautError(f"{folder}: no *.safetensors file; expected the folder of a saved model")
-    tensors = headers = 0
-    for path in paths:
-        size, header, data = path.stat().st_size, *_layout(path)
-        if size != header + data:
-            raise TautError(f"{path}: {size} bytes, but its header describes {header + data}: the file is damaged")
-        tensors, headers = tensors + data, headers + header
+    read = [read_header(path) for path in paths]
+    tensors, headers = sum(header.data_bytes for header in read), sum(header.header_bytes for header in read)
     return FolderBytes(tensors + headers, tensors, headers, tuple(path.name for path in paths))
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of memory that a KV cache holds: the storages of all tensors in it, each once."""
+    """Bytes of memory that a key/value cache occupies: the storages of all its tensors, each counted once."""
     return sum(tensor.untyped_storage().nbytes() for _, tensor in _by_storage(_inner(cache, set())))
 
 
 def flops_per_token(model: nn.Module, inputs: Mapping[str, Tensor]) -> Quantity:
     """FLOPs of one forward pass, divided by the positions of ``input_ids`` (B, T); a multiply-add counts as two.
 
-    Matrix products, convolutions and attention are counted, as torch does; a fused attention counts all pairs,
-    masked or not; element-wise work and operators without a formula (int8 kernels) count nothing.
+    Counts matrix products, convolutions and attention, as torch does. A fused attention counts all pairs, masked or
+    not. Element-wise work and operators without a formula (int8 kernels) count as zero.
     """
     formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
@@ -142,13 +143,13 @@ def flops_per_token(model: nn.Module, inputs: Mapping[str, Tensor]) -> Quantity:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
-    """q.k and a.v over shapes (B, H, T, K), (B, H', S, K), (B, H', S, K)."""
+    """FLOPs of q.k and a.v, for the shapes (B, H, T, K), (B, H', S, K), (B, H', S, K)."""
     batch, heads, queries, width = query
     return 2 * batch * heads * queries * key[2] * (width + value[3])
 
 
 def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Everything a model keeps in memory, also tensors kept as plain attributes."""
+    """All tensors that a model keeps in memory, including tensors in plain attributes."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
     for path, module in model.named_modules():
@@ -158,7 +159,7 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _inner(value: Any, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors inside a cache, its layers, and their containers; never those of a model it may point to."""
+    """The tensors inside a cache, its layers and their containers, but not those of a model that it refers to."""
     if id(value) in seen or isinstance(value, nn.Module | type):
         return
     seen.add(id(value))
@@ -186,7 +187,7 @@ def _by_identity(named: Mapping[str, Tensor]) -> list[tuple[list[str], Tensor]]:
 
 
 def _by_storage(named: Iterable[tuple[str, Tensor]]) -> list[tuple[list[str], Tensor]]:
-    """Each distinct piece of memory with the names of the tensors in it, and one of them."""
+    """Each distinct storage with the names of the tensors in it, and one of these tensors."""
     groups: dict[Any, tuple[list[str], Tensor]] = {}
     for name, tensor in named:
         key = id(tensor) if tensor.is_meta else (tensor.device, tensor.untyped_storage().data_ptr())
@@ -200,7 +201,7 @@ def _slot(names: Iterable[str], slot_of: Mapping[str, str]) -> str:
 
 
 def _inside(name: str, paths: Mapping[str, Any]) -> str | None:
-    """The longest of ``paths`` that is ``name`` or a module around it."""
+    """The longest of ``paths`` that is ``name`` or a module around it; None if there is none."""
     while name not in paths:
         name, dot, _ = name.rpartition(".")
         if not dot:
@@ -213,7 +214,7 @@ def _add(totals: dict[str, int], key: str, number: int) -> None:
 
 
 def _header_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """What safetensors writes before the data: 8 bytes of length, then JSON padded to a multiple of 8."""
+    """Bytes that safetensors writes before the data: 8 bytes of length, then JSON padded to a multiple of 8."""
     order = list(SAFETENSORS_DTYPES)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -227,15 +228,3 @@ def _header_bytes(tensors: Mapping[str, Tensor]) -> int:
         offset = end
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8
-
-
-def _layout(path: Path) -> tuple[int, int]:
-    """Bytes of the header (its length field included) and of the data it describes."""
-    with path.open("rb") as file:
-        try:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, path.stat().st_size)))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise TautError(f"{path}: not a safetensors file, or a damaged one") from None
-    return 8 + length, max(ends, default=0)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from taut.core.errors import TautError
-from taut.surgery.loading import check_folder, safetensors_header
+from taut.core.safetensors_header import read_header
+from taut.surgery.loading import check_folder
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     tensors = [
         {"name": name, "shape": entry["shape"], "dtype": entry["dtype"]}
         for path in sorted(folder.glob("*.safetensors"))
-        for name, entry in safetensors_header(path).items()
+        for name, entry in read_header(path).tensors.items()
     ]
     return {
         "folder": str(folder),

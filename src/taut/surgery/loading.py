@@ -2,7 +2,6 @@
 
 import json
 import os
-import struct
 import tempfile
 import weakref
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from taut.architectures.skeleton import model_class, skeleton
 from taut.core.errors import TautError, nearest
+from taut.core.safetensors_header import read_header
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -45,8 +45,8 @@ class Source:
         configured = self.config.dtype
         if isinstance(configured, torch.dtype):
             return configured
-        headers = map(safetensors_header, sorted(self.folder.glob("*.safetensors")) if self.folder else ())
-        names = (entry["dtype"] for header in headers for entry in header.values())
+        headers = map(read_header, sorted(self.folder.glob("*.safetensors")) if self.folder else ())
+        names = (tensor["dtype"] for header in headers for tensor in header.tensors.values())
         return next((FLOATS[name] for name in names if name in FLOATS), torch.float32)
 
 
@@ -90,7 +90,7 @@ def check_folder(folder: Path) -> Path:
             else f"{folder}: no *.safetensors there"
         )
     for path in weights:
-        safetensors_header(path)
+        read_header(path)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         missing = set(json.loads(index.read_text())["weight_map"].values()) - {path.name for path in weights}
@@ -167,28 +167,6 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
 def open_skeleton(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model's shape without its weights, on the meta device. ``dtype`` None is the checkpoint's own."""
     return skeleton(source.config, dtype or source.dtype)
-
-
-def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """The tensors of a safetensors file, by name: ``dtype``, ``shape`` and ``data_offsets``. No tensor is read.
-
-    Raises TautError when the file is not whole.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-        if not 0 < length <= size - 8:
-            raise TautError(f"{path}: not a safetensors file (no readable header)")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise TautError(f"{path}: not a safetensors file (its header is damaged)") from None
-    if 8 + length + end != size:
-        raise TautError(f"{path}: truncated: {size:,} bytes, its header promises {8 + length + end:,}")
-    return header
 
 
 def _minilm() -> Path:

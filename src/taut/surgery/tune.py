@@ -7,7 +7,7 @@ is used is measured for every shape and number of threads, not set at a fixed nu
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from taut.core.environment import processor
 from taut.core.errors import TautError
+from taut.core.progress import Progress
 from taut.measurement.clock import compare, ratio
 from taut.methods.part import LinearPart, TokenRanges
 from taut.surgery.apply import surgery_of
@@ -29,7 +30,6 @@ TOKENS = tuple(2**power for power in range(11))
 MARGIN = 1.03
 """How many times faster the dense copy must be to be worth its memory."""
 REPEATS = 15
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from taut.architectures.positions import position_limit
 from taut.core.errors import TautError
 from taut.methods.base import AttentionMethod, MemoryMethod
 from taut.surgery.apply import is_compressed, steps_of
@@ -66,7 +67,7 @@ class CarriedMemory:
         if not memories:
             raise TautError(NO_MEMORY)
         method, site = memories[0].method, memories[0].site
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        positions = position_limit(model.config)
         if any(isinstance(step.method, AttentionMethod) and step.method.own_positions for step in steps):
             positions = None
         return cls(lambda: method.cache(site.layers), method.entries(replace(site, length=LONG)), positions)

@@ -13,7 +13,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
 from taut.core.errors import TautError
-from taut.healing.trainer import FINISHED, newest
+from taut.healing.runs import FINISHED, newest
 from taut.training.spec import TrainSpec
 
 RUN = "run.json"

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from taut.core.errors import TautError
 from taut.core.seeds import step_seed
 from taut.healing.losses import IGNORED
+from taut.healing.runs import Diverged
 from taut.methods.part import Part
 from taut.training.carried_memory import CarriedMemory
 from taut.training.guide import Guides
@@ -105,7 +105,3 @@ class LanguageModelling(nn.Module):
         for name, tensor in self.model.named_parameters():
             if not torch.isfinite(tensor).all():
                 raise Diverged(f"{name} is no longer finite")
-
-
-class Diverged(TautError):
-    """The loss, or a weight, is no number any more."""

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from taut.core.errors import TautError
-from taut.healing.trainer import newest, random_states_kept
+from taut.healing.runs import Diverged, newest, random_states_kept, training_arguments
 from taut.surgery.apply import check_writable, copy_companions, whole_folder
 from taut.surgery.loading import check_device
 from taut.training.budget import Costs, costs_of, plan_course
@@ -20,7 +20,7 @@ from taut.training.carried_memory import CarriedMemory
 from taut.training.checkpoints import check, claim, disk_full_told, history
 from taut.training.corpus import Corpus, read_corpus
 from taut.training.guide import Guides, guided_parts
-from taut.training.objective import Diverged, LanguageModelling
+from taut.training.objective import LanguageModelling
 from taut.training.reconstruction import Reconstruction
 from taut.training.record import RECORD, Status, general_facts, guide_facts, loss_facts, spent_facts
 from taut.training.schedule import Course, guide_weight
@@ -251,28 +251,19 @@ def _arguments(spec: TrainSpec, state: Path, device: str) -> TrainingArguments:
         raise TautError("precision = 'float16': needs a GPU; use float32 or bfloat16 on a CPU")
     if spec.report_to != "none" and find_spec(spec.report_to) is None:
         raise TautError(f"report_to = {spec.report_to!r}: not installed: pip install {spec.report_to}")
-    arguments = TrainingArguments(
-        output_dir=str(state),
-        max_steps=1,
+    arguments = training_arguments(
+        state,
+        kind,
+        steps=1,
+        seed=spec.seed,
         gradient_accumulation_steps=spec.accumulate,
         max_grad_norm=spec.clip,
         bf16=spec.precision == "bfloat16",
         fp16=spec.precision == "float16",
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
         dataloader_pin_memory=kind == "cuda",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        save_total_limit=1,
         report_to=spec.report_to,
         run_name=state.stem,
-        disable_tqdm=True,
-        use_cpu=kind == "cpu",
-        seed=spec.seed,
     )
-    # Several visible GPUs in one process would each get a copy (DataParallel): torchrun is the way to use them.
-    arguments._n_gpu = min(1, arguments.n_gpu)
     pieces = spec.accumulate * max(1, arguments.world_size)
     if spec.batch % pieces:
         raise TautError(

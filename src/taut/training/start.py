@@ -8,6 +8,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.architectures.locate import locate
+from taut.architectures.positions import position_limit
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 from taut.core.site import AttentionSite
@@ -51,7 +52,7 @@ def resolve_objective(spec: TrainSpec) -> tuple[Source, bool]:
             f"{source.name}: {type(skeleton).__name__} has no head over its vocabulary: nothing to predict. What a "
             "recipe installed in it learns from its original: taut apply --heal"
         )
-    positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    positions = position_limit(skeleton.config)
     if positions is not None and spec.length > positions:
         raise TautError(f"length = {spec.length}: {source.name} has {positions} positions")
     plan = make_plan(skeleton, Recipe.load(spec.recipe)) if spec.recipe else None

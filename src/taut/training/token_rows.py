@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from taut.core.seeds import epoch_seed
+from taut.data.token_rows import document_rows
 from taut.healing.losses import IGNORED
 from taut.training.corpus import pieces_of
 from taut.training.spec import TrainSpec
@@ -50,32 +51,21 @@ class TokenRows:
 def token_rows(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, spec: TrainSpec, masked: bool
 ) -> TokenRows:
-    """Documents as rows of ``length`` ids. Packed, they follow each other with an end-of-text token between, and the
-    last incomplete row is dropped; otherwise each of their paragraphs is a row, cut or padded, or, in lanes, each of
-    them begins a row and its last one is padded. Rows of masked models are framed as the tokenizer frames a text."""
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    frame = masked and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+    """The rows that a spec trains on. Documents are packed, or each of their paragraphs is a row, cut or padded. With
+    carried memory each document begins a row and has as many as it needs. See ``data.token_rows.document_rows``."""
+    framed = masked and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
     texts = list(documents) if spec.pack or spec.carry_memory else pieces_of(documents)
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    inner = spec.length - (2 if frame else 0)
-    if spec.pack:
-        stream = [token for ids in encoded for token in ([*ids, end] if end is not None else ids)]
-        streams = [stream[: len(stream) // inner * inner]]
-    else:
-        streams = [[*ids, end] if end is not None and not frame else ids for ids in encoded if ids]
-        streams = streams if spec.carry_memory else [ids[:inner] for ids in streams]
-    cut = [(ids[at : at + inner], at == 0) for ids in streams for at in range(0, len(ids), inner)]
-    if frame:
-        cut = [([tokenizer.cls_token_id, *piece, tokenizer.sep_token_id], first) for piece, first in cut]
-    cut = [(piece, first) for piece, first in cut if len(piece) > 1]
+    choices = {"pack": spec.pack, "whole": spec.carry_memory, "framed": framed}
+    rows = document_rows(tokenizer, texts, spec.length, **choices)
     padding = tokenizer.pad_token_id or 0
-    padded = [[*piece, *[padding] * (spec.length - len(piece))] for piece, _ in cut]
+    padded = [[*row, *[padding] * (spec.length - len(row))] for row, _ in rows]
     ids = torch.tensor(padded, dtype=torch.int32).reshape(-1, spec.length)
-    streams, first = (spec.batch, torch.tensor([first for _, first in cut])) if spec.carry_memory else (0, None)
-    if spec.pack or not cut:
-        return TokenRows(ids, None, frame, streams, first)
-    widths = torch.tensor([len(piece) for piece, _ in cut])
-    return TokenRows(ids, torch.arange(spec.length) < widths[:, None], frame, streams, first)
+    streams = spec.batch if spec.carry_memory else 0
+    first = torch.tensor([first for _, first in rows]) if spec.carry_memory else None
+    if spec.pack or not rows:
+        return TokenRows(ids, None, framed, streams, first)
+    widths = torch.tensor([len(row) for row, _ in rows])
+    return TokenRows(ids, torch.arange(spec.length) < widths[:, None], framed, streams, first)
 
 
 def spread(rows: TokenRows, tokens: int) -> TokenRows:

@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from taut.healing.trainer import SHARE
+from taut.healing.runs import SaveClock, check_finite
 from taut.methods.part import Part
-from taut.training.objective import Diverged, LanguageModelling
+from taut.training.objective import LanguageModelling
 from taut.training.schedule import rate
 from taut.training.spec import TrainSpec
 from taut.training.token_rows import Masking, TokenRows, TrainingSet, example
@@ -125,8 +125,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, task: LanguageModelling, spec: TrainSpec, spent: Spent, stop: Stop, tell: Tell | None) -> None:
         self.task, self.spec, self.spent, self.stop, self.tell = task, spec, spent, stop, tell
-        self.saved_at = time.monotonic()
-        self.wait = spec.save.seconds
+        self.clock = SaveClock(spec.save.seconds)
         self._began = self._last = 0.0
         self._done = 0.0
 
@@ -139,7 +138,7 @@ class Watch(TrainerCallback):
     ) -> TrainerControl:
         if args.device.type == "cuda":
             torch.cuda.synchronize()
-        due = time.monotonic() - self.saved_at >= self.wait
+        due = self.clock.due
         if self.spec.save.steps is not None:
             due = state.global_step % self.spec.save.steps == 0
         self._last, due, asked = agreed(args, time.perf_counter() - self._began, due, self.stop.asked)
@@ -165,11 +164,8 @@ class Watch(TrainerCallback):
     ) -> None:
         logs = logs or {}
         # A scaled float16 gradient may overflow; the scaler then skips the step.
-        watched = ("loss",) if self.spec.precision == "float16" else ("loss", "grad_norm")
-        for name in watched:
-            if not math.isfinite(logs.get(name, 0.0)):
-                what = {"loss": "the loss", "grad_norm": "the gradient's norm"}[name]
-                raise Diverged(f"{what} is {logs[name]} at step {state.global_step}")
+        names = ("loss",) if self.spec.precision == "float16" else ("loss", "grad_norm")
+        check_finite(logs, state.global_step, names)
         loss = logs.get("eval_loss", logs.get("loss"))
         if self.tell is not None and loss is not None and state.is_world_process_zero:
             tokens = self.spec.batch * self.spec.length
@@ -177,7 +173,7 @@ class Watch(TrainerCallback):
             self.tell(Moment(state.global_step, self._done, loss, speed, "eval_loss" in logs))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
-        self.saved_at = time.monotonic()
+        self.clock.restart()
 
 
 class TaskTrainer(Trainer):
@@ -225,7 +221,7 @@ class TaskTrainer(Trainer):
             if self.task.guides is not None:
                 save_file(self.task.guides.state_dict(), folder / GUIDES)
             (folder / SPENT).write_text(json.dumps(asdict(spent)))
-        self.watch.wait = self.watch.wait and max(self.watch.wait, SHARE * (time.monotonic() - started))
+        self.watch.clock.note_writing(time.monotonic() - started)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The model was opened from the checkpoint; its guides lie beside it, and so does what its lanes carry, unless
