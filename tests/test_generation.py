@@ -95,9 +95,9 @@ def test_wrong_texts_are_told() -> None:
         taut.prefix(model, "words")
     with pytest.raises(TautError, match=r"900 tokens, but LlamaForCausalLM has \d+ positions"):
         taut.prefix(model, ids(900))
-    with pytest.raises(TautError, match="no decoder"):
+    with pytest.raises(TautError, match="needs a decoder"):
         taut.prefix(tiny("bert", vocab_size=SIZE), ids(4))
-    with pytest.raises(TautError, match="no decoder"):
+    with pytest.raises(TautError, match="needs a decoder"):
         taut.generate(tiny("bert", vocab_size=SIZE), "words", tokenizer=tiny_tokenizer())
     for prompt, message in (("", "the prompt is empty"), ("word " * 900, "shorten the text")):
         with pytest.raises(TautError, match=message):

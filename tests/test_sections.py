@@ -47,7 +47,7 @@ def view_of(anchoring: Anchoring, incoming: Incoming) -> View:
     )
 
 
-def check(view: View, query: Tensor, key: Tensor, value: Tensor, rows: int) -> sections.Plan:
+def check(view: View, query: Tensor, key: Tensor, value: Tensor, rows: int) -> sections.SectionPlan:
     """Values and gradients, in float64."""
     plan = sections.plan(view, CPU, rows)
     ours = sections.attend(query, key, value, view, plan, scaling=0.7)

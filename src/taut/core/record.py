@@ -2,7 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+FORMER_COSTS = {"tighten_seconds": "compress_seconds"}
+"""What costs were called in records of earlier versions."""
 
 
 class Quantity(BaseModel):
@@ -63,3 +66,11 @@ class Record(BaseModel):
     environment: dict[str, Any] = Field(default_factory=dict)
     started: str = ""
     seconds: float = 0.0
+
+    @field_validator("costs", mode="before")
+    @classmethod
+    def _renamed(cls, costs: Any) -> Any:
+        """Records of earlier versions name some costs otherwise."""
+        return (
+            {FORMER_COSTS.get(name, name): cost for name, cost in costs.items()} if isinstance(costs, dict) else costs
+        )

@@ -1,1 +1,1 @@
-"""Tensor code that several methods share. It knows no models."""
+"""Tensor code that several methods share. It knows nothing of models."""

@@ -1,1 +1,1 @@
-"""Who may see whom, as data, and the fused kernels that obey it."""
+"""Attention patterns as data (which query sees which key), and the fused kernels that apply them."""

@@ -1,7 +1,7 @@
 """Exact window and global attention: a loop of fused calls over contiguous slices, never T x S.
 
 Source: the patterns of Longformer (Beltagy et al. 2020, 2004.05150) and BigBird (Zaheer et al. 2020, 2007.14062); the
-loop over slices is ours. It needs no compiler and no gather, and it trains, on the CPU too.
+loop over slices is ours. It needs no compiler and no gather. It can be trained, on a CPU too.
 """
 
 import math
@@ -15,9 +15,9 @@ from torch import Tensor
 from taut.ops.attention.masks import AnyOf, Causal, Global, Pattern, Sink, View, Window
 
 CPU_ROWS = 64
-"""Queries per block: fewer cost more calls, more only add masked keys."""
+"""Queries per block. Fewer would cost more calls; more would only add masked keys."""
 DEVICE_ROWS = 512
-"""On accelerators, where launching a kernel costs more than the masked keys do."""
+"""Queries per block on accelerators, where launching a kernel costs more than the masked keys."""
 ALIGNMENT = 16
 """Blocks are widened to a multiple of this many keys: the fused kernels are faster then."""
 
@@ -26,8 +26,8 @@ Block = tuple[slice, list[Span]]
 
 
 def local(window: int, first: int, causal: bool) -> Pattern:
-    """Who sees whom: ``window`` positions to each side (itself included; only to the left when causal), and the
-    ``first`` tokens, which all see and which, when not causal, see all."""
+    """The pattern of ``window`` positions to each side (itself included; only to the left when causal), and of the
+    ``first`` tokens. All queries see these, and when not causal, these see all keys."""
     if causal:
         return Sink(first, window)
     return AnyOf((Window(window, causal=False), Global(first))) if first else Window(window, causal=False)
@@ -50,18 +50,18 @@ def attend(
 
     query (B, H, T, K), key and value (B, H', S, K) with H a multiple of H' -> (B, T, H, K), any floating dtype.
     ``scaling`` defaults to K^-1/2; ``position_bias`` (B or 1, H, T, S) is added to the scores; ``rows`` is the number
-    of queries per block. Queries that see nothing (padding) get finite values without meaning.
+    of queries per block. Queries that see nothing (padding) get finite but meaningless values.
     """
     options = {"scaling": scaling, "dropout": dropout}
     if window >= view.keys and view.key_positions is None:
         return dense(query, key, value, view, position_bias=position_bias, **options)
     pattern = local(window, first, view.causal)
     if view.key_positions is not None or (view.packed is not None and first):
-        # A cache with gaps is small, and no slice of it is a window; packed sequences have first tokens anywhere.
+        # A cache with gaps is small, and a window is no slice of it. Packed sequences have first tokens anywhere.
         return dense(query, key, value, view, pattern=pattern, position_bias=position_bias, **options)
 
     plan = list(_plan(view, window, first, rows or (CPU_ROWS if query.device.type == "cpu" else DEVICE_ROWS)))
-    # Split, not sliced: gradients of slices would be as large as all queries, each.
+    # Split, not sliced: the gradient of each slice would be as large as all queries.
     pieces = query.split([block.stop - block.start for block, _ in plan], 2)
     blocks = (
         fused(rows, keys, values, _mask(view, pattern, (block, spans), query), bias, **options)
@@ -70,11 +70,11 @@ def attend(
         )
     )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
-        return torch.cat([each.transpose(1, 2) for each in blocks], 1)
-    # Straight into place: gathering the blocks first would double the memory.
+        return torch.cat([part.transpose(1, 2) for part in blocks], 1)
+    # Write each block into place: collecting all blocks first would double the memory.
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    for (block, _), each in zip(plan, blocks, strict=True):
-        out[:, block] = each.transpose(1, 2)
+    for (block, _), part in zip(plan, blocks, strict=True):
+        out[:, block] = part.transpose(1, 2)
     return out
 
 
@@ -89,12 +89,12 @@ def dense(
     dropout: float = 0.0,
     position_bias: Tensor | None = None,
 ) -> Tensor:
-    """One fused call over all keys, with a T x S mask where ``view`` and ``pattern`` need one. Shapes as ``attend``."""
+    """One fused call over all keys, with a T x S mask if ``view`` and ``pattern`` need one. Shapes as in ``attend``."""
     mask = view.dense(query.device, pattern)
     queries, groups = query.shape[2], query.shape[1] // key.shape[1]
     causal = mask is None and view.causal and queries > 1
     if causal:
-        # A static cache is longer than what it holds, and is_causal counts from its first entry.
+        # A static cache is longer than the entries it holds, and is_causal counts from its first entry.
         key, value = key[:, :, :queries], value[:, :, :queries]
     if position_bias is not None:
         position_bias = position_bias[..., : key.shape[2]]
@@ -111,8 +111,8 @@ def dense(
 
 
 def computed_pairs(length: int, window: int, first: int, causal: bool, rows: int = CPU_ROWS) -> int:
-    """How many scores ``attend`` computes on the CPU for ``length`` queries and keys, the masked ones in its blocks
-    included."""
+    """How many scores ``attend`` computes on the CPU for ``length`` queries and keys, including the masked ones in its
+    blocks."""
     if window >= length:
         return length**2
     plan = _plan(View(1, length, length, causal=causal), window, first, rows)
@@ -129,7 +129,7 @@ def reference(
     position_bias: Tensor | None = None,
 ) -> Tensor:
     """The formula: softmax(scaling q.k + bias) v over the ``allowed`` (B or 1, 1, T, S) pairs; queries without any get
-    zero. Shapes as ``attend``."""
+    zero. Shapes as in ``attend``."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -140,12 +140,12 @@ def reference(
 
 
 def _plan(view: View, window: int, first: int, rows: int) -> Iterator[Block]:
-    """Blocks of queries, each with the one or two spans of keys that they may see."""
+    """Blocks of queries, each with the one or two spans of keys that it may see."""
     shift = view.query_start - view.key_start
     reach = view.reach(first)
     start = 0
     if reach and not view.causal:
-        # Global queries see everything. With left padding their places differ by row: all up to the last one then.
+        # Global queries see all keys. With left padding their places differ by row, so take all up to the last one.
         start = min(max(0, reach - shift), view.queries)
         if start:
             yield slice(0, start), [(0, view.keys)]
@@ -161,16 +161,16 @@ def _plan(view: View, window: int, first: int, rows: int) -> Iterator[Block]:
 
 
 def _mask(view: View, pattern: Pattern, block: Block, query: Tensor) -> Tensor | None:
-    """The additive mask of a block, (B or 1, 1, t, s); None when all is seen. Blocks that differ only by where they
-    stand share one, and so do layers. Additive, because the CPU kernel converts a bool mask at every call; finite,
-    because a row that sees nothing must not become NaN."""
+    """The additive mask of a block, (B or 1, 1, t, s); None when every key is seen. Layers share these masks. Blocks
+    that differ only in their position share one too. Additive, because the CPU kernel converts a bool mask at every
+    call. Finite, because a row that sees nothing must not become NaN."""
     rows, spans = block
     columns = [slice(*span) for span in spans]
 
     def allowed() -> Tensor:
-        return torch.cat([view.block(rows, each, query.device, pattern) for each in columns], -1)
+        return torch.cat([view.block(rows, part, query.device, pattern) for part in columns], -1)
 
-    if view.rule is not None or view.marks is not None or any(view.padded(each) for each in columns):
+    if view.rule is not None or view.marks is not None or any(view.padded(part) for part in columns):
         return additive(allowed(), query.dtype)
     low = spans[-1][0]
     memory = view.pattern or Causal()
@@ -184,7 +184,7 @@ def _mask(view: View, pattern: Pattern, block: Block, query: Tensor) -> Tensor |
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A bool mask as what is added to scores; None when all is seen."""
+    """A bool mask -> the mask to add to scores, 0 or the least number of ``dtype``; None when every key is seen."""
     if bool(allowed.all()):
         return None
     zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
@@ -200,7 +200,7 @@ def fused(
     if bias is not None:
         mask = bias if mask is None else bias + mask
     if groups > 1:
-        # Heads that share keys become rows of one head: no copies of the keys.
+        # Heads that share keys become rows of one head, so the keys are not copied.
         query = query.reshape(batch, key.shape[1], groups * rows, width)
         if mask is not None:
             mask = mask.expand(-1, heads if bias is not None else groups, -1, -1)
@@ -211,7 +211,7 @@ def fused(
 
 class _Slices(torch.autograd.Function):
     """Slices of (B, H, S, K) whose gradients are summed in place. Ordinary slicing would make a full-size tensor of
-    zeros for each block: quadratic again."""
+    zeros for each block, which costs quadratic memory again."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, spans: list[Span]) -> tuple[Tensor, ...]:
@@ -228,7 +228,7 @@ class _Slices(torch.autograd.Function):
 
 
 def slices(tensor: Tensor, plan: list[Block]) -> Iterator[Tensor]:
-    """The keys or values of each block, (B, H', s, K): views where a block has one span."""
+    """The keys or values of each block, (B, H', s, K): a view if a block has one span."""
     if torch.is_grad_enabled() and tensor.requires_grad:
         pieces = iter(_Slices.apply(tensor, [span for _, spans in plan for span in spans]))
     else:

@@ -1,4 +1,4 @@
-"""Who may see whom, as data: patterns over positions, and the view that a model hands to its attention function."""
+"""Which query sees which key, as data: patterns over positions, and the view passed to an attention function."""
 
 import math
 from abc import ABC, abstractmethod
@@ -25,15 +25,15 @@ class Pattern(ABC):
         """(..., Q) and (..., S) integer positions -> (..., Q, S) bool."""
 
     def pairs(self, length: int) -> int:
-        """How many of the ``length`` x ``length`` pairs are allowed. Counted, unless a subclass knows the formula."""
+        """How many of the ``length`` x ``length`` pairs are allowed. Counted, unless a subclass has a formula."""
         positions = torch.arange(length)
         return sum(int(self.allowed(rows, positions).sum()) for rows in positions.split(1024))
 
     @property
     @abstractmethod
     def repeats_from(self) -> int:
-        """From this position on, what a query sees depends on the distance and on its place modulo ``period`` alone,
-        but for keys that are seen always or never. Blocks beyond it share masks."""
+        """From this position on, what a query sees depends only on the distance and on its position modulo ``period``,
+        except for keys that are seen always or never. Blocks beyond it share masks."""
 
     @property
     def period(self) -> int:
@@ -41,8 +41,8 @@ class Pattern(ABC):
 
     @property
     def band(self) -> tuple[int, int] | None:
-        """A sliding window and a number of first tokens that together hold all that a causal query sees, None where
-        there are none: inside them a block kernel finds everything."""
+        """A sliding window and a number of first tokens that together contain all that a causal query sees, so that a
+        block kernel has to read nothing else. None if the pattern has no such bounds."""
         return None
 
 
@@ -84,7 +84,7 @@ class Window(Pattern):
 
 @dataclass(frozen=True)
 class Global(Pattern):
-    """The first ``count`` positions see everybody and are seen by everybody. Combine with Causal in a decoder."""
+    """The first ``count`` positions see all others and are seen by all. Combine with ``Causal`` in a decoder."""
 
     count: int
 
@@ -101,7 +101,7 @@ class Global(Pattern):
 
 @dataclass(frozen=True)
 class Sink(Pattern):
-    """Causal, and j < count or i - j < window: the first tokens and a sliding window."""
+    """j <= i, and j < count or i - j < window: the first tokens and a sliding window."""
 
     count: int
     window: int
@@ -129,17 +129,17 @@ class Sink(Pattern):
 
 
 class Marked(Pattern):
-    """Abstract: causal, and it depends on what the tokens are, too. Each has a *mark*, an integer that its text alone
-    decides; ``View.marks`` brings them along."""
+    """Abstract: a causal pattern that also depends on what the tokens are. Each token has a *mark*, an integer that
+    follows from the text alone. ``View.marks`` holds the marks."""
 
     @abstractmethod
     def between(self, query: Tensor, key: Tensor) -> Tensor:
-        """(..., Q) and (..., S) marks -> (..., Q, S) bool, causality aside."""
+        """(..., Q) and (..., S) marks -> (..., Q, S) bool, without causality."""
 
     def sections(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Marks (B or 1, T) and (B or 1, S), oldest first -> (B or 1, T) int64, at which key a query's section begins,
-        and (B or 1, S) bool, which keys others may see from beyond it: a block kernel looks nowhere else. None where a
-        text has no sections."""
+        """Marks (B or 1, T) and (B or 1, S), oldest first -> (B or 1, T) int64, the key at which each query's section
+        begins, and (B or 1, S) bool, the keys that later sections may see too. A block kernel has to read no other
+        keys. None if the pattern has no sections."""
         return None
 
     def allowed(self, query: Tensor, key: Tensor) -> Tensor:
@@ -188,19 +188,19 @@ class AllOf(_Several):
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """Who may see whom in one call of the attention function: everything a mask says, without the T x S tensor.
+    """Which query sees which key in one attention call: the information of a mask, without the T x S tensor.
 
-    T = ``queries`` stand at positions ``query_start``, ...; S = ``keys`` stand at ``key_start``, ... or, where a cache
-    has gaps, at ``key_positions`` (B or 1, S), counted from each row's first real token; negative marks an empty entry.
-    ``placed`` is False where such a cache knows of its entries only that they are there: asking for a distance then
-    raises TautError.
+    The T = ``queries`` have the positions ``query_start``, ... The S = ``keys`` have the positions ``key_start``, ...
+    or, if a cache has gaps, ``key_positions`` (B or 1, S): counted from each row's first real token, negative for an
+    empty entry. ``placed`` is False if such a cache knows only which entries exist, not their positions. Calls that
+    need positions (``distances``, a mask with a ``rule`` or a further pattern) then raise TautError.
     ``padding`` (B, S) bool is True for real tokens, None when all are. ``starts`` (B,) are the positions of the first
-    real tokens, None when all are 0: patterns count from there, so that a left-padded row equals the row alone.
-    ``causal``: j <= i. ``rule`` says more where the model does (packed sequences, its own sliding window), causality
-    included. ``packed`` (B or 1, T) are positions that start anew in each packed sequence, and patterns count by them.
-    ``pattern`` is the memory's, ANDed with all of this; ``marks`` of the queries (B or 1, T) and keys (B or 1, S) come
-    with it where it is a Marked one. ``stock`` makes the mask that the model would have used by
-    itself: (B, 1, T, S) bool or float, or None. ``memo`` keeps masks that layers share.
+    real tokens, None when all are 0. Patterns count from there, so a left-padded row equals the row without padding.
+    ``causal``: j <= i. ``rule`` holds further limits of the model (packed sequences, its own sliding window), causality
+    included. ``packed`` (B or 1, T) are positions that restart in each packed sequence; patterns count by them.
+    ``pattern`` is that of the memory, ANDed with all of this. If it is a ``Marked`` one, ``marks`` are the marks of the
+    queries (B or 1, T) and keys (B or 1, S). ``dense_mask`` makes the mask that the model would have used by itself:
+    (B, 1, T, S) bool or float, or None. ``memo`` keeps masks that layers share.
     """
 
     batch: int
@@ -221,19 +221,19 @@ class View:
     memo: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     ndim = 4
-    """Generation with a static cache makes the mask ahead of the model, and asks these two of it."""
+    """Generation with a static cache makes the mask before the model runs, and reads ``ndim`` and ``contiguous``."""
 
     def contiguous(self) -> "View":
         return self
 
     @property
     def plain(self) -> bool:
-        """Whether the model's own mask is all there is: no memory pattern and no gaps."""
+        """Whether the model's own mask is enough: no memory pattern and no gaps."""
         return self.pattern is None and self.key_positions is None
 
     def dense(self, device: torch.device, pattern: Pattern | None = None) -> Tensor | None:
-        """The mask as a tensor, True = may see: (B or 1, 1, T, S) bool, or None where no mask is needed beyond the
-        ``is_causal`` flag (which holds for more than one query). ``pattern`` is ANDed with what is here."""
+        """The mask as a tensor, True = may see: (B or 1, 1, T, S) bool, or None when no mask is needed beyond the
+        ``is_causal`` flag (which applies to more than one query). ``pattern`` is ANDed with the view."""
         key = ("dense", pattern, device)
         if key not in self.memo:
             if self.plain and pattern is None and self.dense_mask is not None:
@@ -249,7 +249,7 @@ class View:
     def block(
         self, rows: slice, columns: slice | Tensor, device: torch.device, pattern: Pattern | None = None
     ) -> Tensor:
-        """The part of the mask for these queries and keys: (B or 1, 1, t, s) bool. Keys may be (B or 1, s) places."""
+        """The part of the mask for these queries and keys: (B or 1, 1, t, s) bool. Keys may be (B or 1, s) indices."""
         if pattern is not None or self.rule is not None:
             self._need_places()
         query = self._shifted(torch.arange(self.queries, device=device)[rows] + self.query_start)
@@ -272,7 +272,7 @@ class View:
         return seen.expand(-1, query.shape[-1], key.shape[-1])[:, None]
 
     def distances(self, device: torch.device) -> Tensor:
-        """Position of the key minus position of the query, (B or 1, T, S); empty entries give anything."""
+        """Position of the key minus position of the query, (B or 1, T, S); arbitrary for empty entries."""
         self._need_places()
         query = self._shifted(torch.arange(self.queries, device=device) + self.query_start)
         return self._keys(device)[:, None, :] - query[:, :, None]
@@ -289,7 +289,7 @@ class View:
 
     @cached_property
     def _pads(self) -> list[int]:
-        """How many of the first k keys are padding in some row, for k = 0 ... S: one look at the device."""
+        """How many of the first k keys are padding in some row, for k = 0 ... S. Costs one device synchronisation."""
         return [0, *(~self.padding).any(0).cumsum(0).tolist()]
 
     @cached_property
@@ -305,8 +305,8 @@ class View:
     def _need_places(self) -> None:
         if not self.placed and self.key_positions is not None:
             raise TautError(
-                "every head of this cache holds other tokens, so no window and no distance can be measured in it: use "
-                "it with full attention (no attention.local_global or relative, no window of the model's own)"
+                "every head of this cache holds different tokens, so windows and distances cannot be measured: use it "
+                "with full attention (no attention.local_global or relative, no window of the model's own)"
             )
 
     def _keys(self, device: torch.device) -> Tensor:
@@ -326,7 +326,7 @@ class View:
 
 
 def _at(each: Tensor, columns: slice | Tensor) -> Tensor:
-    """(B or 1, S) at a slice of its columns, or at places (B or 1, s): (B or 1, s)."""
+    """(B or 1, S) at a slice of its columns, or at the indices (B or 1, s): (B or 1, s)."""
     if isinstance(columns, slice):
         return each[..., columns]
     rows = max(len(each), len(columns))

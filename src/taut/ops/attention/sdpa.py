@@ -1,4 +1,4 @@
-"""Attention as transformers does it, under a view: what runs wherever no method was chosen."""
+"""The default attention, used where no method was chosen: transformers' own, under a view."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from taut.ops.attention.masks import View
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, view: View, **options: Any) -> Tensor:
-    """(B, H, T, K), (B, H', S, K), (B, H', S, K) -> (B, T, H, K), to the bit what the ``sdpa`` implementation gives
-    when ``view`` is plain. Under a pattern with a band, or with sections, long inputs go through a kernel of blocks
-    instead of a T x S mask."""
+    """Attention (B, H, T, K), (B, H', S, K), (B, H', S, K) -> (B, T, H, K). With a plain ``view`` the result equals
+    that of transformers' ``sdpa`` to the bit. Under a pattern with a band or sections, long inputs use a kernel of
+    blocks instead of a T x S mask."""
     band = None if view.pattern is None else view.pattern.band
     if band is not None and view.causal and view.key_positions is None and view.keys > band[0]:
         chosen = {name: options[name] for name in ("scaling", "dropout", "position_bias") if name in options}

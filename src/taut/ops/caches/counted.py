@@ -1,7 +1,7 @@
-"""Bounded caches in which the place of every entry follows from how many tokens were seen, and from nothing else.
+"""Bounded caches in which the number of tokens seen alone determines the position of every entry.
 
-So nothing has to be remembered of where entries stand: rows may be reordered, repeated and selected, a left-padded row
-holds exactly what the row alone would hold, and a prompt may be cut anywhere.
+So no positions have to be stored. Rows may be reordered, repeated and selected. A left-padded row holds the same
+entries as the row without padding. A prompt may be split anywhere.
 """
 
 from abc import ABC, abstractmethod
@@ -16,9 +16,9 @@ from taut.ops.caches.quantized import RowStore, StoredLayer
 
 
 class CountedLayer(StoredLayer, ABC):
-    """Abstract: one layer's entries. ``seen`` counts all tokens; the last ``pending`` are held as they came, behind the
-    others (recorded, because assisted decoding may take them back). ``turn`` says what the pass that is running does
-    with its new entries."""
+    """Abstract: one layer's entries. ``seen`` counts all tokens. The last ``pending`` ones are held unchanged after the
+    others, because assisted decoding may take them back. ``turn`` says what the current pass does with its new
+    entries."""
 
     def __init__(self, store: RowStore | None = None) -> None:
         super().__init__(store)
@@ -30,17 +30,17 @@ class CountedLayer(StoredLayer, ABC):
         self.record_past = True
 
     def get_seq_length(self) -> int:
-        """Tokens seen, not entries held: positions stay the true ones."""
+        """How many tokens were seen, not how many entries are held, so that positions stay true."""
         return self.seen
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Hold these (B, H', C, K) entries instead."""
+        """Replace the entries with these, (B, H', C, K) each."""
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
 
     @abstractmethod
     def absorb(self, kept: Any) -> None:
-        """Take in what is pending, as ``CountedCache.kept`` says."""
+        """Absorb the pending entries as ``CountedCache.kept`` says."""
 
     def reset(self) -> None:
         super().reset()
@@ -48,10 +48,10 @@ class CountedLayer(StoredLayer, ABC):
 
 
 class CountedCache(PositionedCache, ABC):
-    """Abstract: ``layers`` alike, one for each of the model's.
+    """Abstract: a cache with ``layers`` of one kind, one for each layer of the model.
 
-    Assisted decoding takes tokens back. That works when the cache is handed to ``generate`` empty (then it is told to
-    record them); otherwise only until something was dropped, and raises TautError after that.
+    Assisted decoding takes tokens back. That works when ``generate`` receives the cache empty, because it then turns
+    recording on. Otherwise it works only until an entry was dropped, and raises TautError after that.
     """
 
     def __init__(self, layers: list[CountedLayer]) -> None:
@@ -61,37 +61,38 @@ class CountedCache(PositionedCache, ABC):
 
     @abstractmethod
     def kept(self, absorbed: int, fresh: int, device: torch.device) -> Any:
-        """What layers do to take ``fresh`` tokens in that stand behind what they hold of ``settled`` ones."""
+        """What layers do to absorb ``fresh`` tokens, appended to what they hold of ``absorbed`` earlier ones."""
 
     @property
     @abstractmethod
     def dropped(self) -> bool:
-        """Whether some token that was seen is no longer held as it came."""
+        """Whether some token that was seen is no longer held unchanged."""
 
     def finish(self) -> None:
         self.key_positions = self.marks = None
-        for each in self.layers:
-            each.turn = None
+        for layer in self.layers:
+            layer.turn = None
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Number of keys in this forward pass, and 0."""
+        """The number of keys in this forward pass, and an offset of 0."""
         return self.width, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens, and let go of what was recorded for that."""
-        layer, count = self.layers[0], abs(tokens_to_remove)
-        fresh = layer.pending - count
+        """Take back the last ``-tokens_to_remove`` tokens and absorb the other pending ones. Raises TautError when the
+        cache has dropped entries that this needs."""
+        first, count = self.layers[0], abs(tokens_to_remove)
+        fresh = first.pending - count
         if fresh < 0 and (self.starts is not None or self.dropped):
             raise TautError(
-                f"crop({tokens_to_remove}): the cache has dropped what it would need to take {count} tokens back. For "
+                f"crop({tokens_to_remove}): the cache has dropped entries needed to take {count} tokens back. For "
                 "assisted decoding, pass an empty cache of this recipe as past_key_values"
             )
-        kept = self.kept(layer.seen - layer.pending, fresh, layer.device) if fresh > 0 else None
-        for each in self.layers:
-            each.seen -= count
+        kept = self.kept(first.seen - first.pending, fresh, first.device) if fresh > 0 else None
+        for layer in self.layers:
+            layer.seen -= count
             if count:
-                each.keys, each.values = each.keys[:, :, :-count], each.values[:, :, :-count]
-            each.absorb(kept)
+                layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
+            layer.absorb(kept)
 
     def state(self) -> dict[str, Tensor]:
         return {"seen": torch.tensor(self.layers[0].seen)}
@@ -100,26 +101,26 @@ class CountedCache(PositionedCache, ABC):
         self.recount(int(state["seen"]))
 
     def detach(self) -> None:
-        """Let no gradient reach what is held: what comes next takes it as given."""
-        for each in self.layers:
-            each.keys, each.values = each.keys.detach(), each.values.detach()
+        """Detach all keys and values, so that no gradient of a later pass reaches them."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
     def recount(self, seen: int) -> None:
-        """Go on as if the rows had begun so much later that ``seen`` tokens have come. A row that begins anew then has
-        padding until here, and what it held counts for nothing."""
-        for each in self.layers:
-            each.seen = seen
+        """Set the number of tokens seen, as if each row's first token had moved with it. A row that restarts then has
+        padding up to here, and its old entries are ignored."""
+        for layer in self.layers:
+            layer.seen = seen
 
     def counts(self, seen: int, device: torch.device) -> Tensor:
         """How many real tokens each row has among the first ``seen``: (B or 1,)."""
         return self.since(seen, device).clamp(min=0)
 
     def since(self, seen: int, device: torch.device) -> Tensor:
-        """The position of token number ``seen`` in each row, (B or 1,): below 0 where the row has not begun."""
+        """The position of token number ``seen`` in each row, (B or 1,): below 0 if the row has not begun."""
         return torch.tensor([seen], device=device) - (0 if self.starts is None else self.starts.to(device))
 
     @property
     def columns(self) -> int:
-        """How many entries the layers hold, the pending ones apart."""
-        layer = self.layers[0]
-        return layer.keys.shape[2] - layer.pending if layer.is_initialized else 0
+        """How many entries each layer holds, without the pending ones."""
+        first = self.layers[0]
+        return first.keys.shape[2] - first.pending if first.is_initialized else 0

@@ -1,7 +1,7 @@
-"""A bounded key-value cache in which every head of every layer chooses for itself which entries to keep.
+"""A bounded key/value cache in which every head of every layer selects the entries it keeps.
 
-What a head drops follows from scores of its entries. All heads hold equally many, so that one mask serves them all: it
-says which columns are empty, and nothing of where an entry stood in the text, which differs from head to head.
+A head drops the entries with the lowest scores. All heads hold equally many entries, so one mask fits all of them. The
+mask shows which columns are empty. It holds no text positions, because these differ from head to head.
 """
 
 from abc import ABC, abstractmethod
@@ -17,13 +17,13 @@ from taut.ops.caches.base import Incoming, PositionedCache, gathered
 from taut.ops.caches.quantized import RowStore, StoredLayer
 
 WEIGHTS_AT_ONCE = 1 << 22
-"""Attention weights computed at a time: bounds what scoring the queries of a long prompt needs."""
+"""Attention weights computed at a time: bounds the memory that scoring the queries of a long prompt needs."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The queries (B, H, T, K) of a pass under the view that they had; ``counted`` (B, T) bool is False for padding,
-    None when nothing is padded."""
+    """The queries (B, H, T, K) of a pass and the view under which they attended. ``counted`` (B, T) bool is False for
+    padding, None when nothing is padded."""
 
     query: Tensor
     view: View
@@ -32,25 +32,26 @@ class Asked:
 
 
 class Score(ABC):
-    """Abstract: what each entry is worth, (B, H', S). The least are dropped, the older of two equal ones first."""
+    """Abstract: the worth of each entry, (B, H', S). The lowest are dropped, the older of two equal ones first."""
 
     dtype: ClassVar[torch.dtype]
-    """What a score is held in."""
+    """The dtype in which scores are stored."""
     reads_queries: ClassVar[bool]
 
     @abstractmethod
     def first(self, keys: Tensor) -> Tensor:
-        """(B, H', T, K) new keys -> their scores before anybody has looked at them, (B, H', T)."""
+        """(B, H', T, K) new keys -> their scores before any query has seen them, (B, H', T)."""
 
     def after(self, scores: Tensor, keys: Tensor, asked: Asked) -> Tensor:
-        """The scores (B, H', S) once these queries have seen the (B, H', S, K) ``keys``."""
+        """The scores (B, H', S) after these queries have seen the ``keys`` (B, H', S, K)."""
         return scores
 
 
 @dataclass(frozen=True)
 class KeyNorm(Score):
-    """The smaller the key's L2 norm, the better. Rotary positions keep the norm, so the same token has the same norm
-    wherever it stands, up to rounding: bfloat16 makes these equal, and the order does not hang on the last bit."""
+    """The smaller the key's L2 norm, the higher the score. Rotary positions keep the norm, so one key has the same norm
+    at every position, up to rounding. bfloat16 makes these norms equal, so the order does not depend on the last bit.
+    """
 
     dtype: ClassVar[torch.dtype] = torch.bfloat16
     reads_queries: ClassVar[bool] = False
@@ -61,8 +62,8 @@ class KeyNorm(Score):
 
 @dataclass(frozen=True)
 class AttentionMass(Score):
-    """The attention that an entry was given, summed over the queries of the key head: all queries so far, or only the
-    ``last`` one of each row."""
+    """The attention that an entry has received, summed over the query heads of its key head: from all queries so far,
+    or only from the ``last`` one of each row."""
 
     last: bool = False
     dtype: ClassVar[torch.dtype] = torch.float32
@@ -83,7 +84,7 @@ class AttentionMass(Score):
         return torch.where(newest[:, None] > 0, mass, scores)
 
     def _mass(self, keys: Tensor, asked: Asked, start: int, counted: Tensor | None) -> Tensor:
-        """(B, H', S): the weights of queries ``start`` and later, those not ``counted`` left out."""
+        """(B, H', S): the summed weights of queries ``start`` and later, without those not ``counted``."""
         batch, heads, columns, _ = keys.shape
         query, view = asked.query.unflatten(1, (heads, -1)), asked.view
         total = keys.new_zeros(batch, heads, columns, dtype=self.dtype)
@@ -102,7 +103,7 @@ class AttentionMass(Score):
 @dataclass(frozen=True)
 class Cut:
     """Keep ``count`` of S columns: those that are ``safe`` (B or 1, S), and the best of the others. ``real`` (B, S) is
-    False for empty columns, which fill up the front of a row that has fewer entries; None when there are none."""
+    False for empty columns, which fill the front of a row that has fewer entries; None when no column is empty."""
 
     count: int
     safe: Tensor
@@ -117,7 +118,7 @@ class Cut:
             return kept + (kept >= worth.argmin(-1, keepdim=True))
         if self.real is not None:
             worth = worth.masked_fill(~self.real[:, None], -torch.inf)
-        # Turned round, because a stable sort leaves the first of equals in front.
+        # Flipped, because a stable sort puts the first of equals in front, and here the newest must be first.
         order = worth.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., : self.count]
         kept = columns - 1 - order
         if self.real is not None:
@@ -134,7 +135,7 @@ class EvictionLayer(StoredLayer):
         self.score, self.ready, self.seen = score, False, 0
         self.scores: Tensor | None = None
         self.unconfirmed: list[Tensor] = []
-        """Queries (B, H, T, K) whose tokens may be taken back."""
+        """Queries (B, H, T, K) of the tokens that may be taken back."""
         self.scaling = 1.0
 
     def update(
@@ -166,13 +167,13 @@ class EvictionLayer(StoredLayer):
             self.scores = self.scores[:, :, :-count]
 
     def take(self, rows: Tensor) -> None:
-        """Follow the keys: these rows of the batch, in this order."""
+        """Keep these rows of the batch, in this order, as was done with the keys."""
         if self.scores is not None:
             self.scores = self.scores[rows]
             self.unconfirmed = [query[rows] for query in self.unconfirmed]
 
     def get_seq_length(self) -> int:
-        """Tokens seen, not entries held: positions stay the true ones."""
+        """How many tokens were seen, not how many entries are held, so that positions stay true."""
         return self.seen
 
     def reset(self) -> None:
@@ -181,11 +182,12 @@ class EvictionLayer(StoredLayer):
 
 
 class EvictionCache(PositionedCache):
-    """At most ``entries`` of each row in each head of ``layers`` layers, the latest ``recent`` among them.
+    """Holds at most ``entries`` of each row in each head of ``layers`` layers, including the latest ``recent``.
 
-    After a pass that leaves more, each head drops those of the least ``score``. Left-padded rows hold what they would
-    alone. Assisted decoding takes tokens back: handed to ``generate`` empty, the cache drops nothing before it is told
-    which stay. Otherwise taking tokens back raises TautError where it cannot be done exactly.
+    After a pass that leaves more, each head drops the entries with the lowest ``score``. A left-padded row holds the
+    same entries as the row without padding. Assisted decoding takes tokens back. If ``generate`` receives the cache
+    empty, the cache drops nothing before ``crop`` says which tokens stay. Otherwise ``crop`` raises TautError if tokens
+    cannot be taken back exactly.
     """
 
     placed = False
@@ -226,15 +228,15 @@ class EvictionCache(PositionedCache):
             layer.ready = True
 
     def attended(self, layer: int, query: Tensor, keys: Tensor, view: View, scaling: float) -> None:
-        """Score what the layer has seen, and let it drop what is too much."""
-        own = self.layers[layer]
+        """Score the entries that the queries have seen, then drop those above the limit."""
+        attending = self.layers[layer]
         if self.recording and self.score.reads_queries:
-            own.unconfirmed.append(query.detach())
-            own.scaling = scaling
+            attending.unconfirmed.append(query.detach())
+            attending.scaling = scaling
         elif self.score.reads_queries:
-            own.rescore(keys.detach(), Asked(query.detach(), view, scaling, self.counted))
+            attending.rescore(keys.detach(), Asked(query.detach(), view, scaling, self.counted))
         if self.cut is not None:
-            own.evict(self.cut)
+            attending.evict(self.cut)
 
     def finish(self) -> None:
         self._after_eviction()
@@ -243,11 +245,12 @@ class EvictionCache(PositionedCache):
             layer.ready = False
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Number of keys in this forward pass, and 0."""
+        """The number of keys in this forward pass, and an offset of 0."""
         return self.columns, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens, and drop what the others leave too much."""
+        """Take back the last ``-tokens_to_remove`` tokens, then drop the entries above the limit. Raises TautError if
+        they cannot be taken back exactly."""
         count = abs(tokens_to_remove)
         confirmed = self.pending - count
         if confirmed < 0 and (self.dropped or self.score.reads_queries):
@@ -299,7 +302,7 @@ class EvictionCache(PositionedCache):
         self.real = None if self.real is None else self.real[rows.to(self.real.device)]
 
     def _confirm(self, confirmed: int) -> None:
-        """Score and settle as ``attended`` would have done, had these pending tokens been one pass."""
+        """Score and evict as ``attended`` would have done if these pending tokens had come in one pass."""
         first = self.layers[0]
         device, batch = first.scores.device, first.scores.shape[0]
         view = View(
@@ -322,7 +325,7 @@ class EvictionCache(PositionedCache):
         self._after_eviction()
 
     def _positions(self, fresh: int, device: torch.device, first: int | None = None) -> Tensor:
-        """Of all columns, the last ``fresh`` of which are new: (B or 1, S). Old ones stand at 0, before everybody."""
+        """The positions of all columns, (B or 1, S). The last ``fresh`` are new. Old ones get 0, before every query."""
         first = self.layers[0].seen if first is None else first
         start = torch.tensor([first], device=device) - (0 if self.starts is None else self.starts.to(device))
         new = start[:, None] + torch.arange(fresh, device=device)
@@ -330,7 +333,7 @@ class EvictionCache(PositionedCache):
         return positions if self.real is None else torch.where(self.real, positions, -1)
 
     def _cut(self, device: torch.device) -> Cut | None:
-        """What has to go of the columns there are, None for nothing."""
+        """Which of the present columns to keep, None if none have to go."""
         if self.columns <= self.entries:
             return None
         if self.real is None:
@@ -341,7 +344,7 @@ class EvictionCache(PositionedCache):
         return Cut(count, self.real & (age <= self.recent), self.real) if count < self.columns else None
 
     def _after_eviction(self) -> None:
-        """All layers have made the cut."""
+        """Update the bookkeeping after all layers have made the cut."""
         if self.cut is None:
             return
         if self.real is not None:

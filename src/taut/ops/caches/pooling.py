@@ -1,8 +1,8 @@
-"""How several entries become one: by a fixed rule, or by maps that a memory has learned.
+"""Pooling of several cache entries into one: by a fixed rule, or by maps that a memory method has learned.
 
-Each key head of each layer learns a map for its keys and one for its values. A map answers the mean of the group, plus
-what it has learned to add: at first nothing. It learns from the loss of the model, or from what attention misses when
-it sees compressed entries instead of the old ones.
+Each key head of each layer learns one map for its keys and one for its values. A map returns the mean of the group
+plus a learned addition, which starts at zero. It is trained by the loss of the model, or by the error that attention
+makes when it sees compressed entries instead of the old ones.
 """
 
 import math
@@ -30,25 +30,25 @@ class Reduction(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def shape(heads: int, rate: int, width: int) -> tuple[int, ...]:
-        """Of the weight, for groups of ``rate`` rows of ``width`` numbers in each of ``heads``."""
+        """The shape of the weight, for groups of ``rate`` rows of ``width`` numbers in each of ``heads`` heads."""
 
     @staticmethod
     @abstractmethod
     def products(heads: int, rate: int, width: int) -> int:
-        """Multiply-adds for one group, all heads together."""
+        """Multiply-adds for one group, summed over the heads."""
 
     @staticmethod
     @abstractmethod
     def addition(groups: Tensor, weight: Tensor) -> Tensor:
-        """(B, H', G, rate, K) -> what comes on top of the mean, (B, H', G, K)."""
+        """Groups (B, H', G, rate, K) -> the addition to the mean, (B, H', G, K)."""
 
     def forward(self, groups: Tensor, frozen: bool = False) -> Tensor:
-        """(B, H', G, rate, K) -> (B, H', G, K); ``frozen``: the gradient reaches the groups and not the weight."""
+        """(B, H', G, rate, K) -> (B, H', G, K). If ``frozen``, the gradient reaches the groups but not the weight."""
         return groups.mean(3) + self.addition(groups, self.weight.detach() if frozen else self.weight)
 
 
 class Convolution(Reduction):
-    """A convolution over time, as wide as its stride: any linear map from the rows of a group to one."""
+    """A convolution over time, as wide as its stride: any linear map from the rows of a group to one row."""
 
     @staticmethod
     def shape(heads: int, rate: int, width: int) -> tuple[int, ...]:
@@ -64,10 +64,10 @@ class Convolution(Reduction):
 
 
 class DilatedConvolutions(Reduction):
-    """Causal convolutions of two taps at distances 1, 2, 4, ..., each h[t] + gelu(A h[t] + B h[t - distance]), read at
-    the last row of a group, before whose first there is nothing.
+    """Causal convolutions of two taps at distances 1, 2, 4, ..., each h[t] + gelu(A h[t] + B h[t - distance]). The
+    result is read at the last row of a group. Zeros stand before a group's first row.
 
-    So few of their answers are ever read that pairs of rows become one, again and again, until one is left.
+    Outputs that no later level reads are not computed: each level merges pairs of rows into one, until one is left.
     """
 
     @staticmethod
@@ -82,7 +82,7 @@ class DilatedConvolutions(Reduction):
     def addition(groups: Tensor, weight: Tensor) -> Tensor:
         rows = F.pad(groups, (0, 0, 2 ** len(weight) - groups.shape[3], 0))
         for level in weight:
-            # Keys of a head, whatever their group, meet the head's own map.
+            # ``level`` has one map per head, which all groups of that head share.
             rows = rows[..., 1::2, :] + F.gelu(rows.unflatten(3, (-1, 2)).flatten(4) @ level[:, None])
         return rows[..., 0, :] - groups[..., -1, :]
 
@@ -91,7 +91,7 @@ REDUCTIONS: dict[str, type[Reduction]] = {"conv": Convolution, "dilated": Dilate
 
 
 class Compressor(nn.Module):
-    """What all layers of one memory learn."""
+    """The learned pools of all layers of one memory."""
 
     def __init__(
         self, pool: str, layers: int, heads: int, rate: int, width: int, device: torch.device, dtype: torch.dtype
@@ -104,14 +104,14 @@ class Compressor(nn.Module):
         self.errors: list[Tensor] | None = None
 
     def pools(self, layer: int) -> tuple[Pool, Pool]:
-        """For keys and for values."""
+        """The pools of this layer, for keys and for values."""
         frozen = self.errors is not None
         return partial(self.keys[layer], frozen=frozen), partial(self.values[layer], frozen=frozen)
 
     @contextmanager
     def reconstructing(self) -> Iterator[list[Tensor]]:
-        """Forward passes in here add to the list, for each layer that compresses something, what attention misses. The
-        gradient of that reaches what is learned here and nothing else, and no other gradient does."""
+        """In this context, forward passes append to the list the ``attention_error`` of each layer that compresses
+        something. The gradient of these errors reaches only the learned pools, and no other gradient reaches them."""
         self.errors = errors = []
         try:
             yield errors
@@ -119,8 +119,8 @@ class Compressor(nn.Module):
             self.errors = None
 
     def compare(self, layer: int, query: Tensor, groups: tuple[Tensor, Tensor], seen: Tensor, scaling: float) -> None:
-        """Note what these queries miss, as ``attention_error``; ``groups`` are keys and values."""
-        keys, values = (each.detach() for each in groups)
+        """Append the ``attention_error`` of these queries. ``groups`` are keys and values, (B, H', G, rate, K) each."""
+        keys, values = (tensor.detach() for tensor in groups)
         pooled = self.keys[layer](keys), self.values[layer](values)
         self.errors.append(attention_error(query.detach(), (keys, values), pooled, seen, scaling))
 
@@ -128,26 +128,26 @@ class Compressor(nn.Module):
 def attention_error(
     query: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], seen: Tensor, scaling: float
 ) -> Tensor:
-    """How far attention to compressed entries is from attention to the old ones: the mean square, a scalar.
+    """The mean squared difference between attention to compressed entries and to the old ones, a scalar.
 
-    Queries (B, H, T, K); ``old`` keys and values (B, H', G, rate, K), ``new`` ones (B, H', G, K); ``seen`` (B or 1, T,
-    G) bool, the groups that each query compares. Queries that see none do not count. By content alone: no mask within a
-    group and no bias by distance.
+    Queries (B, H, T, K); ``old`` keys and values (B, H', G, rate, K), ``new`` ones (B, H', G, K). ``seen`` (B or 1, T,
+    G) bool marks the groups that each query sees. Queries that see none do not count. There is no mask within a group
+    and no bias by distance.
     """
     counted = seen.any(2).expand(query.shape[0], -1)
-    # A query without any group would divide by nothing; it sees all and is left out below.
+    # A query without any group would divide by zero. It sees all groups here and is left out below.
     mask = (seen | ~seen.any(2, keepdim=True))[:, None]
     grouped = query.shape[1] != new[0].shape[1]
     attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=grouped)
     rate = old[0].shape[3]
-    before = attend(query, *(each.flatten(2, 3) for each in old), attn_mask=mask.repeat_interleave(rate, 3))
+    before = attend(query, *(tensor.flatten(2, 3) for tensor in old), attn_mask=mask.repeat_interleave(rate, 3))
     missed = before - attend(query, *new, attn_mask=mask)
     missed = missed.to(torch.promote_types(missed.dtype, torch.float32)).square().mean((1, 3))
     return (missed * counted).sum() / counted.sum().clamp(min=1)
 
 
 def numbers(pool: str, heads: int, rate: int, width: int) -> int:
-    """What one layer learns, keys and values together."""
+    """How many numbers one layer learns, keys and values together."""
     return 2 * math.prod(REDUCTIONS[pool].shape(heads, rate, width))
 
 
@@ -157,5 +157,5 @@ def products(pool: str, heads: int, rate: int, width: int) -> int:
 
 
 def _levels(rate: int) -> int:
-    """How many distances reach from the last row of a group to its first."""
+    """How many of the distances 1, 2, 4, ... it takes to reach from the last row of a group to its first."""
     return (rate - 1).bit_length()

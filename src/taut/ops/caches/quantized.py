@@ -1,8 +1,8 @@
-"""Keys and values in few bits: a cache keeps packed rows, and attention sees what they stand for.
+"""Keys and values in few bits: a cache keeps packed rows, and attention sees the rounded numbers they stand for.
 
-A row is what one token leaves in one head. Packed rows lie as (B, H', S, bytes), like the keys they stand for, so
-whatever moves the columns or the rows of a cache moves packed ones too. New tokens are rounded before their own pass
-attends to them: what is attended is what is held, however the text came in pieces.
+A row is the key or the value of one token in one head. Packed rows have the shape (B, H', S, bytes), like the keys they
+stand for, so code that moves the columns or rows of a cache moves packed ones too. New tokens are rounded before their
+own pass attends to them. So attention always sees the stored numbers, however the text was split into passes.
 """
 
 from typing import Protocol
@@ -16,7 +16,7 @@ from taut.core.errors import TautError
 
 
 class RowStore(Protocol):
-    """How rows of numbers are packed: ``methods.store.Store`` says it."""
+    """How rows of numbers are packed. See ``methods.store.Store``."""
 
     def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]: ...
 
@@ -42,12 +42,12 @@ def expanded(held: Tensor, store: RowStore, width: int, dtype: torch.dtype) -> T
     """(B, H', S, bytes) uint8 -> (B, H', S, ``width`` = K) of ``dtype``, computed in float32."""
     shape = *held.shape[:-1], width
     rows = held.reshape(store.packed_shape(shape))
-    # Looking every row up is several times faster than the plain formula where there is a fused lookup.
+    # Where a fused lookup exists, looking up every row is several times faster than the plain formula.
     return store.lookup(rows, torch.arange(rows.shape[0], device=rows.device), width, dtype).view(shape)
 
 
 def rounded(states: Tensor, store: RowStore) -> Tensor:
-    """(B, H', T, K) as they are once held. Gradients pass as if nothing had been rounded."""
+    """(B, H', T, K) -> the same after packing and expanding. The gradient passes as if nothing had been rounded."""
     there_and_back = expanded(packed(states, store), store, states.shape[-1], states.dtype)
     if torch.is_grad_enabled() and states.requires_grad:
         return states + (there_and_back - states).detach()
@@ -55,9 +55,9 @@ def rounded(states: Tensor, store: RowStore) -> Tensor:
 
 
 class StoredLayer(DynamicLayer):
-    """Abstract: one layer of a cache, whose ``keys`` and ``values`` are packed where there is a ``store``.
+    """Abstract: one layer of a cache, whose ``keys`` and ``values`` are packed if it has a ``store``.
 
-    Gradients reach the new tokens of a pass; at what is held already in few bits they end.
+    With a ``store``, gradients reach the new tokens of a pass but not the entries that are already packed.
     """
 
     def __init__(self, store: RowStore | None = None) -> None:
@@ -72,7 +72,7 @@ class StoredLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Put (B, H', T, K) new keys and values behind the others -> all of them, (B, H', S, K)."""
+        """Append (B, H', T, K) new keys and values -> all of them, (B, H', S, K)."""
         if self.store is None:
             return super().update(key_states, value_states)
         if not self.is_initialized:
@@ -82,15 +82,15 @@ class StoredLayer(DynamicLayer):
         return keys, values
 
     def to_hold(self, states: Tensor) -> Tensor:
-        """(B, H', T, K) -> the form that ``keys`` and ``values`` have."""
+        """(B, H', T, K) -> the form in which ``keys`` and ``values`` are stored."""
         return states if self.store is None else packed(states, self.store)
 
     def to_attend(self, held: Tensor, like: Tensor) -> Tensor:
-        """(B, H', S, -) as held -> (B, H', S, K), with width and dtype as ``like``."""
+        """Stored (B, H', S, -) -> (B, H', S, K), with the width and dtype of ``like``."""
         return held if self.store is None else expanded(held, self.store, like.shape[-1], like.dtype)
 
     def _behind(self, held: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        """What is held once ``states`` are in, and what that stands for."""
+        """Append ``states`` -> the stored tensor, and the keys or values to attend to."""
         together = torch.cat([held, self.to_hold(states)], 2) if held.numel() else self.to_hold(states)
         if not (torch.is_grad_enabled() and states.requires_grad):
             return together, self.to_attend(together, states)
@@ -99,7 +99,7 @@ class StoredLayer(DynamicLayer):
 
 
 class WholeLayer(StoredLayer):
-    """Everything, for ever."""
+    """A layer that drops nothing."""
 
 
 class StoredCache(DynamicCache):

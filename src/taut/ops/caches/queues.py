@@ -1,7 +1,7 @@
-"""Two queues: recent entries as they came, and older ones of which each stands for several.
+"""A cache of two queues: recent entries, unchanged, and older entries that each stand for a group of tokens.
 
-Tokens are counted in groups of ``rate``. A group that has left the memory is replaced by one entry, with the position
-of its last token. How far the queues have moved follows from the number of tokens read.
+Tokens are counted in groups of ``rate``. A group that has left the memory is replaced by one compressed entry, with the
+position of its last token. The number of tokens read determines how far the queues have moved.
 """
 
 from abc import ABC, abstractmethod
@@ -21,11 +21,10 @@ FOREIGN = "this cache compresses entries, so it serves only the model whose reci
 
 @dataclass(frozen=True)
 class Compression(Marked):
-    """A token sees its segment, at least ``memory`` tokens before that, and the latest ``compressed`` groups of those
-    before.
+    """A token sees its segment, at least ``memory`` tokens before that, and the latest ``compressed`` older groups.
 
-    The mark of a query is how many groups have been compressed by then; that of a key is twice its group, plus 1 where
-    it stands for all of it.
+    The mark of a query is the number of groups compressed by then. The mark of a key is twice the number of its group,
+    plus 1 if the key stands for the whole group.
     """
 
     segment: int
@@ -49,7 +48,7 @@ class Compression(Marked):
 
     @property
     def most(self) -> int:
-        """Entries that a token can see at most, itself included."""
+        """The most entries that a token can see, itself included."""
         return self.segment + self.memory + self.rate - 1 + self.compressed
 
     @property
@@ -59,10 +58,11 @@ class Compression(Marked):
 
 @dataclass(frozen=True)
 class Intake:
-    """What each layer does with new entries behind those it holds: compress those in the columns ``members`` (B or 1,
-    G rate) into G more, None where G is 0, and keep of all that the columns ``index`` (B or 1, C), None for every one.
-    The first ``compressed`` of those kept are compressed ones. ``ages`` (B or 1, G rate): how many tokens, itself
-    included, have come since each member did."""
+    """What each layer does once the new entries are appended.
+
+    It compresses the entries in the columns ``members`` (B or 1, G rate) into G more and appends these; None if G is 0.
+    Then it keeps the columns ``index`` (B or 1, C), or all if None. The first ``compressed`` of the kept entries are
+    compressed ones. ``ages`` (B or 1, G rate) is how many tokens have come since each member, itself included."""
 
     compressed: int
     members: Tensor | None = None
@@ -72,9 +72,11 @@ class Intake:
 
 @dataclass(frozen=True)
 class QueuePlaces:
-    """What stands where in one pass, (B or 1, ...) int64 each: the ``groups`` and the ``tokens`` that are held, -1 for
-    an empty column; the ``new`` tokens, pending ones among them, below 0 for padding; the groups that are ``formed`` of
-    all these by the end of the pass, -1 for none. ``gapless``: all earlier tokens are there, in the order of the text.
+    """What the columns hold in one pass, (B or 1, ...) int64 each, and whether earlier tokens are complete.
+
+    ``groups`` and ``tokens`` are those held from earlier passes, -1 for an empty column. ``new`` are the new tokens,
+    pending ones included, below 0 for padding. ``formed`` are the groups that are compressed by the end of the pass,
+    -1 for none. ``gapless``: all earlier tokens are held, in the order of the text.
     """
 
     groups: Tensor
@@ -85,7 +87,7 @@ class QueuePlaces:
 
 
 class QueueLayer(CountedLayer, ABC):
-    """Abstract: one layer's entries: ``compressed`` that stand for groups, then tokens, both oldest first."""
+    """Abstract: one layer's entries: ``compressed`` ones that stand for groups, then tokens, both oldest first."""
 
     def __init__(self, rate: int, store: RowStore | None) -> None:
         super().__init__(store)
@@ -94,14 +96,14 @@ class QueueLayer(CountedLayer, ABC):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Put (B, H', T, K) new keys and values behind the others -> all of them, (B, H', S, K)."""
+        """Append (B, H', T, K) new keys and values -> all of them, (B, H', S, K)."""
         if self.turn is None:
             raise TautError(FOREIGN)
         self.seen += key_states.shape[2]
         return super().update(key_states, value_states)
 
     def keep(self, intake: Intake, keys: Tensor, values: Tensor) -> None:
-        """Of these columns, as they are held, hold what ``intake`` says."""
+        """Hold those of these stored columns that ``intake`` keeps."""
         if intake.index is not None:
             keys, values = gathered(keys, intake.index), gathered(values, intake.index)
         self.keys, self.values, self.compressed = keys, values, intake.compressed
@@ -112,7 +114,7 @@ class QueueLayer(CountedLayer, ABC):
 
 
 class QueueCache(CountedCache, ABC):
-    """Abstract: in each of its layers at most ``compression.most`` entries between two passes."""
+    """Abstract: a cache that holds at most ``compression.most`` entries in each layer between two passes."""
 
     layers: list[QueueLayer]
 
@@ -124,15 +126,15 @@ class QueueCache(CountedCache, ABC):
     def begin(self, incoming: Incoming) -> None: ...
 
     def start(self, incoming: Incoming) -> QueuePlaces:
-        """Tell the layers what to do -> what stands where. Raises TautError for packed sequences."""
+        """Set every layer's ``turn`` -> what the columns hold in this pass. Raises TautError for packed sequences."""
         if incoming.restarts is not None:
             raise TautError("packed sequences would be compressed together: give each a row of its own")
         layer, device = self.layers[0], incoming.device
         self.starts = incoming.starts
         absorbed, fresh = layer.seen - layer.pending, layer.pending + incoming.queries
         intake = self.kept(absorbed, fresh, device)
-        for each in self.layers:
-            each.turn = intake
+        for queue in self.layers:
+            queue.turn = intake
         new = self.since(absorbed, device)[:, None] + torch.arange(fresh, device=device)
         before, after = (self._counts_and_groups(seen, device)[1] for seen in (absorbed, absorbed + fresh))
         count = 0 if intake.members is None else intake.members.shape[1] // self.compression.rate
@@ -153,7 +155,7 @@ class QueueCache(CountedCache, ABC):
         return bool(self.compression.groups(torch.tensor(self.layers[0].seen)) > 0)
 
     def kept(self, absorbed: int, fresh: int, device: torch.device) -> Intake:
-        """Which groups are complete after these tokens, and where the entries are that stay."""
+        """Which groups become complete with these tokens, and the columns of the entries that stay."""
         rate, old, columns = self.compression.rate, self.layers[0].compressed, self.columns
         first = self.since(absorbed, device)[:, None]
         held, before = self._counts_and_groups(absorbed, device)
@@ -163,7 +165,7 @@ class QueueCache(CountedCache, ABC):
             return Intake(old)
 
         def column(token: Tensor) -> Tensor:
-            """Where the token at this position is, any column where there is none."""
+            """The column of the token at this position, or any column if there is no such token."""
             place = torch.where(token < held, old + token - before * rate, columns + token - first)
             return place.clamp(0, columns + fresh - 1)
 

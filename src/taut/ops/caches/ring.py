@@ -1,8 +1,8 @@
-"""A bounded key-value cache: the first tokens stay, the rest go round a ring.
+"""A bounded key/value cache: it keeps the first tokens, and the latest ones in a ring buffer.
 
-Position p of a row (counted from its first real token) lives in column p below ``sinks``, else in column
-``sinks + (p - sinks) % window``. So the place of every entry follows from the number of tokens seen, a full cache takes
-a new token by overwriting one column, and a left-padded row holds exactly what the row alone would hold.
+Position p of a row (counted from its first real token) is stored in column p if p < ``sinks``, else in column
+``sinks + (p - sinks) % window``. So the column of every entry follows from the number of tokens seen. A full cache
+takes a new token by overwriting one column. A left-padded row holds the same entries as the row without padding.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from taut.ops.caches.quantized import RowStore, rounded
 
 @dataclass(frozen=True)
 class Ring:
-    """The places, in closed form."""
+    """The columns of positions and the positions in columns, in closed form."""
 
     sinks: int
     window: int
@@ -44,8 +44,8 @@ class Ring:
 class Turn:
     """What each layer does with the ``queries`` new entries of one forward pass.
 
-    ``slot`` (B or 1,): overwrite this column. Else put them behind the old ones, attend to all, and keep the columns
-    ``index`` (B or 1, C), or all where that is None.
+    With ``slot`` (B or 1,), the one new entry overwrites this column. Without it, a layer appends the new entries,
+    attends to all, and keeps the columns ``index`` (B or 1, C), or all when that is None.
     """
 
     queries: int
@@ -54,7 +54,7 @@ class Turn:
 
 
 class RingLayer(CountedLayer):
-    """One layer's ring, and pending tokens behind it."""
+    """One layer's ring, followed by its pending tokens."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -78,7 +78,7 @@ class RingLayer(CountedLayer):
         return keys, values
 
     def _over(self, held: Tensor, states: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-        """What is held once the one entry ``states`` is in its slot, and what that stands for."""
+        """Write the one entry ``states`` into its slot -> the stored tensor, and the keys or values to attend to."""
         held = _written(held, self.to_hold(states), turn)
         seen = self.to_attend(held, states)
         if self.store is not None and torch.is_grad_enabled():
@@ -86,28 +86,28 @@ class RingLayer(CountedLayer):
         return held, seen
 
     def absorb(self, kept: Tensor | None) -> None:
-        """Keep these columns of what is held, (B or 1, C), or all."""
+        """Keep the columns ``kept`` (B or 1, C), or all when it is None."""
         self.pending = 0
         if kept is not None:
             self.keys, self.values = gathered(self.keys, kept), gathered(self.values, kept)
 
 
 class RingCache(CountedCache):
-    """The first ``sinks`` tokens of each row and its latest ``window``: at most their sum, in each of ``layers``."""
+    """Each of ``layers`` layers keeps the first ``sinks`` tokens of a row and its latest ``window``, no more."""
 
     def __init__(self, layers: int, sinks: int, window: int, store: RowStore | None = None) -> None:
         super().__init__([RingLayer(store) for _ in range(layers)])
         self.ring = Ring(sinks, window)
 
     def begin(self, incoming: Incoming) -> None:
-        layer, capacity = self.layers[0], self.ring.capacity
+        first, capacity = self.layers[0], self.ring.capacity
         queries, starts, device = incoming.queries, incoming.starts, incoming.device
         self.starts = starts
-        absorbed = layer.seen - layer.pending
-        fresh = layer.pending + queries
+        absorbed = first.seen - first.pending
+        fresh = first.pending + queries
         latest = 0 if starts is None else int(starts.max())
         columns = self.columns
-        if fresh == 1 and columns == capacity and latest <= absorbed and not layer.record_past:
+        if fresh == 1 and columns == capacity and latest <= absorbed and not first.record_past:
             after = self.counts(absorbed + 1, device)
             turn = Turn(1, slot=self.ring.column(after - 1))
             self.key_positions = self.ring.held(after, columns)
@@ -116,15 +116,15 @@ class RingCache(CountedCache):
             contiguous = absorbed == 0 or (starts is None and absorbed <= capacity)
             self.key_positions = None if contiguous else self._positions(absorbed, columns, fresh, device)
         self.width = columns + (0 if turn.slot is not None else fresh)
-        for each in self.layers:
-            each.turn = turn
+        for layer in self.layers:
+            layer.turn = turn
 
     @property
     def dropped(self) -> bool:
         return self.layers[0].seen > self.ring.capacity
 
     def kept(self, absorbed: int, fresh: int, device: torch.device) -> Tensor | None:
-        """Where the ring finds its entries, (B or 1, C); None when all stay put."""
+        """The present column of each entry that the ring keeps, (B or 1, C); None when all stay in place."""
         total, capacity = absorbed + fresh, self.ring.capacity
         if self.starts is None and total <= capacity:
             return None
@@ -135,13 +135,13 @@ class RingCache(CountedCache):
         return torch.where(is_new, self.columns + position - self.since(absorbed, device)[:, None], column)
 
     def _positions(self, absorbed: int, columns: int, fresh: int, device: torch.device) -> Tensor:
-        """Of ``columns`` columns of the ring and ``fresh`` tokens behind them: (B or 1, columns + fresh)."""
+        """Positions in ``columns`` ring columns and of the ``fresh`` tokens after them: (B or 1, columns + fresh)."""
         new = self.since(absorbed, device)[:, None] + torch.arange(fresh, device=device)
         return torch.cat([self.ring.held(self.counts(absorbed, device), columns), new], 1)
 
 
 def _written(held: Tensor, new: Tensor, turn: Turn) -> Tensor:
-    """``held`` (B, H', C, K) with the one entry ``new`` in its slot: in place where nobody can be looking back."""
+    """``held`` (B, H', C, K) with the entry ``new`` in its slot. In place if autograd and inference mode allow it."""
     slot = turn.slot.view(-1, 1, 1, 1).expand_as(new)
     if torch.is_grad_enabled() or (held.is_inference() and not torch.is_inference_mode_enabled()):
         return held.scatter(2, slot, new)

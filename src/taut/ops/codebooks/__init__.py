@@ -1,1 +1,1 @@
-"""Vectors named by codes: k-means, product codes, searching and gathering."""
+"""Vectors represented by codes: k-means, product codes, search and gathering."""

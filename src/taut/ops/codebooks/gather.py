@@ -1,7 +1,7 @@
-"""Short rows of a small table by number: what codebooks, hashed tables and tensor-train cores are read with.
+"""Gather short rows of a small table by number, as codebooks, hashed tables and tensor-train cores need it.
 
-torch copies a row by a call of its own, which for rows of a few numbers costs more than the copying. A row of 2, 4, 8
-or 16 bytes is therefore read as one wide number, and a gather of single numbers is a tight loop.
+torch makes one call per copied row, which costs more than the copying if a row has few numbers. A row of 2, 4, 8 or 16
+bytes is therefore read as one wide number, because torch gathers single numbers in a tight loop.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-"""The number as wide as a row of so many bytes. Only ever copied."""
+"""Bytes of a row -> a dtype of the same width. Such numbers are only copied, never computed with."""
 
 
 def gather_rows(codes: Tensor, table: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def gather_rows(codes: Tensor, table: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """``index_select`` over whole rows, with its own gradient, since a view as other numbers has none."""
+    """``index_select`` over whole rows, with its own gradient, because a view as another dtype has none."""
 
     @staticmethod
     def forward(ctx: Any, codes: Tensor, table: Tensor) -> Tensor:
@@ -38,12 +38,12 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         (codes,) = ctx.saved_tensors
-        # With 32-bit places torch adds a row by a call of its own, six times slower.
+        # With 32-bit places, torch makes one call per row, which is six times slower.
         return None, gradient.new_zeros(ctx.shape).index_add_(0, codes.long(), gradient)
 
 
 def read_rows(codes: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
-    """``gather_rows`` on a CPU without a gradient, codes int32 or int64; into ``out`` (n, w), contiguous, if given."""
+    """``gather_rows`` on a CPU without a gradient. Codes are int32 or int64; ``out`` (n, w), if any, is contiguous."""
     try:
         word = WORDS.get(table.shape[1] * table.itemsize)
         if word is None or not _aligned(table) or (out is not None and not _aligned(out)):
@@ -58,6 +58,6 @@ def read_rows(codes: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor
 
 
 def _aligned(rows: Tensor) -> bool:
-    """Whether every row starts where a number as wide as a row may start: in its storage, and in memory."""
+    """Whether every row is aligned for a number as wide as a row, both in its storage and in memory."""
     size = rows.shape[1] * rows.itemsize
     return rows.is_contiguous() and rows.storage_offset() % rows.shape[1] == 0 and rows.data_ptr() % size == 0

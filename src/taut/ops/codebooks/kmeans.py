@@ -1,19 +1,19 @@
-"""Weighted k-means, many problems side by side: one for each subvector of a table."""
+"""Weighted k-means for many problems in parallel, such as one for each subvector of a table."""
 
 import torch
 from torch import Tensor
 
 SCORES_AT_ONCE = 1 << 20
-"""Distances held at a time: they stay in the cache between product and minimum."""
+"""Distances held at a time, so that they stay in the cache between product and minimum."""
 ITERATIONS = 20
 TOLERANCE = 1e-3
-"""An iteration that lowers the objective by less than this share of it is the last."""
+"""Stop when an iteration lowers the objective by less than this share of it."""
 
 
 def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centroid of each point, the first of equals, and the squared distance to it.
+    """The nearest centroid of each point, the first of equal ones, and the squared distance to it.
 
-    (P, N, w) and (P, C, w), P problems side by side -> (P, N) int64 and (P, N). Extra memory O(result).
+    (P, N, w) and (P, C, w), P independent problems -> (P, N) int64 and (P, N). Extra memory O(result).
     """
     problems, count, _ = points.shape
     half, flipped = centroids.square().sum(2)[:, None] / 2, centroids.transpose(1, 2)
@@ -40,18 +40,18 @@ def means(points: Tensor, codes: Tensor, weight: Tensor, centroids: Tensor) -> t
     sums = points.new_zeros(problems * size, width).index_add_(0, places, weighted).view_as(centroids)
     total = points.new_zeros(problems * size).index_add_(0, places, weight.expand(problems, count).reshape(-1))
     total = total.view(problems, size)
-    found = torch.where(total > 0, total, 1.0)[..., None]
-    return torch.where(total[..., None] > 0, sums / found, centroids), total
+    divisor = torch.where(total > 0, total, 1.0)[..., None]
+    return torch.where(total[..., None] > 0, sums / divisor, centroids), total
 
 
 def kmeans(
     points: Tensor, weight: Tensor, start: Tensor, iterations: int = ITERATIONS
 ) -> tuple[Tensor, Tensor, list[float]]:
-    """Centroids (P, C, w) and codes (P, N) int64 that lower sum_n weight_n |x_n - c|^2, and that sum each time.
+    """Centroids (P, C, w) and codes (P, N) int64 that lower sum_n weight_n |x_n - c|^2, and the sum at each iteration.
 
-    ``points`` (P, N, w), ``weight`` (N,) >= 0 the same for all problems, ``start`` (P, C, w). A centroid that no point
-    is nearest to moves to one of the points that lie worst, so a problem with at most C different points ends exact
-    if it is given the iterations. The sums never rise. Source: Lloyd 1982.
+    ``points`` (P, N, w), ``weight`` (N,) >= 0 the same for all problems, ``start`` (P, C, w). A centroid without points
+    moves to one of the points with the largest weighted distance. So a problem with at most C different points ends
+    exact, given enough iterations. The sums never rise. Source: Lloyd 1982.
     """
     centroids, sums = start, []
     codes, distances = nearest(points, centroids)

@@ -1,7 +1,7 @@
-"""Tables of codes: a row is cut into subvectors, and each is a sum of ``stages`` centroids named by small codes.
+"""Tables of codes: a row is cut into subvectors, and each is the sum of ``stages`` centroids given by small codes.
 
-A row's codes are one byte each, or with 16 centroids two in a byte, the earlier subvector in the low half. Lengths of
-rows are bytes as well, on a logarithmic scale.
+A row's codes take one byte each. With 16 centroids, two codes share a byte, the earlier subvector in the low half.
+Lengths of rows are bytes as well, on a logarithmic scale.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from taut.ops.codebooks.gather import read_rows
 
 ROWS_AT_ONCE = 512
-"""Looked up at a time on a CPU, where their places stay in the cache."""
+"""Rows looked up at a time on a CPU, so that their places stay in the cache."""
 SCORED_AT_ONCE = 4096
-"""Rows whose places are held while they are scored."""
+"""Rows scored at a time: bounds the memory for their places."""
 TOKENS_AT_ONCE = 16
-"""Whose products with all centroids are held while rows are scored; they stay in the cache."""
+"""Tokens scored at a time, so that their products with all centroids stay in the cache."""
 STEPS_PER_OCTAVE, LENGTH_ONE = 16, 239
 """A length is 2^((code - LENGTH_ONE) / STEPS_PER_OCTAVE), within 2.2 %, from 2^-14.9 to 2; code 0 is length zero."""
 
@@ -42,12 +42,12 @@ class CodeLayout:
 
     @property
     def books(self) -> int:
-        """Codebooks of a stage."""
+        """How many codebooks a stage has."""
         return 1 if self.shared else self.positions
 
     @property
     def stage_bytes(self) -> int:
-        """Of the codes of a row in one stage."""
+        """Bytes of a row's codes in one stage."""
         return self.positions if self.centroids == 256 else (self.positions + 1) // 2
 
     def pack(self, codes: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class CodeLayout:
 
 
 def lookup(packed: Tensor, ids: Tensor, books: Tensor, layout: CodeLayout, lengths: Tensor | None = None) -> Tensor:
-    """Rows of a table of codes: ids (n,) -> (n, D) of the dtype of ``books`` (S, books, C, w), times ``lengths`` (n,).
+    """Rows of a table of codes: ids (n,) -> (n, D) in the dtype of ``books`` (S, books, C, w), times ``lengths`` (n,).
 
     Differentiable in ``books`` and ``lengths``; keeps only the ids for the backward pass. Extra memory O(n). Raises
     IndexError for an id outside the table (on CUDA the device asserts).
@@ -91,7 +91,7 @@ def lookup(packed: Tensor, ids: Tensor, books: Tensor, layout: CodeLayout, lengt
 
 
 class _Lookup(torch.autograd.Function):
-    """Piece by piece, so that nothing but the result is as large as the result."""
+    """Works in pieces, so that only the result itself takes memory O(result)."""
 
     @staticmethod
     def forward(
@@ -117,20 +117,20 @@ class _Lookup(torch.autograd.Function):
         by_length = torch.empty_like(lengths) if ctx.needs_input_grad[4] else None
         for start in range(0, ids.numel(), ROWS_AT_ONCE):
             piece = slice(start, start + ROWS_AT_ONCE)
-            places, given = layout.places(packed.index_select(0, ids[piece]), starts), gradient[piece]
+            places, part = layout.places(packed.index_select(0, ids[piece]), starts), gradient[piece]
             if by_length is not None:
-                rows = _read(places, flat, torch.empty_like(given, memory_format=torch.contiguous_format))
-                by_length[piece] = (rows * given).sum(1)
+                rows = _read(places, flat, torch.empty_like(part, memory_format=torch.contiguous_format))
+                by_length[piece] = (rows * part).sum(1)
             if by_book is not None:
-                scaled = given if lengths is None else given * lengths[piece, None]
+                scaled = part if lengths is None else part * lengths[piece, None]
                 for stage in range(layout.stages):
-                    # With 32-bit places torch adds a row by a call of its own, six times slower.
+                    # With 32-bit places, torch makes one call per row, which is six times slower.
                     by_book.index_add_(0, places[:, stage].reshape(-1).long(), scaled.reshape(-1, layout.subvector))
         return None, None, None if by_book is None else by_book.view_as(books), None, by_length
 
 
 def _read(places: Tensor, flat: Tensor, out: Tensor) -> Tensor:
-    """(n, S, P) places -> the sum over stages, into ``out`` (n, D)."""
+    """The centroids at the places (n, S, P), summed over stages, written into ``out`` (n, D)."""
     read_rows(places[:, 0].reshape(-1), flat, out.view(-1, flat.shape[1]))
     for stage in range(1, places.shape[1]):
         out += read_rows(places[:, stage].reshape(-1), flat).view_as(out)
@@ -138,30 +138,30 @@ def _read(places: Tensor, flat: Tensor, out: Tensor) -> Tensor:
 
 
 def scores(hidden: Tensor, packed: Tensor, books: Tensor, layout: CodeLayout) -> Tensor:
-    """``hidden`` (T, D) times every row of the table: (T, V), without expanding any row and without a gradient.
+    """``hidden`` (T, D) times every row of the table: (T, V). Expands no row and has no gradient.
 
-    Each subvector of ``hidden`` is multiplied by every centroid of its place, S C D multiplications a token; a score
+    Each subvector of ``hidden`` is multiplied by every centroid of its place: S C D multiplications per token. A score
     is then the sum of S P of these products. Source: Jegou et al. 2011 (TPAMI 33), asymmetric distances.
     """
     count = packed.shape[0]
     result = hidden.new_empty(count, hidden.shape[0])
-    # A product is needed for every place, also where places share a codebook.
-    own = CodeLayout(layout.width, layout.subvector, layout.stages, layout.centroids, shared=False)
-    starts = own.starts(packed.device)
+    # Every place needs its own products, even if places share a codebook.
+    layout_per_place = CodeLayout(layout.width, layout.subvector, layout.stages, layout.centroids, shared=False)
+    starts = layout_per_place.starts(packed.device)
     every = books.expand(layout.stages, layout.positions, layout.centroids, layout.subvector).flatten(0, 1)
     for first in range(0, hidden.shape[0], TOKENS_AT_ONCE):
         tokens = hidden[first : first + TOKENS_AT_ONCE]
         parts = tokens.view(-1, layout.positions, layout.subvector).permute(1, 2, 0).repeat(layout.stages, 1, 1)
         products = torch.bmm(every, parts).flatten(0, 1)
         for start in range(0, count, SCORED_AT_ONCE):
-            places = own.places(packed[start : start + SCORED_AT_ONCE], starts).flatten(1)
+            places = layout_per_place.places(packed[start : start + SCORED_AT_ONCE], starts).flatten(1)
             total = F.embedding_bag(places, products, mode="sum")
             result[start : start + SCORED_AT_ONCE, first : first + TOKENS_AT_ONCE] = total
     return result.T
 
 
 def encode_lengths(lengths: Tensor) -> Tensor:
-    """(N,) float -> (N,) uint8; what is not positive becomes zero, what is too long the longest."""
+    """(N,) float -> (N,) uint8. Numbers that are not positive become zero; too large ones become the largest length."""
     codes = (lengths.double().clamp_min(1e-30).log2() * STEPS_PER_OCTAVE).round() + LENGTH_ONE
     return torch.where(lengths > 0, codes.clamp(1, 255), 0.0).to(torch.uint8)
 

@@ -1,8 +1,9 @@
-"""Codes and codebooks for given rows: k-means stage by stage, then rounds over all codebooks, each in view of the rest.
+"""Codes and codebooks for given rows: k-means stage by stage, then rounds that adapt each codebook to all the others.
 
-The error of a row is e^T M e, with M (D, D) which directions matter. With all other codes held, it is smallest where
-a subvector's centroid is nearest, in M's block for that subvector, to a target that makes up for the errors of all
-others; the best centroid is the mean of its targets. So no step raises the sum of errors.
+The error of a row is e^T M e, where M (D, D) says which directions matter. With all other codes fixed, it is smallest
+when a subvector's centroid is nearest to a target, in the metric of M's block for that subvector. The target
+compensates for the errors of all other subvectors. The best centroid is the mean of its targets. So no step raises the
+sum of errors.
 """
 
 import torch
@@ -17,20 +18,20 @@ ROUNDS = 10
 def search(
     rows: Tensor, weight: Tensor, metric: Tensor | None, layout: CodeLayout, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Codes (N, S, P) int64 and codebooks (S, books, C, w) for ``rows`` (N, D), whose errors count ``weight`` (N,).
+    """Codes (N, S, P) int64 and codebooks (S, books, C, w) for ``rows`` (N, D), with ``weight`` (N,) on their errors.
 
-    ``metric``: (D, D) positive definite, or None for the identity. The start draws from ``generator``, on the CPU:
-    rows by their weight. Source: Jegou et al. 2011 (TPAMI 33) for one stage, Chen et al. 2010 (Sensors 10) for more;
-    the rounds follow Besag 1986 (iterated conditional modes), as in Babenko and Lempitsky 2014 (CVPR).
+    ``metric``: (D, D) positive definite, or None for the identity. The first centroids are rows sampled by weight with
+    ``generator``, on the CPU. Source: Jegou et al. 2011 (TPAMI 33) for one stage, Chen et al. 2010 (Sensors 10) for
+    several. The rounds follow Besag 1986 (iterated conditional modes), as in Babenko and Lempitsky 2014 (CVPR).
     """
     count = rows.shape[0]
     weight = weight / weight.sum()
     rest = rows.clone()
     codes, books = [], []
-    drawn = (weight.cpu().double() + 1e-12).float()
+    chances = (weight.cpu().double() + 1e-12).float()
     for _ in range(layout.stages):
         parts = rest.view(count, layout.positions, layout.subvector).transpose(0, 1)
-        chosen = torch.multinomial(drawn, layout.centroids, generator=generator).to(rows.device)
+        chosen = torch.multinomial(chances, layout.centroids, generator=generator).to(rows.device)
         if layout.shared:
             place = torch.randint(layout.positions, (layout.centroids,), generator=generator).to(rows.device)
             pooled = parts.reshape(1, -1, layout.subvector)
@@ -40,10 +41,10 @@ def search(
         codes.append(code.view(layout.positions, count).T)
         books.append(book)
         rest = rest - decode(codes[-1][:, None], book[None])
-    found, codebooks = torch.stack(codes, 1), torch.stack(books)
+    all_codes, codebooks = torch.stack(codes, 1), torch.stack(books)
     if metric is None and layout.stages == 1:
-        return found, codebooks
-    return refine(rows, weight, metric, layout, found, codebooks, update=not layout.shared)
+        return all_codes, codebooks
+    return refine(rows, weight, metric, layout, all_codes, codebooks, update=not layout.shared)
 
 
 def refine(
@@ -56,14 +57,15 @@ def refine(
     update: bool,
     rounds: int = ROUNDS,
 ) -> tuple[Tensor, Tensor]:
-    """Better codes (N, S, P), and with ``update`` better codebooks too, unless they are shared: see the module.
+    """Better codes (N, S, P), and with ``update`` better codebooks too. See the module's docstring for the method.
 
-    Shapes as in ``search``; the arguments are left alone. Stops early when a round no longer helps.
+    Do not set ``update`` for shared codebooks. Shapes as in ``search``; the arguments are not changed. Stops early when
+    a round no longer helps.
     """
     codes, books = codes.clone(), books.clone()
     error = rows - decode(codes, books)
     blocks = [slice(start, start + layout.subvector) for start in range(0, layout.width, layout.subvector)]
-    # What the whole error asks of one subvector, and a root of M's block: distances in it are plain ones after it.
+    # ``pulls`` map a whole error to a subvector's correction. ``roots`` turn distances in M's block into plain ones.
     pulls, roots = [], []
     for block in blocks if metric is not None else ():
         square = metric[block, block]
@@ -92,7 +94,7 @@ def refine(
 
 
 def assign(rows: Tensor, books: Tensor, layout: CodeLayout) -> Tensor:
-    """The nearest centroids, stage after stage: rows (N, D), codebooks (S, books, C, w) -> codes (N, S, P) int64."""
+    """The nearest centroids, stage by stage: rows (N, D), codebooks (S, books, C, w) -> codes (N, S, P) int64."""
     count = rows.shape[0]
     codes = []
     for stage in range(layout.stages):
@@ -114,5 +116,5 @@ def decode(codes: Tensor, books: Tensor) -> Tensor:
 
 
 def weighted_error(error: Tensor, metric: Tensor | None) -> Tensor:
-    """e^T M e of each row of ``error`` (N, D): (N,)."""
+    """The error e^T M e of each row of ``error`` (N, D): (N,)."""
     return (error * (error if metric is None else error @ metric)).sum(1)

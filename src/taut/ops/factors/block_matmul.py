@@ -1,12 +1,12 @@
 """Products with block-diagonal matrices: B small maps, each from its share of the inputs to its share of the outputs.
 
-Features are shared out in one of two ways. In *runs*, block b has the b-th run of neighbours; *interleaved*, it has
-every B-th feature: b, b + B, b + 2 B, and so on. Runs into interleaved shares is how BlockShuffle's permutations come
-about: neither of them is ever carried out.
+Features are divided among blocks in one of two ways. In *runs*, block b has the b-th run of neighbours. *Interleaved*,
+it has every B-th feature: b, b + B, b + 2 B, and so on. A product in runs followed by an interleaved one gives
+BlockShuffle's permutations, without ever permuting anything.
 
-A matrix kernel reads and writes a share in place when one of its two axes is contiguous. Runs always are. Interleaved
-shares are where the memory goes feature by feature (*feature-major*, strides (1, T)) instead of token by token.
-Nothing is copied then, and elementwise functions keep that order for whoever comes next.
+A matrix kernel reads and writes a share in place if one of its two axes is contiguous. Runs always are. Interleaved
+shares are if the memory is ordered feature by feature (*feature-major*, strides (1, T)) instead of token by token. Then
+nothing is copied, and elementwise functions keep that order for the next product.
 """
 
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 FEW = 32
-"""Up to so many tokens the answers of the blocks are copied into place; above, they are written there."""
+"""Up to this many tokens, the results of the blocks are copied into place. Above, they are written there directly."""
 LONG = 1024
-"""Numbers in a row, from which on a matrix-vector product reads them as fast as the memory allows."""
+"""Rows of at least this many numbers are read by a matrix-vector product as fast as the memory allows."""
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, interleaved: bool = False) -> Tensor:
@@ -34,11 +34,11 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, interleaved
 def block_product(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, interleaved: bool = False, feature_major: bool = False
 ) -> Tensor:
-    """x (T, N), weight (B, N / B, M / B), bias (M,) -> (T, M), all of one dtype; inputs and outputs in runs or both
-    interleaved.
+    """x (T, N), weight (B, N / B, M / B), bias (M,) -> (T, M), all of one dtype. Inputs and outputs are in runs or
+    both interleaved.
 
-    ``feature_major`` is how the answer lies in memory. Compilers see one opaque operator: what they make of a batch of
-    small products takes three times as long. Under autocast everything is cast to its dtype first.
+    ``feature_major`` sets the memory order of the result. Compilers see one opaque operator, because their own code for
+    a batch of small products takes three times as long. Under autocast everything is cast to its dtype first.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -46,7 +46,7 @@ def block_product(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _product(x, weight, bias, interleaved, feature_major)
-    # A custom operator costs some 20 microseconds, as much as a small map at one token.
+    # A custom operator costs about 20 microseconds, as much as a small map with one token.
     return _forward(x, weight, bias, interleaved, feature_major)
 
 
@@ -73,8 +73,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradient = _feature_major(gradient)
     to_x = to_weight = to_bias = None
     if ctx.needs_input_grad[0]:
-        # Laid out as x is: what comes before works through both together. Not block_product: a compiler that traces
-        # this must meet the opaque operator.
+        # In the layout of x, because the backward of the preceding operation reads both together. ``_product`` and not
+        # ``block_product``, because a compiler that traces this must see the opaque operator.
         feature_major = interleaved or x.stride(0) < x.stride(1)
         to_x = _product(gradient, weight.transpose(1, 2), None, interleaved, feature_major)
     if ctx.needs_input_grad[1]:
@@ -106,8 +106,8 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: bool, 
 
 
 def _few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: bool, feature_major: bool) -> Tensor:
-    """Tokens as the rows of each product, whose answers are then put in place: copying a few tokens is nothing, and
-    with so few of them as columns MKL takes up to four times as long."""
+    """Tokens are the rows of each product, and the results are copied into place afterwards. Copying a few tokens costs
+    almost nothing. With so few tokens as columns, MKL takes up to four times as long."""
     tokens, (blocks, _, width) = len(x), weight.shape
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and weight.is_contiguous()
     if tokens == 1 and plain and width < LONG:
@@ -120,8 +120,8 @@ def _few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: boo
 
 
 def _one_token(x: Tensor, weight: Tensor, interleaved: bool) -> Tensor:
-    """(1, N) -> (1, M), each block as a weighted sum of rows. FBGEMM fetches short rows ahead of time, and so reads
-    them twice as fast as a matrix-vector product does."""
+    """(1, N) -> (1, M), each block as a weighted sum of rows. FBGEMM prefetches short rows, so it reads them twice as
+    fast as a matrix-vector product does."""
     blocks, inputs, outputs = weight.shape
     weights = (x.view(inputs, blocks).T if interleaved else x).reshape(-1)
     rows = torch.arange(blocks * inputs, dtype=torch.int32)
@@ -131,7 +131,7 @@ def _one_token(x: Tensor, weight: Tensor, interleaved: bool) -> Tensor:
 
 
 def _shares(x: Tensor, blocks: int, interleaved: bool) -> Tensor:
-    """(T, N) -> (B, T, N / B), a view: what each block has of every token."""
+    """(T, N) -> (B, T, N / B), a view: the share of each block."""
     tokens, width = x.shape[0], x.shape[1] // blocks
     if interleaved:
         return x.view(tokens, width, blocks).permute(2, 0, 1)
@@ -139,5 +139,5 @@ def _shares(x: Tensor, blocks: int, interleaved: bool) -> Tensor:
 
 
 def _feature_major(x: Tensor) -> Tensor:
-    """(T, N) with strides (1, T); the same tensor where it already is."""
+    """(T, N) with strides (1, T); the same tensor if it already has them."""
     return x.T.contiguous().T

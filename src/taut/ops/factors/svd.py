@@ -1,10 +1,10 @@
-"""Truncated singular value decompositions in float64, with the signs pinned down: the same matrix, the same bits."""
+"""Truncated singular value decompositions in float64, with fixed signs: the same matrix gives the same bits."""
 
 import torch
 from torch import Tensor
 
 DAMPING = 1e-4
-"""Share of the mean input energy given to every direction, also those the calibration text never visited."""
+"""Share of the mean input energy added to every direction, including those without inputs in the calibration text."""
 
 
 def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -19,9 +19,9 @@ def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best approximation of ``rank`` R to (M, N): P (M, R), S (R,), Q^T (R, N) in float64, P diag(S) Q^T.
 
-    Through the Gram matrix of the shorter side, which costs O(M N min(M, N)) whatever the rank and resolves
-    singular values down to 1e-8 of the largest, below the rounding of float32 weights. Directions under that floor
-    are returned as zeros: they carry nothing. Source: Eckart and Young, 1936.
+    Uses the Gram matrix of the shorter side, which costs O(M N min(M, N)) for any rank. It resolves singular values
+    down to 1e-8 of the largest, below the rounding of float32 weights. Directions under that floor are returned as
+    zeros. Source: Eckart and Young, 1936.
     """
     matrix = matrix.double()
     if matrix.shape[0] < matrix.shape[1]:
@@ -45,7 +45,7 @@ def balanced_factors_for(matrix: Tensor, gram: Tensor, rank: int, damping: float
     """U (M, R) and V (R, N), balanced, that minimise E ||(W - U V) x||^2 for inputs x with E[x x^T] = ``gram`` (N, N).
 
     The minimum is W projected onto the R leading left singular vectors of W G^(1/2). ``damping`` adds that share of
-    the mean diagonal to G: it settles the directions that the calibration text never visited, and the error on the
+    the mean diagonal to G. It determines the directions without inputs in the calibration text. The error on the
     calibration text stays at most that of the plain decomposition.
     Source: Wang et al. 2024 (SVD-LLM, arXiv 2403.07378), section 3.1, without its Cholesky factor: G may be singular.
     """
@@ -62,7 +62,7 @@ def balanced_factors_for(matrix: Tensor, gram: Tensor, rank: int, damping: float
 
 def damped(gram: Tensor, damping: float) -> Tensor:
     """``gram`` (N, N) in float64 with ``damping`` times its mean diagonal added to the diagonal, so that it can be
-    inverted. The identity in the place of a mean of zero: inputs that are all zero say nothing."""
+    inverted. If the mean is zero (all inputs are zero), 1 is used in its place."""
     gram = gram.double()
     mean = gram.diagonal().mean()
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

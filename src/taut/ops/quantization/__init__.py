@@ -1,1 +1,1 @@
-"""Numbers in few bits: formats, rounding, and products with them."""
+"""Numbers in few bits: formats, rounding, and products with quantised weights."""

@@ -1,8 +1,8 @@
-"""How a block of numbers that share a scale is rounded: integers, NF4, and the 4-bit floats FP4, MXFP4 and NVFP4.
+"""Number formats for a block of numbers that share a scale: integers, NF4, and the 4-bit floats FP4, MXFP4 and NVFP4.
 
 A number format turns a block into codes, one byte each and not packed yet, and a tail: the bytes of the block's scale.
-The scale is rounded to its stored type before the codes are chosen. A number comes back as level[code] * scale + bias;
-of integers the level is the code itself, and they alone have a bias.
+The scale is rounded to its stored type before the codes are chosen. A number comes back as level[code] * scale + bias.
+For integers the level is the code itself. Only integers have a bias.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from taut.core.errors import TautError, nearest
 
 SHRINKS = tuple(1 - step / 20 for step in range(1, 11))
-"""What the scale search tries to multiply a range by: .95, .90, ... .50."""
+"""The factors that the scale search tries on a range: .95, .90, ... .50."""
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -23,17 +23,17 @@ NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 E2M1 = (*(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), *(-0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0))
-"""Sign, two bits of exponent with bias 1, one of mantissa. No infinity and no NaN."""
+"""One sign bit, two exponent bits with bias 1, one mantissa bit. No infinity and no NaN."""
 E4M3_TOP, E4M3_LEAST = 448.0, 2.0**-9
 NVFP4_TOP = E4M3_TOP * E2M1[7]
-"""The largest number that NVFP4 blocks can hold: a table is divided by its own largest number over this."""
+"""The largest number that NVFP4 blocks can hold. A table is first divided by (its own largest number / this)."""
 CELLS = 1 << 10
 
 
 class NumberFormat(ABC):
-    """Abstract. ``bits`` of a code, ``tail_bytes`` of a block's scale, ``factors``: what the scale search multiplies
-    the range by, besides 1. ``usual_group``: the block's size where none is asked for (None: a whole row);
-    ``fixed_group``: whether the format's definition knows no other."""
+    """Abstract. ``bits`` of a code, ``tail_bytes`` of a block's scale. ``factors``: the scale search multiplies the
+    range by these, besides 1. ``usual_group``: the default block size (None: a whole row). ``fixed_group``: whether the
+    format's definition allows no other size."""
 
     bits: int
     tail_bytes: int
@@ -48,28 +48,29 @@ class NumberFormat(ABC):
 
     @abstractmethod
     def scales(self, tail: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tails -> scales and biases, (n, 1) float32; no bias where numbers are spread evenly about zero."""
+        """Tails -> scales and biases, (n, 1) float32. The bias is None for formats without one."""
 
     @abstractmethod
     def nearest(self, numbers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Blocks (n, G) float32 -> the nearest codes under scales and biases (n, 1) that are given, (n, G) uint8."""
+        """Blocks (n, G) float32 -> the nearest codes (n, G) uint8 under the given scales and biases (n, 1)."""
 
     @abstractmethod
     def levels(self, device: torch.device) -> Tensor:
-        """(2 ** ``bits``,) float32: what each code stands for at scale 1."""
+        """(2 ** ``bits``,) float32: the number that each code stands for at scale 1."""
 
     def dequantise(self, codes: Tensor, tail: Tensor) -> Tensor:
         """(n, G) codes and their tails -> (n, G) float32: the plain formula."""
         return self.decode(codes, *self.scales(tail))
 
     def decode(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """``dequantise`` with scales that are at hand."""
+        """``dequantise`` with scales (n, 1) instead of tails."""
         levels = self.levels(codes.device).index_select(0, codes.int().reshape(-1)).view(codes.shape)
         return levels.mul_(scale) if bias is None else levels.mul_(scale).add_(bias)
 
 
 class Integer(NumberFormat):
-    """Evenly spaced between a group's least and largest number, both float32 for 8 bits and float16 for fewer."""
+    """Evenly spaced levels from a group's least to its largest number. The scale and bias are float32 for 8 bits and
+    float16 for fewer."""
 
     factors = SHRINKS
 
@@ -99,7 +100,7 @@ class Integer(NumberFormat):
         return codes.to(torch.uint8), torch.cat((scale, bias), dim=1).view(torch.uint8)
 
     def scales(self, tail: Tensor) -> tuple[Tensor, Tensor | None]:
-        # A copy, since a view as floats needs an aligned start.
+        # A copy, because a view as floats needs an aligned start.
         scale, bias = tail.clone(memory_format=torch.contiguous_format).view(self.scale_dtype).float().split(1, dim=1)
         return scale, bias
 
@@ -111,15 +112,15 @@ class Integer(NumberFormat):
 
 
 class Levels(NumberFormat):
-    """Abstract: sixteen given levels about zero; each number takes the nearest, a tie the even code."""
+    """Abstract: sixteen fixed levels about zero. Each number takes the nearest; a tie takes the even code."""
 
     bits = 4
     values: tuple[float, ...]
 
     @abstractmethod
     def store(self, largest: Tensor) -> Tensor:
-        """The largest magnitude of each block (n, 1) float32 -> tails (n, ``tail_bytes``) uint8 that put it on, or as
-        the format demands near, the largest level."""
+        """The largest magnitude of each block (n, 1) float32 -> tails (n, ``tail_bytes``) uint8 that map it to the
+        largest level, or near it if the format allows no better."""
 
     def quantise(self, numbers: Tensor, factor: float, symmetric: bool) -> tuple[Tensor, Tensor]:
         tail = self.store(numbers.abs().amax(dim=1, keepdim=True) * factor)
@@ -133,7 +134,7 @@ class Levels(NumberFormat):
 
 
 class HalfScale(Levels):
-    """Abstract: one float16 scale a group."""
+    """Abstract: one float16 scale per group."""
 
     tail_bytes, usual_group = 2, 64
 
@@ -155,17 +156,17 @@ class NormalFloat(HalfScale):
 class Float4(HalfScale):
     """E2M1 with a real exponent bias b for each group (Liu et al. 2023, LLM-FP4, arXiv 2310.16836).
 
-    With two bits of exponent and one of mantissa that is the scale 2^(1 - b). The search tries their hundred factors,
-    on the scale instead of on b, so that it gives the same codes whatever unit the table is in.
+    With two exponent bits and one mantissa bit this is the scale 2^(1 - b). The search tries the paper's hundred
+    factors, but on the scale instead of on b. So it gives the same codes whatever unit the table is in.
     """
 
     values, factors = E2M1, tuple(0.01 + 1.19 * step / 99 for step in range(100))
 
 
 class MicroscalingFloat4(Levels):
-    """MXFP4: a power of two as scale, one byte (OCP Microscaling Formats 1.0), by the reference's rule: the exponent
-    of the largest number less that of the largest level, so numbers of 6 to 8 scales saturate. The search tries the
-    next power as well."""
+    """MXFP4: the scale is a power of two, one byte (OCP Microscaling Formats 1.0). By the reference's rule, its
+    exponent is that of the largest number minus that of the largest level. So numbers from 6 to 8 times the scale
+    saturate. The search tries the next power as well."""
 
     values, factors, tail_bytes = E2M1, (2.0,), 1
     usual_group, fixed_group = 32, True
@@ -179,7 +180,7 @@ class MicroscalingFloat4(Levels):
 
 
 class NvidiaFloat4(Levels):
-    """NVFP4 without the tensor's own scale: an E4M3 scale a group, for numbers of at most ``NVFP4_TOP``."""
+    """NVFP4 without the scale of the whole tensor: one E4M3 scale per group, for numbers up to ``NVFP4_TOP``."""
 
     values, tail_bytes = E2M1, 1
     usual_group, fixed_group = 16, True
@@ -201,12 +202,12 @@ FORMATS: dict[str, type[NumberFormat]] = {
     "nvfp4": NvidiaFloat4,
 }
 BITS = {"int": (8, 6, 4, 3, 2)} | {name: (4,) for name in FORMATS if name != "int"}
-"""Which widths each format has."""
+"""The widths, in bits, that each format has."""
 
 
 @cache
 def number_format(number: str, bits: int) -> NumberFormat:
-    """The format of that name and width. Raises TautError for a name or a width that there is not."""
+    """The format of that name and width. Raises TautError if there is no such name or width."""
     if number not in FORMATS:
         raise TautError(f"unknown number format {number!r}: {nearest(number, FORMATS)}")
     if bits not in BITS[number]:
@@ -217,8 +218,8 @@ def number_format(number: str, bits: int) -> NumberFormat:
 def nearest_codes(numbers: Tensor, values: tuple[float, ...]) -> Tensor:
     """The code of the nearest of ``values``, any shape -> uint8; a tie goes to the even code.
 
-    The range is cut in cells so narrow that none holds two midpoints: a number's cell says its code but for one
-    comparison, which costs a fraction of a binary search.
+    The range is cut into cells so narrow that none holds two midpoints. So a number's cell and one comparison give its
+    code, at a fraction of the cost of a binary search.
     """
     midpoints, below, codes = _cells(values, numbers.device)
     cell = _cell(numbers, values).view(-1)
@@ -227,14 +228,14 @@ def nearest_codes(numbers: Tensor, values: tuple[float, ...]) -> Tensor:
 
 
 def _cell(numbers: Tensor, values: tuple[float, ...]) -> Tensor:
-    """Which of ``CELLS`` a number falls in. Rounding keeps the order, so both sides of a midpoint stay apart."""
+    """The cell of each number, out of ``CELLS``. Rounding keeps the order, so both sides of a midpoint stay apart."""
     top = max(values)
     return numbers.clamp(-top, top).add_(top).mul_((CELLS - 1) / (2 * top)).int()
 
 
 @cache
 def _cells(values: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each cell the midpoint in it (or infinity) and how many lie in cells before it; the codes by value."""
+    """For each cell, its midpoint (or infinity) and the number of midpoints in earlier cells; the codes by value."""
     codes = sorted({value: code for code, value in reversed(list(enumerate(values)))}.values(), key=values.__getitem__)
     ordered = torch.tensor([values[code] for code in codes], device=device)
     middles = (ordered[1:] + ordered[:-1]) / 2
@@ -247,12 +248,12 @@ def _cells(values: tuple[float, ...], device: torch.device) -> tuple[Tensor, Ten
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    """A group of equal numbers has no range: any step will do."""
+    """Replace zeros by 1. A group of equal numbers has no range, so any step works."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def _not_above(low: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 rounded downwards to ``dtype``, so that no number lies below the range. float16 keeps 10 of 23 bits."""
+    """float32 rounded down to ``dtype``, so that no number lies below the range. float16 keeps 10 of 23 bits."""
     if dtype == torch.float32:
         return low
     bits = low.contiguous().view(torch.int32)

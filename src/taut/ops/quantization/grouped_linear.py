@@ -1,12 +1,12 @@
-"""Linear maps in 2 to 8 bits a weight, inputs as they are: the transposed weight kept as a token table is, a row for
-each input, which is looked up with x as the weights of a bag.
+"""Linear maps with 2 to 8 bits per weight and unrounded inputs.
 
-A map (M, N) is one int8 tensor (blocks, N, bytes of a group): block by block of ``group`` outputs, and in it input by
-input the codes of those outputs and their scale, as ``rowwise`` packs a row. So an output of a group is a sum of rows
-times the numbers of x, which FBGEMM's lookup of integers in 8, 4 and 2 bits does in one pass over the codes, and no
-scale is shared by two inputs, however much their magnitudes differ.
+The transposed weight is stored like a token table, with one row per input. The product is a bag lookup of these rows,
+in which x gives the weights. A map (M, N) is one int8 tensor (blocks, N, bytes of a group). Each block covers ``group``
+outputs and holds for each input the codes of those outputs and their scale, as ``rowwise`` packs a row. So a group of
+outputs is a sum of rows times the numbers of x. FBGEMM's lookup of integers in 8, 4 and 2 bits computes it in one pass
+over the codes. No two inputs share a scale, however much their magnitudes differ.
 
-For many tokens, and for other formats, blocks are expanded some at a time and multiplied while they are in the cache.
+For many tokens, and for other formats, a few blocks at a time are expanded and multiplied while they are in the cache.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,16 +21,16 @@ from taut.ops.quantization import rowwise
 from taut.ops.quantization.rowwise import LOOKUPS, RowFormat, fields
 
 EXPANDED_AT_ONCE = {"cpu": 1 << 19}
-"""Weights held expanded. On a CPU they stay in the cache between expansion and product."""
+"""Weights expanded at a time. On a CPU they stay in the cache between expansion and product."""
 EXPANDED_ELSEWHERE = 1 << 24
 FEW_TOKENS = 6
-"""Up to so many tokens are multiplied with the codes one by one; beyond, reading the codes again costs more than
+"""Up to this many tokens are multiplied with the codes one by one. With more, reading the codes again costs more than
 expanding them."""
 
 
 @dataclass(frozen=True)
 class GroupFormat:
-    """A map of ``outputs`` x ``inputs``, whose weights for ``group`` neighbouring outputs share a scale at each input.
+    """A map of ``outputs`` x ``inputs``. For each input, the weights of ``group`` neighbouring outputs share a scale.
     The last group is filled up by repeating the last output."""
 
     outputs: int
@@ -49,12 +49,12 @@ class GroupFormat:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the packed tensor, int8."""
+        """The shape of the packed tensor, int8."""
         return self.blocks, self.inputs, self.row.group_bytes
 
     @cached_property
     def fused(self) -> bool:
-        """Whether FBGEMM multiplies these codes as they are."""
+        """Whether FBGEMM can multiply these codes without expanding them."""
         return self.number == "int" and self.bits in LOOKUPS and self.group * self.bits % 8 == 0
 
     def pack(self, weight: Tensor, symmetric: bool = False, clip: bool = False) -> Tensor:
@@ -62,11 +62,11 @@ class GroupFormat:
         return self._packed(rowwise.pack(self._rows(weight), self.row, symmetric, clip))
 
     def repack(self, weight: Tensor, packed: Tensor) -> Tensor:
-        """(M, N) float -> the nearest codes under the scales that ``packed`` has."""
+        """(M, N) float -> packed ``shape``: the nearest codes under the scales of ``packed``."""
         return self._packed(rowwise.repack(self._rows(weight), self.flat(packed), self.row))
 
     def rounder(self, packed: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """What ``repack`` makes of a column, (M,) and the input's index -> (M,), as ``gptq.compensate`` wants it."""
+        """The rounding of ``repack`` for one column, (M,) and the input's index -> (M,), for ``gptq.compensate``."""
         form, shape = self.row.format, (self.blocks, self.inputs, 1)
         _, scale, bias = fields(self.flat(packed), self.row)
         scale, bias = scale.view(shape), None if bias is None else bias.view(shape)
@@ -74,9 +74,9 @@ class GroupFormat:
         def rounded(column: Tensor, index: int) -> Tensor:
             numbers = column.float()
             filled = torch.cat((numbers, numbers[-1:].expand(self.blocks * self.group - self.outputs)))
-            own = scale[:, index], None if bias is None else bias[:, index]
-            codes = form.nearest(filled.reshape(self.blocks, self.group), *own)
-            return form.decode(codes, *own).view(-1)[: self.outputs].to(column.dtype)
+            scale_and_bias = scale[:, index], None if bias is None else bias[:, index]
+            codes = form.nearest(filled.reshape(self.blocks, self.group), *scale_and_bias)
+            return form.decode(codes, *scale_and_bias).view(-1)[: self.outputs].to(column.dtype)
 
         return rounded
 
@@ -92,7 +92,7 @@ class GroupFormat:
         return filled.reshape(self.blocks, self.group, self.inputs).transpose(1, 2).contiguous().view(-1, self.group)
 
     def flat(self, packed: Tensor) -> Tensor:
-        """As ``rowwise`` has it: (blocks * N, 1, bytes) uint8."""
+        """The packed tensor in the shape that ``rowwise`` uses: (blocks * N, 1, bytes) uint8."""
         return packed.view(torch.uint8).view(-1, 1, packed.shape[2])
 
     def _packed(self, rows: Tensor) -> Tensor:
@@ -102,18 +102,18 @@ class GroupFormat:
 def linear(x: Tensor, packed: Tensor, form: GroupFormat, bias: Tensor | None = None) -> Tensor:
     """(..., N) x packed (M, N) + bias (M,) -> (..., M), in the dtype of ``x``: exact up to rounding, gradient included.
 
-    On a CPU computed in float32 (float64 for float64), elsewhere in the dtype of ``x``. Extra memory O(answer), never a
-    dense copy of the weight.
+    Computed in float32 on a CPU (float64 for float64), elsewhere in the dtype of ``x``. Extra memory O(answer); the
+    whole weight is never expanded.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _linear(x, bias, packed, form.outputs, form.bits, form.group, form.number)
-    # A custom operator costs some 20 microseconds, a third of a small map at one token.
+    # A custom operator costs about 20 microseconds, a third of a small map with one token.
     return _forward(x, bias, packed, form)
 
 
 @torch.library.custom_op("taut::low_bit_linear", mutates_args=())
 def _linear(x: Tensor, bias: Tensor | None, packed: Tensor, outputs: int, bits: int, group: int, number: str) -> Tensor:
-    """Opaque to compilers, and keeps the packed weight for the backward pass: autograd alone would keep every expanded
+    """Opaque to compilers. Keeps the packed weight for the backward pass; autograd alone would keep every expanded
     block."""
     return _forward(x, bias, packed, GroupFormat(outputs, x.shape[-1], bits, group, number))
 
@@ -144,7 +144,7 @@ _linear.register_autograd(_backward, setup_context=_remember)
 
 @torch.library.custom_op("taut::low_bit_linear_gradient", mutates_args=())
 def _input_gradient(gradient: Tensor, packed: Tensor, outputs: int, bits: int, group: int, number: str) -> Tensor:
-    """(..., M) -> (..., N)."""
+    """The gradient of the outputs (..., M) -> that of the inputs (..., N)."""
     form = GroupFormat(outputs, packed.shape[1], bits, group, number)
     flat = gradient.reshape(-1, outputs)
     total = flat.new_zeros(flat.shape[0], form.inputs)
@@ -160,7 +160,7 @@ def _input_gradient_shape(gradient: Tensor, packed: Tensor, outputs: int, bits: 
 
 
 def _forward(x: Tensor, bias: Tensor | None, packed: Tensor, form: GroupFormat) -> Tensor:
-    # Few operations: at one token each costs as much as a tenth of the arithmetic of a small map.
+    # Few operations: with one token, each costs a tenth of the arithmetic of a small map.
     tokens, dtype = x.reshape(-1, form.inputs), x.dtype
     on_cpu = packed.device.type == "cpu"
     if on_cpu and dtype != torch.float64:
@@ -178,7 +178,7 @@ def _forward(x: Tensor, bias: Tensor | None, packed: Tensor, form: GroupFormat) 
 
 
 def _by_bags(tokens: Tensor, packed: Tensor, form: GroupFormat) -> Tensor:
-    """(T, N) float32 -> (T, M). A bag is what a block of outputs sums up: its rows, times a token's numbers."""
+    """(T, N) float32 -> (T, M). A bag gives one block of outputs: the sum of its rows times a token's numbers."""
     operator = getattr(torch.ops.quantized, LOOKUPS[form.bits])
     rows, (ids, offsets) = packed.view(torch.uint8).flatten(0, 1), _bags(form.blocks, form.inputs)
     answers = [
@@ -191,19 +191,19 @@ def _by_bags(tokens: Tensor, packed: Tensor, form: GroupFormat) -> Tensor:
 
 @cache
 def _bags(blocks: int, inputs: int) -> tuple[Tensor, Tensor]:
-    """Every row in order, and where a bag begins. Kept: to make them anew takes a tenth of the product's time."""
+    """Every row in order, and where a bag begins. Cached, because making them takes a tenth of the product's time."""
     rows = blocks * inputs
     return tuple(torch.arange(0, rows, step, dtype=torch.int32, device="cpu") for step in (1, inputs))
 
 
 def _pieces(packed: Tensor, form: GroupFormat, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """The map expanded some blocks at a time: (first output, (N, outputs of those blocks) of ``dtype``)."""
+    """The map expanded a few blocks at a time: (first output, (N, outputs of those blocks) of ``dtype``)."""
     rows, device = form.flat(packed), packed.device
     at_once = EXPANDED_AT_ONCE.get(device.type, EXPANDED_ELSEWHERE) // (form.inputs * form.group)
     count = min(max(1, at_once), form.blocks)
     ids = torch.arange(form.inputs, device=device)[:, None] + torch.arange(count, device=device) * form.inputs
     for block in range(0, form.blocks, count):
-        # Input by input the numbers of all its blocks: the rows of a dense matrix.
+        # For each input, the numbers of all chosen blocks: the rows of a dense matrix.
         chosen = ids[:, : form.blocks - block]
         expanded = rowwise.lookup(rows[block * form.inputs :], chosen, form.row, dtype)
         yield block * form.group, expanded.flatten(1)

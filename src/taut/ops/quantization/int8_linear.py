@@ -1,11 +1,11 @@
-"""Linear maps with 8-bit weights and, on the fly, 8-bit inputs: an exact integer product, scaled back row by row.
+"""Linear maps with 8-bit weights and inputs quantised to 8 bits on the fly: an exact integer product, then scaled back.
 
 A weight (M, N) is one int8 tensor of one dimension: the codes row after row, padded to a multiple of 4, then M float32
-scales, then the M sums of each row's codes, also float32. Outputs are quantised symmetrically: W ~ scale * code.
+scales, then the M sums of each row's codes, also float32. Each row is quantised symmetrically: W ~ scale * code.
 
-Inputs are quantised to x ~ step * q + low with q in 0..255, either one token at a time, by its own least and greatest
-number, or all by one range that is known beforehand. So no token's answer depends on which others are in the call. Then
-W x + b = scale * (step * (codes . q) + low * sum(codes)) + b.
+Inputs are quantised to x ~ step * q + low with q in 0..255. The range of a token is either that of its own least and
+greatest number, or one range for all tokens that was determined before. So a token's result does not depend on the
+other tokens in the call. Then W x + b = scale * (step * (codes . q) + low * sum(codes)) + b.
 """
 
 import functools
@@ -34,7 +34,7 @@ def packed_size(outputs: int, inputs: int) -> int:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """(M, N) float -> (``packed_size``,) int8, the nearest codes in -127..127 with one scale a row. Deterministic.
+    """(M, N) float -> (``packed_size``,) int8: the nearest codes in -127..127, one scale per row. Deterministic.
 
     Raises TautError for numbers that are not finite.
     """
@@ -46,7 +46,7 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def repack(weight: Tensor, packed: Tensor) -> Tensor:
-    """(M, N) float -> packed, like ``pack``, under the scales that ``packed`` has: the nearest codes there are."""
+    """(M, N) float -> packed, like ``pack``, but with the scales of ``packed``: the nearest codes under these."""
     scales = unpack(packed, *weight.shape).scales
     return _packed(weight.detach().float(), scales)
 
@@ -64,8 +64,8 @@ def nearest(numbers: Tensor, scales: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, outputs: int, inputs: int) -> Int8Weight:
-    """The views into ``packed``; nothing is copied."""
-    # Few operations: at one token each costs as much as the arithmetic of a small map.
+    """Views into ``packed``; nothing is copied."""
+    # Few operations: with one token, each costs as much as the arithmetic of a small map.
     floats = packed.view(torch.float32)
     return Int8Weight(
         packed.as_strided((outputs, inputs), (inputs, 1)), floats[-2 * outputs : -outputs], floats[-outputs:]
@@ -80,8 +80,8 @@ def expand(weight: Int8Weight, dtype: torch.dtype = torch.float32) -> Tensor:
 def quantise_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(T, N) float32 -> q (T, N) uint8, ``step`` (T, 1) and ``low`` (T, 1) float32, so that x ~ step * q + low.
 
-    One fused FBGEMM pass on a CPU, the same formula in plain torch elsewhere. A row of NaN gives NaN; single NaNs among
-    finite numbers are not passed on.
+    One fused FBGEMM pass on a CPU, the same formula in plain torch elsewhere. A row of NaN gives NaN. Single NaNs among
+    finite numbers are lost.
     """
     fused = getattr(torch.ops.quantized, "embedding_bag_byte_prepack", None) if x.device.type == "cpu" else None
     if fused is None:
@@ -97,24 +97,24 @@ def quantise_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def quantise_tokens_plainly(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The formula of ``quantise_tokens``: 255 equal steps between a token's least and greatest number."""
     low, high = x.aminmax(dim=1, keepdim=True)
-    # The constant is FBGEMM's: it keeps a token of equal numbers from a division by zero.
+    # The constant is FBGEMM's. It prevents a division by zero when all numbers of a token are equal.
     q = ((x - low) * (255 / (high - low + 1e-8))).round().to(torch.uint8)
     return q, (high - low) / 255, low
 
 
 def pack_range(least: float, greatest: float) -> Tensor:
-    """The range of all inputs -> (``RANGE_BYTES``,) uint8: in float32 ``step`` and ``low``, and what a number is
-    multiplied by and moved by to give its code. The range is widened to hold zero, which has a code of its own."""
+    """The range of all inputs -> (``RANGE_BYTES``,) uint8: four float32 numbers, ``step``, ``low``, and the factor and
+    offset that turn a number into its code. The range is widened to include zero, which has an exact code."""
     low, high = min(least, 0.0), max(greatest, 0.0)
     step = (high - low) / 255 or 1.0
     zero = round(-low / step)
-    # Half a step further on: truncating is faster than rounding.
+    # Adds 0.5, because truncating is faster than rounding.
     return torch.tensor((step, -step * zero, 1 / step, zero + 0.5)).view(torch.uint8)
 
 
 def quantise_in_range(x: Tensor, packed_range: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, N) float32 and ``pack_range`` -> q (T, N) uint8, ``step`` and ``low``, of no dimension. What lies outside the
-    range becomes its end; a NaN is not passed on."""
+    """(T, N) float32 and ``pack_range`` -> q (T, N) uint8, ``step`` and ``low``, both without dimensions. Numbers
+    outside the range are clamped to its ends; a NaN is lost."""
     step, low, rate, move = packed_range.view(torch.float32).unbind()
     return x.mul(rate).add_(move).clamp_(0, 255).to(torch.uint8), step, low
 
@@ -129,13 +129,13 @@ def linear(
 ) -> Tensor:
     """(..., N) x packed (M, N) + bias (M,) -> (..., M), in the dtype of ``x``; computed in float32.
 
-    ``packed_range`` is that of all inputs (``pack_range``); without it every token has its own. A device without an
-    exact integer product multiplies the rounded inputs by the expanded weight. The gradient is that of the expanded
-    weight: rounding the inputs counts as the identity (straight through).
+    ``packed_range`` is the range of all inputs (``pack_range``); without it every token has its own range. A device
+    without an exact integer product multiplies the rounded inputs by the expanded weight. The gradient is that of the
+    expanded weight. It treats the rounding of the inputs as the identity (straight through).
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _linear(x, bias, packed, packed_range, outputs, inputs)
-    # A custom operator costs some 20 microseconds, a third of a small map at one token.
+    # A custom operator costs about 20 microseconds, a third of a small map with one token.
     return _forward(x, bias, packed, packed_range, outputs, inputs)
 
 
@@ -143,7 +143,7 @@ def linear(
 def _linear(
     x: Tensor, bias: Tensor | None, packed: Tensor, packed_range: Tensor | None, outputs: int, inputs: int
 ) -> Tensor:
-    """Opaque to compilers, and keeps the packed weight for the backward pass: autograd alone would keep a dense one."""
+    """Opaque to compilers. Keeps the packed weight for the backward pass; autograd alone would keep a dense one."""
     return _forward(x, bias, packed, packed_range, outputs, inputs)
 
 
@@ -186,10 +186,10 @@ def _forward(
 
 def _scaled_product(q: Tensor, step: Tensor, low: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     integers = torch._int_mm(q, weight.codes.T)
-    # The floats take the place of the integers: at many tokens a second array costs as much as the product.
+    # The floats overwrite the integers: with many tokens, a second array costs as much as the product.
     answer = integers.view(torch.float32).copy_(integers)
     if step.dim() == 0:
-        # One range for all tokens: its factors belong to the outputs, and one pass over the answer is enough.
+        # With one range for all tokens, its factors are applied per output, so one pass over the answer is enough.
         offset = low * weight.scales * weight.sums
         offset = offset if bias is None else offset.add_(bias)
         return torch.addcmul(offset, answer, weight.scales * step, out=answer)
@@ -199,8 +199,8 @@ def _scaled_product(q: Tensor, step: Tensor, low: Tensor, weight: Int8Weight, bi
 
 @functools.cache
 def integer_product_is_exact() -> bool:
-    """Whether torch multiplies uint8 by int8 without saturating on this processor. x86 before VNNI adds pairs of
-    products in 16 bits."""
+    """Whether torch multiplies uint8 by int8 without saturating on this processor. x86 processors before VNNI add pairs
+    of products in 16 bits."""
     left = torch.full((16, 256), 255, dtype=torch.uint8)
     right = torch.full((256, 16), 127, dtype=torch.int8)
     try:

@@ -1,11 +1,11 @@
-"""Token tables in few bits: one uint8 tensor, each group of a row followed by its own scale.
+"""Token tables in few bits: one uint8 tensor, in which each group of a row is followed by its own scale.
 
-Of a group come first the codes, the earlier columns in a byte's lower bits, then what ``formats`` keeps
-of its scale. Codes of 6 and of 3 bits lie in two planes: the lower four (two) bits of every number, then the upper two
-(one). With integers of 8, 4 and 2 bits that is the format of torch's
+A group begins with its codes, earlier columns in the lower bits of a byte. Then come the bytes that ``formats`` stores
+for its scale. Codes of 6 and of 3 bits are split into two planes: the lower four (two) bits of every number, then the
+upper two (one). For integers of 8, 4 and 2 bits this is the format of torch's
 ``quantized.embedding_bag_{byte,4bit,2bit}_rowwise_offsets`` (FBGEMM): codes, then a scale and a bias, float32 for 8
-bits and float16 for fewer; a value is code * scale + bias. A row of several groups is so many short rows behind each
-other: the tensor is (V, groups, bytes of a group), which no dense table's shape equals.
+bits and float16 for fewer. A value is code * scale + bias. A row of several groups is stored as that many short rows.
+The tensor has the shape (V, groups, bytes of a group), which no dense table has.
 """
 
 from collections.abc import Iterable
@@ -26,17 +26,17 @@ LOOKUPS = {
     2: "embedding_bag_2bit_rowwise_offsets",
 }
 PLANES = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}
-"""How the bits of a code are shared out, lowest first: parts that fill a byte without a rest."""
+"""How many bits of a code each plane holds, lowest bits first. Each number divides 8, so bytes are filled exactly."""
 PACKED_AT_ONCE = 1 << 18
-"""Numbers quantised at a time: bounds what packing a large table needs beside it, and stays in the cache."""
+"""Numbers quantised at a time: bounds the extra memory for packing a large table, and fits in the cache."""
 EXPANDED_AT_ONCE = {"cpu": 1 << 19}
-"""Numbers expanded at a time by the plain formula. On a CPU they stay in the cache from step to step."""
+"""Numbers expanded at a time by the plain formula. On a CPU they stay in the cache between the steps."""
 EXPANDED_ELSEWHERE = 1 << 28
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Rows of ``width`` D numbers of ``bits`` each, every ``group`` of which share a scale; the last group may be
+    """Rows of ``width`` D numbers of ``bits`` each. Every ``group`` of them share a scale; the last group may be
     short. ``number`` names the format of a number (``ops.quantization.formats.FORMATS``)."""
 
     bits: int
@@ -59,7 +59,7 @@ class RowFormat:
 
     @property
     def padded_group(self) -> int:
-        """How many numbers the bytes of a group have room for, where there is one plane."""
+        """How many numbers fit in the bytes of a group, if there is one plane."""
         return self.plane_bytes[0] * 8 // self.bits
 
     @property
@@ -68,17 +68,17 @@ class RowFormat:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a token."""
+        """Bytes of a row, that is of a token."""
         return self.groups * self.group_bytes
 
 
 def pack(table: Tensor, layout: RowFormat, symmetric: bool = False, clip: bool = False) -> Tensor:
     """(V, D) float -> packed (V, groups, ``group_bytes``) uint8. Deterministic.
 
-    Scales and biases are rounded to their storage type before the codes are chosen, so every integer inside the range
-    comes back within half a step. ``symmetric`` centres the range of integers on zero, which is then exact. ``clip``
-    tries the format's other scales for each group and keeps the one with the least squared error. Raises TautError
-    for numbers that are not finite or beyond what the scale's type can hold.
+    Scales and biases are rounded to their storage type before the codes are chosen. So with integers, every number
+    inside the range comes back within half a step. ``symmetric`` centres the range of integers on zero, which is then
+    exact. ``clip`` tries the format's other scales for each group and keeps the one with the least squared error.
+    Raises TautError for numbers that are not finite or beyond what the scale's type can hold.
     """
     if not table.isfinite().all():
         raise TautError("the weight holds numbers that are not finite; repair it before packing")
@@ -87,8 +87,8 @@ def pack(table: Tensor, layout: RowFormat, symmetric: bool = False, clip: bool =
 
 
 def repack(table: Tensor, packed: Tensor, layout: RowFormat) -> Tensor:
-    """(V, D) float -> packed, like ``pack``, under the scales and biases that ``packed`` has: the nearest codes there
-    are. What ``unpack`` gives comes back unchanged."""
+    """(V, D) float -> packed, like ``pack``, but with the scales and biases of ``packed``: the nearest codes under
+    these. The output of ``unpack`` gives ``packed`` back unchanged."""
     step = max(1, PACKED_AT_ONCE // layout.width)
     pieces = zip(table.detach().split(step), packed.split(step), strict=True)
     return torch.cat([_repack(rows, old, layout) for rows, old in pieces])
@@ -103,12 +103,12 @@ def unpack(packed: Tensor, layout: RowFormat) -> Tensor:
 def lookup(packed: Tensor, ids: Tensor, layout: RowFormat, dtype: torch.dtype = torch.float32) -> Tensor:
     """Packed (V, groups, ``group_bytes``) and (...) ids -> (..., D) of ``dtype``. Extra memory O(number of ids).
 
-    On a CPU integers of 8, 4 and 2 bits go through FBGEMM's fused lookup; else a gather, and the plain formula on the
-    gathered rows. Raises IndexError for an id outside the table (on CUDA the device asserts).
+    On a CPU, integers of 8, 4 and 2 bits use FBGEMM's fused lookup. Otherwise rows are gathered and expanded by the
+    plain formula. Raises IndexError for an id outside the table (on CUDA the device asserts).
     """
     if torch.compiler.is_compiling():
         return _lookup(packed, ids, layout.bits, layout.width, layout.group, layout.number, dtype)
-    # FBGEMM reads ids as if they lay side by side.
+    # FBGEMM assumes that the ids are contiguous.
     flat = ids.reshape(-1).long().contiguous()
     try:
         if layout.number == "int" and layout.bits in LOOKUPS and packed.device.type == "cpu":
@@ -137,14 +137,14 @@ def _lookup_shape(
 
 
 def fields(packed: Tensor, layout: RowFormat) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What is stored of each of the n = V * groups groups: code bytes (n, -) uint8, scale and bias (n, 1) float32;
-    the bias is None where the format has none."""
+    """The contents of the n = V * groups groups: code bytes (n, -) uint8, scale and bias (n, 1) float32. The bias is
+    None if the format has none."""
     codes, tail = packed.flatten(0, 1).split([sum(layout.plane_bytes), layout.format.tail_bytes], dim=1)
     return codes, *layout.format.scales(tail)
 
 
 def _fused_lookup(packed: Tensor, ids: Tensor, layout: RowFormat) -> Tensor:
-    """Bags of one group each: (n,) ids -> (n, D) float32. Few calls: for some hundred ids they are half the time."""
+    """Bags of one group each: (n,) ids -> (n, D) float32. Few calls: with some hundred ids they take half the time."""
     groups = packed.shape[1]
     if groups > 1:
         ids = torch.arange(groups, device=ids.device).add(ids[:, None], alpha=groups).view(-1)
@@ -160,7 +160,7 @@ def _rows_at_once(packed: Tensor, layout: RowFormat) -> int:
 
 
 def _expand(pieces: Iterable[Tensor], count: int, layout: RowFormat, device: torch.device) -> Tensor:
-    """Packed rows, some at a time, ``count`` in all -> (``count``, D) float32."""
+    """Packed rows in pieces, ``count`` in all -> (``count``, D) float32."""
     rows = torch.empty(count, layout.groups * layout.group, device=device)
     start = 0
     for piece in pieces:
@@ -174,7 +174,7 @@ def _expand(pieces: Iterable[Tensor], count: int, layout: RowFormat, device: tor
 
 
 def _levels(codes: Tensor, layout: RowFormat) -> Tensor:
-    """(n, bytes) -> (n, at least ``group``) float32: what each code stands for, read a byte at a time from a table."""
+    """(n, bytes) -> (n, at least ``group``) float32: the level of each code, read from a table byte by byte."""
     if layout.bits == 8:
         return codes.float()
     planes = codes.split(layout.plane_bytes, dim=1)
@@ -182,18 +182,18 @@ def _levels(codes: Tensor, layout: RowFormat) -> Tensor:
         return _read(codes, _levels_of_bytes(layout.number, layout.bits, codes.device))
     lower, upper = PLANES[layout.bits]
     low, high = _codes_of_bytes(lower, 0, codes.device), _codes_of_bytes(upper, lower, codes.device)
-    # Integers alone have two planes: a code is its level.
+    # Only integers have two planes, and there a code equals its level.
     return (_read(planes[0], low)[:, : layout.group] | _read(planes[1], high)[:, : layout.group]).float()
 
 
 def _read(plane: Tensor, table: Tensor) -> Tensor:
-    """(n, bytes) and what each of 256 bytes holds, (256, k) -> (n, bytes * k)."""
+    """(n, bytes) and a table of the k numbers in each byte (256, k) -> (n, bytes * k)."""
     return gather_rows(plane.int().view(-1), table).view(plane.shape[0], plane.shape[1] * table.shape[1])
 
 
 @cache
 def _codes_of_bytes(bits: int, shift: int, device: torch.device) -> Tensor:
-    """(256, 8 / ``bits``) uint8: the numbers in a byte, times 2 ** ``shift``."""
+    """(256, 8 / ``bits``) uint8: the codes in each byte, times 2 ** ``shift``."""
     places = torch.arange(0, 8, bits, device=device)
     codes = torch.arange(256, device=device)[:, None] >> places & (1 << bits) - 1
     return (codes << shift).to(torch.uint8)
@@ -201,7 +201,7 @@ def _codes_of_bytes(bits: int, shift: int, device: torch.device) -> Tensor:
 
 @cache
 def _levels_of_bytes(number: str, bits: int, device: torch.device) -> Tensor:
-    """(256, 8 / ``bits``) float32."""
+    """(256, 8 / ``bits``) float32: the levels of the codes in each byte."""
     return number_format(number, bits).levels(device)[_codes_of_bytes(bits, 0, device).int()]
 
 
@@ -231,20 +231,20 @@ def _blocks(table: Tensor, layout: RowFormat) -> Tensor:
     numbers = table.float()
     missing = layout.groups * layout.group - layout.width
     if missing:
-        # Repeated, the last number changes no range.
+        # Pad with the last number, because that changes no range.
         numbers = torch.cat((numbers, numbers[:, -1:].expand(-1, missing)), dim=1)
     return numbers.reshape(-1, layout.group)
 
 
 def _error(numbers: Tensor, back: Tensor, layout: RowFormat) -> Tensor:
-    """Squared error of each group, (n, 1); what a last group was filled up with does not count."""
+    """Squared error of each group, (n, 1). The padding of a last group does not count."""
     squares = back.sub_(numbers).square_().view(-1, layout.groups * layout.group)
     squares[:, layout.width :] = 0
     return squares.view(-1, layout.group).sum(1, keepdim=True)
 
 
 def _pack_codes(codes: Tensor, layout: RowFormat) -> Tensor:
-    """(n, G) uint8, one number in each -> (n, bytes)."""
+    """(n, G) uint8, one code in each -> (n, bytes)."""
     planes, shift = [], 0
     for bits in PLANES[layout.bits]:
         plane, in_a_byte = codes >> shift & (1 << bits) - 1, 8 // bits

@@ -1,9 +1,9 @@
-"""The output map tied to a low-bit table: scores h W^T without ever holding W dense.
+"""The output map tied to a low-bit token table: scores h W^T, without ever holding W dense.
 
-Many tokens: the table is expanded some hundred rows at a time, each piece multiplied while it is in the cache. Few
-tokens, where expanding would cost more than the product: h is written with three digits of base 254, so that h W^T is
-three exact integer products with the stored codes. Three digits resolve h to 2^-23 of its largest entry, as float32
-does.
+With many tokens, the table is expanded some hundred rows at a time, and each piece is multiplied while it is in the
+cache. With few tokens, expanding would cost more than the product. Then h is written with three digits of base 254, so
+h W^T becomes three exact integer products with the stored codes. Three digits resolve h to 2^-23 of its largest entry,
+as float32 does.
 """
 
 import math
@@ -19,13 +19,13 @@ from taut.ops.quantization.int8_linear import integer_product_is_exact
 from taut.ops.quantization.rowwise import RowFormat, fields, lookup
 
 EXPANDED_AT_ONCE = {"cpu": 1 << 19}
-"""Numbers of the table held expanded. On a CPU they stay in the cache between expansion and product."""
+"""Numbers of the table expanded at a time. On a CPU they stay in the cache between expansion and product."""
 EXPANDED_ELSEWHERE = 1 << 24
 CODES_AT_ONCE = 1 << 22
-"""Numbers of the table that the digits of h take turns on: their codes stay in the last cache."""
+"""Numbers of the table multiplied at a time by all digits of h: their codes stay in the last-level cache."""
 DIGITS, BASE = 3, 254
 FEW_TOKENS = 3
-"""Up to so many tokens are multiplied digit by digit."""
+"""Up to this many tokens are multiplied digit by digit."""
 
 
 def logits(hidden: Tensor, packed: Tensor, layout: RowFormat) -> Tensor:
@@ -72,7 +72,7 @@ def _tied_head_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]
 
 @torch.library.custom_op("taut::rowwise_tied_head_gradient", mutates_args=())
 def _tied_head_gradient(gradient: Tensor, packed: Tensor, bits: int, width: int, group: int, number: str) -> Tensor:
-    """(..., V) -> (..., D)."""
+    """The gradient of the scores (..., V) -> that of the hidden states (..., D)."""
     flat = gradient.reshape(-1, packed.shape[0])
     total = flat.new_zeros(flat.shape[0], width)
     for start, rows in _pieces(packed, RowFormat(bits, width, group, number), gradient.dtype):
@@ -89,7 +89,7 @@ def _tied_head_gradient_shape(
 
 @register_flop_formula([torch.ops.taut.rowwise_tied_head, torch.ops.taut.rowwise_tied_head_gradient])
 def _tied_head_flops(given: torch.Size, packed: torch.Size, bits: int, width: int, *rest: Any, **named: Any) -> int:
-    """For PyTorch's FLOP counter, which cannot look inside."""
+    """The FLOPs, for PyTorch's FLOP counter, which cannot look inside a custom operator."""
     return 2 * math.prod(given[:-1]) * width * packed[0]
 
 
@@ -113,7 +113,7 @@ def _by_digits(hidden: Tensor, packed: Tensor, layout: RowFormat, scores: Tensor
     for _ in range(DIGITS):
         digits.append(rest.round())
         rest = (rest - digits[-1]) * BASE
-    # Columns that a group is padded with count nothing.
+    # The padding of a group gets zeros, so it adds nothing.
     columns = F.pad(torch.stack(digits).to(torch.int8), (0, layout.padded_group - layout.width))
     in_a_byte, mask = 8 // layout.bits, 2**layout.bits - 1
     totals = hidden.sum(dim=1)

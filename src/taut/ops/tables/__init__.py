@@ -1,1 +1,1 @@
-"""Rows of a token table: bands, maps of rows, budgets."""
+"""Rows of a token table: bands of rows, maps from rows to bands, bit budgets."""

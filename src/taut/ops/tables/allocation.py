@@ -1,4 +1,4 @@
-"""Bits for rows under a budget: who gains most from the next byte gets it."""
+"""Bits for rows under a budget: the next byte goes to the row that gains most from it."""
 
 import torch
 from torch import Tensor
@@ -10,28 +10,28 @@ def allocate(loss: Tensor, cost: Tensor, budget: int) -> Tensor:
     ``loss``: (V, L) float, of every row at every level; ``cost``: (L,) integers, ascending. The budget must pay for
     every row at level 0.
 
-    The Lagrangian solution: each row is where loss + multiplier * cost is least, which lies on the lower convex hull
-    of its (cost, loss) points. All hull segments of all rows are sorted by loss saved per cost and taken from the
-    top; the multiplier is the slope where the budget ends, found without bisection. Where the budget ends exactly
-    between two segments no allocation is better, elsewhere the gap is below one segment's saving; what remains goes
-    to single upgrades that still fit. Ties go to lower levels first, then to the earlier row.
+    This is the Lagrangian solution: each row takes the level where loss + multiplier * cost is least, which lies on the
+    lower convex hull of its (cost, loss) points. The hull segments of all rows are sorted by loss saved per cost and
+    taken from the top. The multiplier is the slope where the budget ends, found without bisection. If the budget ends
+    exactly between two segments, no allocation is better. Otherwise the gap is below one segment's saving, and the rest
+    pays for single upgrades that still fit. Ties go to lower levels first, then to the earlier row.
     Source: Shoham and Gersho 1988, Efficient bit allocation for an arbitrary set of quantizers.
     """
     loss, cost = loss.double().cpu(), cost.long().cpu()
     slopes, prices = _segments(loss, cost)
-    # Level by level, so that of equal slopes the lower segment of a row comes first.
+    # Ordered by level, so that among equal slopes the lower segment of a row comes first.
     order = slopes.T.reshape(-1).argsort(descending=True, stable=True)
     spent = prices.T.reshape(-1)[order].cumsum(0) + len(loss) * cost[0]
     worth = slopes.T.reshape(-1)[order] > 0
     taken = order[(spent <= budget) & worth]
     levels = torch.zeros(len(loss), dtype=torch.long)
-    # A segment that ends at level l + 1 lifts its row there: the greatest taken wins.
+    # A segment that ends at level l + 1 raises its row to that level. The highest segment taken counts.
     levels.scatter_reduce_(0, taken % len(loss), taken // len(loss) + 1, "amax")
     return _fill(levels, loss, cost, budget)
 
 
 def _segments(loss: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
-    """Slopes and prices, (V, L - 1), of the hull segment that *ends* at level 1, 2, ...; both zero where no segment
+    """Slopes and prices, (V, L - 1), of the hull segment that *ends* at level 1, 2, ...; both zero if no segment
     does. Slopes fall from segment to segment of a row."""
     rows, count = loss.shape
     slopes = torch.zeros(rows, count - 1, dtype=torch.float64)
@@ -39,7 +39,7 @@ def _segments(loss: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
     current = torch.zeros(rows, dtype=torch.long)
     steepest = torch.full((rows,), torch.inf, dtype=torch.float64)
     for _ in range(count - 1):
-        # Along the hull: from where a row stands, the level with the greatest saving per cost (the farthest of equals).
+        # Along the hull: from a row's level to the one with the greatest saving per cost (the farthest of equals).
         price = cost[None, :] - cost[current, None]
         saving = loss.gather(1, current[:, None]) - loss
         rate = torch.where(price > 0, saving / price.clamp_min(1), -torch.inf)

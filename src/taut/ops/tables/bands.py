@@ -1,7 +1,7 @@
-"""Rows that belong to classes, each class stored in a block of its own: the map from a row to its place.
+"""Rows in classes, with one stored block per class: the map from a row to its place in a block.
 
-Only the class of a row is stored, in ceil(log2 C) bits; its place within the block is its rank among the rows of its
-class, so a block keeps its rows in their order.
+Only the class of a row is stored, in ceil(log2 C) bits. A row's place in the block is its rank among the rows of its
+class, so a block keeps its rows in order.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ Reader = Callable[[Tensor], Tensor]
 
 
 def map_bytes(rows: int, count: int) -> int:
-    """Bytes of the packed classes of ``rows`` rows, one of ``count`` each; none where there is only one class."""
+    """Bytes of the packed classes of ``rows`` rows, each in one of ``count`` classes. Zero for a single class."""
     return -(-rows * (count - 1).bit_length() // 8)
 
 
@@ -43,9 +43,9 @@ def places(packed: Tensor, count: int, rows: int) -> tuple[Tensor, Tensor]:
 def banded(
     ids: Tensor, classes: Tensor, offsets: Tensor, readers: Sequence[Reader], width: int, dtype: torch.dtype
 ) -> Tensor:
-    """Look (...) ids up, each with the reader of its class: (..., ``width``) of ``dtype``.
+    """Look up (...) ids, each with the reader of its class: (..., ``width``) of ``dtype``.
 
-    A class that no id belongs to is skipped, except while gradients are recorded: then its parameters receive zeros,
+    A class without any of the ids is skipped, except while gradients are recorded. Then its parameters receive zeros,
     as those of a table do. Raises IndexError for an id outside the table.
     """
     flat = ids.reshape(-1)

@@ -1,4 +1,4 @@
-"""``ops.tables.bands`` for a module: the places that its packed classes stand for, computed anew when these change."""
+"""``ops.tables.bands`` for a module: the places of its rows, computed again when its packed classes change."""
 
 from dataclasses import dataclass
 
@@ -10,22 +10,22 @@ from taut.ops.tables.bands import places
 
 @dataclass(frozen=True)
 class RowPlaces:
-    """Of V rows: the class of each (V,) uint8, its rank within the class (V,) int32, and all rows (V,) int64, class
-    after class."""
+    """For V rows: the class of each (V,) uint8, its rank within the class (V,) int32, and all rows (V,) int64 ordered
+    by class."""
 
     classes: Tensor
     offsets: Tensor
     order: Tensor
 
     def undo(self, values: Tensor, dim: int) -> Tensor:
-        """V values along ``dim``, class after class -> in the order of the rows."""
+        """V values along ``dim``, ordered by class -> in the order of the rows."""
         place = torch.empty_like(self.order)
         place[self.order] = torch.arange(len(place), device=place.device)
         return values.index_select(dim, place)
 
 
 class RowMap:
-    """The places of ``rows`` V rows in ``count`` classes. They take 13 bytes a row and are not stored."""
+    """The places of ``rows`` V rows in ``count`` classes. They take 13 bytes per row and are not stored."""
 
     def __init__(self, rows: int, count: int) -> None:
         self.rows, self.count = rows, count
@@ -34,8 +34,8 @@ class RowMap:
         self._places: RowPlaces | None = None
 
     def __call__(self, packed: Tensor) -> RowPlaces:
-        """Of packed classes (``bands.pack_classes``). Kept until the tensor, its memory or its values change,
-        as loading, ``.to()`` and ``copy.deepcopy`` do."""
+        """The places for packed classes (``bands.pack_classes``). They are cached until the tensor, its memory or its
+        values change, as by loading, ``.to()`` or ``copy.deepcopy``."""
         state = (packed.data_ptr(), 0 if packed.is_inference() else packed._version)
         if self._places is None or self._source is not packed or self._state != state:
             classes, offsets = places(packed, self.count, self.rows)
