@@ -1,9 +1,15 @@
 """Named data in a fixed order, with a hash: built in, in a folder (the variable TAUT_DATA, or a path), or on the Hub.
 
-A name is one of ``names()``, a file (``.tsv``, ``.csv``, ``.txt``, ``.jsonl``, ``.json``, each also ``.gz`` or
-``.xz``) given as a path or relative to TAUT_DATA, a folder of ``*.SPLIT.*`` files, or
-``hub:OWNER/NAME[/CONFIG]:SPLIT:COLUMN,COLUMN``. Tables come in the order of the hashes of their rows, so the first
-rows are a fair sample whatever order the file had; running text keeps its order.
+A name is one of these:
+
+* one of ``names()``,
+* a file (``.tsv``, ``.csv``, ``.txt``, ``.jsonl``, ``.json``, each also ``.gz`` or ``.xz``), as a path or relative to
+  TAUT_DATA,
+* a folder of ``*.SPLIT.*`` files,
+* ``hub:OWNER/NAME[/CONFIG]:SPLIT:COLUMN,COLUMN``.
+
+The rows of a table are sorted by their hashes, so the first rows are a fair sample whatever the order of the file.
+Running text keeps its order.
 """
 
 from taut.data.files import FOLDER, NAMED, available, names

@@ -1,4 +1,4 @@
-"""Text that is in every Python installation."""
+"""Built-in data: text that every Python installation contains."""
 
 import ast
 import importlib
@@ -26,27 +26,30 @@ def _python_topics() -> str:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        raise TautError("data python_topics: this Python comes without pydoc_data; use a full installation") from None
+        raise TautError("data python_topics: this Python has no pydoc_data; use a full installation") from None
     parts = (block.strip("\n") for key in sorted(topics) for block in re.split(r"\n[ \t]*\n", topics[key]))
     return "\n\n".join(dict.fromkeys(part for part in parts if part.strip())) + "\n"
 
 
 @cache
 def _python_docstrings() -> str:
-    """Docstrings of the standard library, without a sentence of ``python_topics``: text for calibration."""
+    """Docstrings of the standard library, none with a sentence of ``python_topics``: text for calibration."""
     docstrings: dict[str, None] = {}
     for module in DOCUMENTED_MODULES:
         for docstring in _docstrings(module):
             docstrings |= dict.fromkeys(blocks(docstring))
     if not docstrings:
-        raise TautError("data python_docstrings: this Python comes without its sources; use a full installation")
+        raise TautError("data python_docstrings: this Python has no source files; use a full installation")
     topics = Data("", "", tuple((block,) for block in blocks(_python_topics())))
-    found = Data("", "", tuple((block,) for block in docstrings if len(block.split()) >= 8))
-    return "\n\n".join(found.without(topics).column(0)) + "\n"
+    candidates = Data("", "", tuple((block,) for block in docstrings if len(block.split()) >= 8))
+    return "\n\n".join(candidates.without(topics).column(0)) + "\n"
 
 
 def _docstrings(module: str) -> Iterator[str]:
-    """Read from the source: importing everything would be slow and have effects. Nothing for a module not here."""
+    """The docstrings of a module, from its source: importing it would be slow and could have side effects.
+
+    Yields nothing if the module is missing or its source cannot be read.
+    """
     try:
         spec = importlib.util.find_spec(module)
         tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else ast.Module([], [])

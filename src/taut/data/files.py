@@ -1,4 +1,4 @@
-"""Where named data lies, and how its files are read: tables, running text, JSON; plain, gz or xz; or on the Hub."""
+"""Finds named data and reads its files: tables, running text, JSON; plain, gz or xz; or from the Hub."""
 
 import csv
 import difflib
@@ -28,7 +28,7 @@ SCORE_HEADERS = ("score", "label", "similarity_score")
 
 @dataclass(frozen=True)
 class Named:
-    """A data set known by name: a file pattern per split, and the columns by header or by position (texts first)."""
+    """A named data set: a file pattern per split, and its columns by header or by position (texts first)."""
 
     files: dict[str, str]
     columns: tuple[str | int, ...] = ()
@@ -36,7 +36,7 @@ class Named:
 
     @property
     def split(self) -> str:
-        """The split to evaluate on when none is asked for."""
+        """The default split for evaluation."""
         return next((name for name in ("dev", "test") if name in self.files), next(iter(self.files)))
 
 
@@ -70,12 +70,12 @@ NAMED = {
 
 
 def names() -> tuple[str, ...]:
-    """The names that need no path."""
+    """The names that can be used without a path."""
     return (*BUILT_IN, *NAMED)
 
 
 def available(name: str, split: str | None = None) -> bool:
-    """Whether a name can be loaded here without the network."""
+    """Whether the data can be loaded on this machine without the network."""
     try:
         return (name in BUILT_IN and split in (None, "all")) or bool(files_of(name, split)[0])
     except TautError:
@@ -83,18 +83,22 @@ def available(name: str, split: str | None = None) -> bool:
 
 
 def files_of(name: str, split: str | None, named: Mapping[str, Named] = NAMED) -> tuple[list[Path], str, str]:
-    """The files of a name, what to call the source, and the split. No files and a ``hub:`` source: on the Hub."""
+    """The files of a name, the name of the source, and the split.
+
+    If there are no files, the data is on the Hub and the source starts with ``hub:``. Raises TautError for an unknown
+    name or split.
+    """
     root = Path(os.environ[FOLDER]) if os.environ.get(FOLDER) else None
     if name in named:
-        known = named[name]
-        split = split or known.split
-        if split not in known.files:
-            raise TautError(f"data {name}: unknown split {split!r}: {nearest(split, known.files)}")
-        files = sorted(root.glob(known.files[split])) if root else []
-        if files or split in known.hub:
-            return files, name if files else known.hub[split], split
+        dataset = named[name]
+        split = split or dataset.split
+        if split not in dataset.files:
+            raise TautError(f"data {name}: unknown split {split!r}: {nearest(split, dataset.files)}")
+        files = sorted(root.glob(dataset.files[split])) if root else []
+        if files or split in dataset.hub:
+            return files, name if files else dataset.hub[split], split
         where = f"is not below {FOLDER}" if root else f"is needed, but {FOLDER} is not set"
-        raise TautError(f"data {name}: {known.files[split]} {where}; set {FOLDER} to the folder that holds it")
+        raise TautError(f"data {name}: {dataset.files[split]} {where}; set {FOLDER} to the folder that contains it")
     if name.startswith("hub:"):
         return [], name, split or "all"
     for path in (Path(name), root / name if root else Path(name)):
@@ -102,20 +106,20 @@ def files_of(name: str, split: str | None, named: Mapping[str, Named] = NAMED) -
             files = sorted(path.glob(f"*.{split}.*")) if split else []
             if not files:
                 splits = {file.name.split(".")[1] for file in path.glob("*.*.*")}
-                raise TautError(f"data {name}: a folder needs a split with files: {nearest(split or '', splits)}")
+                raise TautError(f"data {name}: no files for this split in the folder: {nearest(split or '', splits)}")
             return files, f"folder {path.name}", split
         if path.is_file():
             if split not in (None, "all"):
                 raise TautError(f"data {name}: a single file has no split {split!r}; leave split out")
             return [path], f"file {path.name}", "all"
-    beside = difflib.get_close_matches(Path(name).name, [file.name for file in Path(name).parent.glob("*")], n=3)
-    known_here = names() if named is NAMED else named
-    hint = nearest(Path(name).name, beside) if beside else nearest(name, known_here)
+    similar = difflib.get_close_matches(Path(name).name, [file.name for file in Path(name).parent.glob("*")], n=3)
+    usable = names() if named is NAMED else named
+    hint = nearest(Path(name).name, similar) if similar else nearest(name, usable)
     raise TautError(f"data {name}: no such name, file or folder: {hint}")
 
 
 def read(path: Path) -> str:
-    """The text of a file as it is; UTF-8, else Latin-1 (older corpora)."""
+    """The unchanged text of a file, as UTF-8, else as Latin-1 (older corpora). Raises TautError if it is unreadable."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
         with opener(path, "rb") as file:
@@ -129,7 +133,10 @@ def read(path: Path) -> str:
 
 
 def rows_of(path: Path) -> tuple[tuple[str, ...] | None, list[tuple[str, ...]]]:
-    """Header, if the first row is one, and rows. Raises TautError naming the row that has another width."""
+    """The header, if the first row is one, and the rows.
+
+    Raises TautError for an empty file, and for a row whose width differs from the first row's.
+    """
     content = read(path)
     suffix = next((suffix for suffix in reversed(path.suffixes) if suffix not in (".gz", ".xz")), "")
     lines = [line.removesuffix("\r") for line in content.split("\n") if line.strip()]
@@ -140,15 +147,15 @@ def rows_of(path: Path) -> tuple[tuple[str, ...] | None, list[tuple[str, ...]]]:
     elif suffix == ".tsv" or (lines and "\t" in lines[0]):
         rows = [tuple(line.split("\t")) for line in lines]
     else:
-        # "label text", as in TREC and its relatives.
+        # "label text", as in TREC and similar files.
         rows = [tuple(line.split(None, 1)) for line in lines]
     if not rows:
         raise TautError(f"data {path.name}: the file is empty")
     for number, row in enumerate(rows, 1):
         if len(row) != len(rows[0]):
             raise TautError(f"data {path.name}: row {number} has {len(row)} columns, the first row has {len(rows[0])}")
-    known = {*TEXT_HEADERS, *LABEL_HEADERS, *PAIR_HEADERS, *SCORE_HEADERS}
-    return (rows[0], rows[1:]) if known & {cell.strip().lower() for cell in rows[0]} else (None, rows)
+    headers = {*TEXT_HEADERS, *LABEL_HEADERS, *PAIR_HEADERS, *SCORE_HEADERS}
+    return (rows[0], rows[1:]) if headers & {cell.strip().lower() for cell in rows[0]} else (None, rows)
 
 
 def _objects(path: Path, content: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -161,7 +168,10 @@ def _objects(path: Path, content: str) -> tuple[tuple[str, ...], list[tuple[str,
 
 
 def from_hub(name: str, split: str) -> Data:
-    """Rows of ``hub:OWNER/NAME[/CONFIG]:SPLIT:COLUMN,COLUMN``, in the order of the Hub."""
+    """The rows of ``hub:OWNER/NAME[/CONFIG]:SPLIT:COLUMN,COLUMN``, in the order of the Hub.
+
+    Raises TautError for a name of another form, without the package datasets, and if the Hub fails.
+    """
     pieces = name.split(":")
     folders = pieces[1].split("/") if len(pieces) == 4 else []
     if len(folders) not in (2, 3) or not all(folders):
@@ -173,7 +183,7 @@ def from_hub(name: str, split: str) -> Data:
     try:
         table: Any = datasets.load_dataset("/".join(folders[:2]), *folders[2:], split=pieces[2])
         rows = tuple(tuple(str(row[column]) for column in pieces[3].split(",")) for row in table)
-    except Exception as error:  # The Hub's client raises a dozen unrelated kinds; all mean the same to the user.
+    except Exception as error:  # The Hub's client raises a dozen unrelated kinds; they all mean the same to the user.
         reason = " ".join(str(error).split())[:200]
-        raise TautError(f"data {name}: the Hub gave nothing ({type(error).__name__}: {reason}); set {FOLDER}") from None
+        raise TautError(f"data {name}: the Hub failed ({type(error).__name__}: {reason}); set {FOLDER}") from None
     return Data(name, split, rows)

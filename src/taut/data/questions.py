@@ -1,4 +1,4 @@
-"""Questions with a choice of answers, from the files of several published sets, in one form."""
+"""Multiple-choice questions from the files of several published data sets, in one form."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from taut.data.files import Named, files_of, read
 from taut.data.rows import Data, hashed
 
 Question = tuple[str, ...]
-"""What is read first (or nothing), the question, the place of the right choice from 0, and every choice."""
+"""A passage (may be empty), the question, the index of the correct choice (from 0), and all choices."""
 
 QUESTIONS = {
     "openbookqa": Named({"train": "qa/openbookqa/train.json.gz"}),
@@ -23,10 +23,10 @@ QUESTIONS = {
 
 
 def questions(name: str, split: str | None = None) -> Data:
-    """Rows of ``Question`` in hashed order, each once. ``name``: one of ``QUESTIONS``, or a JSON file of objects with
-    ``question``, ``choices``, ``answer`` (a place from 0) and, if there is one, ``passage``.
+    """Rows of ``Question`` in hashed order, without duplicates.
 
-    Raises TautError where there is no such file, and for an object of another form.
+    ``name``: one of ``QUESTIONS``, or a JSON file of objects with ``question``, ``choices``, ``answer`` (an index from
+    0) and optionally ``passage``. Raises TautError if there is no such file, and for an object of another form.
     """
     if name.startswith("hub:"):
         raise TautError(f"data {name}: questions come from a file or a name: {nearest(name, QUESTIONS)}")
@@ -43,7 +43,10 @@ def _rows(path: Path, name: str) -> Iterator[Question]:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise TautError(f"data {path.name}: question {number}: {type(error).__name__}: {error}") from None
         if not (0 <= right < len(choices) and all(choice.strip() for choice in choices)):
-            raise TautError(f"data {path.name}: question {number}: answer {right} of {len(choices)} choices")
+            raise TautError(
+                f"data {path.name}: question {number}: answer {right} of {len(choices)} choices; expected an index "
+                "from 0 and no empty choice"
+            )
         yield (passage, question, str(right), *choices)
 
 
@@ -51,7 +54,7 @@ Form = Callable[[dict[str, Any]], tuple[str, str, int, list[str]]]
 
 
 def _items(path: Path, name: str) -> list[dict[str, Any]]:
-    """The objects of a JSON file, or of one with an object a line; PIQA keeps its labels in a file beside."""
+    """The objects of a JSON file, or of a file with one object per line. PIQA keeps its labels in a second file."""
     content = read(path)
     try:
         whole = content.lstrip().startswith("[")
@@ -61,7 +64,7 @@ def _items(path: Path, name: str) -> list[dict[str, Any]]:
     if name == "piqa":
         labels = read(path.with_name(f"{path.stem}-labels.lst")).split()
         if len(labels) != len(items):
-            raise TautError(f"data {path.name}: {len(items)} questions, but {len(labels)} labels beside them")
+            raise TautError(f"data {path.name}: {len(items)} questions, but {len(labels)} labels in the file beside it")
         items = [{**item, "label": label} for item, label in zip(items, labels, strict=True)]
     return items
 
@@ -79,15 +82,15 @@ def _boolq(item: dict[str, Any]) -> tuple[str, str, int, list[str]]:
 
 
 def _instruction(item: dict[str, Any]) -> tuple[str, str, int, list[str]]:
-    """``Please choose the correct answer to the question: ... Answer1: ... Answer2: ... Answer format: ...``."""
+    """Parse ``Please choose the correct answer to the question: ... Answer1: ... Answer2: ... Answer format: ...``."""
     form = r"Please choose the correct answer to the question: (.*)\n\nAnswer1: (.*)\n\nAnswer format: (\S+)\s*"
-    found = re.fullmatch(form, item["instruction"], re.DOTALL)
-    if not found:
+    match = re.fullmatch(form, item["instruction"], re.DOTALL)
+    if not match:
         raise ValueError(f"not an instruction: {item['instruction'][:40]!r}")
-    choices = [choice.strip() for choice in re.split(r"\sAnswer\d+: ", found[2])]
-    if len(choices) != found[3].count("/") + 1:
-        raise ValueError(f"{len(choices)} choices, but the format is {found[3]}")
-    return "", found[1], int(item["answer"].removeprefix("answer")) - 1, choices
+    choices = [choice.strip() for choice in re.split(r"\sAnswer\d+: ", match[2])]
+    if len(choices) != match[3].count("/") + 1:
+        raise ValueError(f"{len(choices)} choices, but the format is {match[3]}")
+    return "", match[1], int(item["answer"].removeprefix("answer")) - 1, choices
 
 
 FORMS: dict[str, Form] = {

@@ -1,4 +1,4 @@
-"""Tables of texts with a label or a score, whatever file they come from."""
+"""Reads tables of texts with a label or a score, from any kind of file."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -14,8 +14,8 @@ from taut.data.rows import Data, hashed
 def labelled(name: str, split: str | None = None, columns: str | None = None) -> Data:
     """Rows (text, label) in hashed order. ``columns``: ``"TEXT,LABEL"`` by header or by position from 0.
 
-    Without ``columns`` a header with ``label`` and ``text`` or ``sentence`` decides, or, of two columns, the one with
-    fewer distinct values is the label. Raises TautError otherwise.
+    Without ``columns``, a header with ``label`` and ``text`` or ``sentence`` decides. If there is no header and there
+    are two columns, the label is the one with fewer distinct values. Raises TautError in any other case.
     """
     return _table(name, split, columns, 2, _guess_labelled, "TEXT,LABEL")
 
@@ -23,8 +23,8 @@ def labelled(name: str, split: str | None = None, columns: str | None = None) ->
 def scored_pairs(name: str, split: str | None = None, columns: str | None = None) -> Data:
     """Rows (sentence, sentence, score) in hashed order. ``columns`` as in ``labelled``, for three columns.
 
-    Without ``columns`` a header decides, or, of three columns, the one where every value is a number is the score.
-    Raises TautError otherwise, and where a score is not a number.
+    Without ``columns``, a header decides. If there is no header and there are three columns, the score is the only one
+    in which every value is a number. Raises TautError in any other case, and for a score that is not a number.
     """
     data = _table(name, split, columns, 3, _guess_scored, "SENTENCE1,SENTENCE2,SCORE")
     for row in data.rows:
@@ -38,7 +38,7 @@ Guess = Callable[[tuple[str, ...] | None, list[tuple[str, ...]]], tuple[int, ...
 
 def _table(name: str, split: str | None, columns: str | None, count: int, guess: Guess, roles: str) -> Data:
     if name in BUILT_IN:
-        raise TautError(f"data {name}: running text, not a table {roles}: {nearest(name, NAMED)}")
+        raise TautError(f"data {name}: this is running text; expected a table {roles}: {nearest(name, NAMED)}")
     files, source, split = files_of(name, split)
     if not files:
         data = from_hub(source, split)
@@ -53,7 +53,7 @@ def _table(name: str, split: str | None, columns: str | None, count: int, guess:
         header, rows = rows_of(path)
         indices = _indices(path, header, len(rows[0]) if rows else 0, wanted) if wanted else guess(header, rows)
         if indices is None or len(indices) != count:
-            raise TautError(f"data {path.name}: cannot tell the columns; give columns as {roles}, such as 0,1")
+            raise TautError(f"data {path.name}: cannot guess the columns; give columns as {roles}, such as 0,1")
         chosen += [tuple(row[index].strip() for index in indices) for row in rows]
     return Data(source, split, hashed(chosen))
 
@@ -89,8 +89,8 @@ def _guess_scored(header: tuple[str, ...] | None, rows: list[tuple[str, ...]]) -
 
 def _by_header(header: tuple[str, ...], *roles: tuple[str, ...]) -> tuple[int, ...] | None:
     lowered = [cell.strip().lower() for cell in header]
-    found = [next((lowered.index(choice) for choice in choices if choice in lowered), None) for choices in roles]
-    return None if None in found else tuple(found)
+    indices = [next((lowered.index(choice) for choice in choices if choice in lowered), None) for choices in roles]
+    return None if None in indices else tuple(indices)
 
 
 def _is_number(cell: str) -> bool:

@@ -1,4 +1,4 @@
-"""Running text, whole or by paragraphs, and text to calibrate and heal with."""
+"""Reads running text, whole or by paragraphs, and texts for calibration, healing and training."""
 
 import platform
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from taut.data.tables import labelled, scored_pairs
 
 
 def text(name: str, split: str | None = None, limit: int | None = None) -> Data:
-    """Running text, one row of one cell, cut after ``limit`` characters. Raises TautError where there is none."""
+    """Running text as one row of one cell, cut after ``limit`` characters. Raises TautError if there is none."""
     if name in BUILT_IN:
         if split not in (None, "all"):
             raise TautError(f"data {name}: unknown split {split!r}: {nearest(split, ['all'])}")
@@ -27,32 +27,32 @@ def text(name: str, split: str | None = None, limit: int | None = None) -> Data:
 
 
 def paragraphs(name: str, split: str | None = None, limit: int | None = None) -> Data:
-    """The parts of a running text between blank lines, one a row, in order, each with its whitespace made single.
+    """The parts of a running text between blank lines, one per row, in order.
 
-    A text without a blank line has a paragraph on each line. ``limit`` counts the characters of the text, as in
-    ``text``.
+    Each run of whitespace becomes one space. If the text has only one part, each line is a paragraph. ``limit`` counts
+    the characters of the text, as in ``text``.
     """
     data = text(name, split, limit)
-    found = blocks(data.rows[0][0])
-    if len(found) < 2:
-        found = [" ".join(line.split()) for line in data.rows[0][0].splitlines() if line.strip()]
-    return replace(data, rows=tuple((block,) for block in found))
+    parts = blocks(data.rows[0][0])
+    if len(parts) < 2:
+        parts = [" ".join(line.split()) for line in data.rows[0][0].splitlines() if line.strip()]
+    return replace(data, rows=tuple((block,) for block in parts))
 
 
 def calibration_texts(source: str | Path, exclude: Iterable[Data] = ()) -> list[str]:
-    """Texts to calibrate and heal with, none with a sentence of the built-in evaluation text or of ``exclude``.
+    """Texts for calibration and healing, none with a sentence of the built-in evaluation text or of ``exclude``.
 
     ``source``: ``builtin`` (500 paragraphs of Python's docstrings in hashed order, about 70,000 characters), a text
     file, or names with or without a split, joined by commas: ``wikitext2:train,sst2:train``. Running text gives its
-    paragraphs in their order, a table its texts in hashed order. Raises TautError where there is none.
+    paragraphs in order, a table its texts in hashed order. Raises TautError if there is no text or none is left.
     """
     kept = _texts_of(source)
     if not kept.rows:
-        raise TautError(f"calibration text {source}: there is no text in it")
+        raise TautError(f"calibration text {source}: it contains no text; give another source")
     for evaluated in (paragraphs("python_topics"), *exclude):
         kept = kept.without(evaluated)
     if not kept.rows:
-        raise TautError(f"calibration text {source}: nothing is left once the evaluation's sentences are taken out")
+        raise TautError(f"calibration text {source}: no text is left after removing the sentences of the evaluation")
     return kept.column(0)
 
 
@@ -75,10 +75,10 @@ def _texts_of(source: str | Path) -> Data:
 
 
 def documents(source: str) -> Data:
-    """Text to train on from scratch, as it is: a row for each file of running text and for each text of a table.
+    """Unchanged text for training from scratch: one row per file of running text, or per text of a table.
 
-    ``source`` as for ``calibration_texts``, but ``builtin`` is all of Python's docstrings. Raises TautError where there
-    is none.
+    ``source`` as for ``calibration_texts``, except that ``builtin`` is all of Python's docstrings. Raises TautError if
+    there is none.
     """
     if Path(source).is_file() or source.startswith("hub:"):
         return text(source)

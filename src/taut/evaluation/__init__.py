@@ -1,1 +1,1 @@
-"""What a model can do: tasks, how much of its context it uses, and what tasks share."""
+"""Measures what a model can do: the tasks, the code they share, and how much of its context a model uses."""

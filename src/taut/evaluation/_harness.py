@@ -1,6 +1,6 @@
-"""Multiple choice as lm-evaluation-harness does it: its prompts, its requests, its reader of models, its metrics.
+"""Multiple choice as lm-evaluation-harness does it: its prompts, requests, model wrapper and metrics.
 
-Imported by the task that needs it alone: the harness is an extra.
+Only the task that needs it imports this module, because the harness is an optional dependency.
 """
 
 import copy
@@ -19,28 +19,32 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from taut.core.progress import Progress
 from taut.data.questions import Question
 from taut.evaluation._language import logits
-from taut.evaluation.task import Progress
 
 PROMPTS = {
     "openbookqa": "openbookqa/openbookqa.yaml",
     "piqa": "piqa/piqa.yaml",
     "boolq": "super_glue/boolq/default.yaml",
     "arc_easy": "arc/arc_easy.yaml",
-    # Its own file says no more than that it is the easy one with other rows.
+    # The harness's own file for it only refers to arc_easy, with other rows.
     "arc_challenge": "arc/arc_easy.yaml",
 }
-"""Where the harness keeps the published prompt of each set, below its folder of tasks."""
+"""The file with the published prompt of each data set, relative to the harness's folder of tasks."""
 OTHERS = "arc_easy"
-"""The set whose prompt questions from a file of the user's get: ``Question: ... Answer:``."""
+"""Questions from a user's own file get the prompt of this data set: ``Question: ... Answer:``."""
 HUB_FIELDS = ("dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "tag")
 
 
 @dataclass(frozen=True)
 class Answers:
-    """``right``: for each metric 1 or 0 for each question asked; ``asked``: their places among those given; ``cut``:
-    prompts that lost their beginning; ``version``: what the harness calls itself and its prompt."""
+    """The results of a run.
+
+    ``right``: for each metric, 1 or 0 for each question asked. ``asked``: the indices of these questions among all
+    given ones. ``cut``: the number of prompts that lost their beginning. ``version``: the versions of the harness and
+    of its prompt.
+    """
 
     right: dict[str, list[float]]
     asked: list[int]
@@ -49,8 +53,10 @@ class Answers:
 
 
 class Reader(HFLM):
-    """The harness's reader of a model in memory. Only the pass itself is ours: without a cache that nobody reads, or
-    ``cached`` tokens at a time through it."""
+    """The harness's wrapper of a model in memory, with our own forward pass.
+
+    The pass uses no cache, or feeds ``cached`` tokens at a time through one.
+    """
 
     def __init__(
         self,
@@ -60,7 +66,7 @@ class Reader(HFLM):
         batch_size: int,
         cached: int | None,
     ) -> None:
-        # The harness may give a tokenizer a padding token; the user's stays as it is.
+        # The harness may add a padding token to the tokenizer; the user's own must stay unchanged.
         tokenizer = copy.deepcopy(tokenizer)
         super().__init__(
             model, backend="causal", tokenizer=tokenizer, max_length=max_length, batch_size=batch_size, dtype=None
@@ -68,7 +74,7 @@ class Reader(HFLM):
         self._cached = cached
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """(B, T) ids, padded on the right -> (B, T, V) logits. What is right of a token does not change its logits."""
+        """(B, T) ids, padded on the right -> (B, T, V) logits. No token changes the logits to its left."""
         return logits(self.model, inps.tolist(), self._cached)
 
 
@@ -86,9 +92,9 @@ def ask(
     cached: int | None,
     progress: Progress,
 ) -> Answers:
-    """Put ``questions`` to a model, each behind ``shots`` of the ``examples``, drawn with ``seed``.
+    """Ask a model ``questions``, each after ``shots`` of the ``examples``, which are drawn at random with ``seed``.
 
-    A question one of whose answers has more than ``max_length`` tokens is not asked.
+    A question is skipped if one of its answers has more than ``max_length`` tokens.
     """
     with _quiet():
         task, version = published(name, questions, examples, shots, seed)
@@ -104,24 +110,24 @@ def ask(
                 rows.append((place, document, requests))
                 cut += max(sizes) > max_length + 1
         right: dict[str, list[float]] = {}
-        # Several batches at once, so that the harness has lengths to sort by.
+        # Several batches at once, so that the harness can sort them by length.
         step = 4 * batch_size
         for start in range(0, len(rows), step):
-            some = rows[start : start + step]
-            asked = [request for _, _, requests in some for request in requests]
+            batch = rows[start : start + step]
+            asked = [request for _, _, requests in batch for request in requests]
             answers = iter(reader.loglikelihood(asked, disable_tqdm=True))
-            for _, document, requests in some:
-                found = task.process_results(document, [next(answers) for _ in requests])
-                for metric, value in found.items():
+            for _, document, requests in batch:
+                metrics = task.process_results(document, [next(answers) for _ in requests])
+                for metric, value in metrics.items():
                     right.setdefault(metric, []).append(float(value))
-            progress(start + len(some), len(rows))
+            progress(start + len(batch), len(rows))
     return Answers(right, [place for place, _, _ in rows], cut, version)
 
 
 def published(
     name: str, questions: Sequence[Question], examples: Sequence[Question], shots: int, seed: int
 ) -> tuple[ConfigurableTask, str]:
-    """The harness's own task of that name, with our rows instead of those of a hub, and its version."""
+    """The harness's own task called ``name``, with our rows instead of rows from the Hub, and its version."""
     prompt = name if name in PROMPTS else OTHERS
     text = files("lm_eval").joinpath("tasks", PROMPTS[prompt]).read_text(encoding="utf-8")
     config = {key: value for key, value in yaml.safe_load(text).items() if key not in HUB_FIELDS}
@@ -137,7 +143,7 @@ def published(
 
 
 def document(name: str, row: Question) -> dict[str, Any]:
-    """A question in the fields that the published prompt of that name reads."""
+    """A question with the field names that the published prompt called ``name`` expects."""
     passage, question, right, *choices = row
     labels = [chr(ord("A") + place) for place in range(len(choices))]
     if name == "piqa":
@@ -153,7 +159,7 @@ def document(name: str, row: Question) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness warns of a model in memory and of rows that are no hub's: both are meant."""
+    """Hide the harness's warnings about a model in memory and about rows from elsewhere: both are intended."""
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Windows over a running text, and what a language model says about their tokens."""
+"""Windows over a running text, and the logits and losses of a language model at their tokens."""
 
 import inspect
 from collections import deque
@@ -12,14 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.core.errors import TautError
 
-CACHED = "read so many tokens at a time through the cache, as generation does: for memories that choose what they keep"
-"""What the option ``cached`` of a task says."""
+CACHED = (
+    "feed this many tokens at a time through the cache, as generation does: for memories that choose what they keep"
+)
+"""The help text of a task's option ``cached``."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A whole text as ids without special tokens. ``ends``: characters read after each token; None where a tokenizer
-    keeps no account of them."""
+    """A whole text as ids without special tokens.
+
+    ``ends``: where each token ends in the text, in characters; None if the tokenizer does not record it.
+    """
 
     text: str
     ids: list[int]
@@ -33,8 +37,11 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Window:
-    """One sequence for the model. Tokens ``first`` to ``last`` (exclusive) of the text are scored here and nowhere
-    else: they are the last ones of ``ids`` before ``after`` closing special tokens."""
+    """One sequence for the model.
+
+    Only this window scores the tokens ``first`` to ``last`` (exclusive) of the text. They are the last ones of
+    ``ids``, followed only by ``after`` closing special tokens.
+    """
 
     ids: tuple[int, ...]
     first: int
@@ -49,7 +56,7 @@ class Window:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
-    """Raises TautError for a text of fewer than two tokens."""
+    """Tokenize a text without special tokens. Raises TautError for a text of fewer than two tokens."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     ids = encoded["input_ids"]
     if len(ids) < 2:
@@ -59,17 +66,17 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
     ends: list[int] = []
     for _, end in encoded["offset_mapping"]:
         ends.append(max(end, ends[-1] if ends else 0))
-    # Whitespace at the very end may belong to no token, but it was part of the text.
+    # Whitespace at the very end may belong to no token, but it is part of the text.
     ends[-1] = len(text)
     return Tokens(text, ids, ends)
 
 
 def causal_windows(tokens: Tokens, begin: int | None, length: int, stride: int | None) -> list[Window]:
-    """Windows of ``length`` ids that start ``stride`` tokens apart (None: half a window); each scores what the ones
-    before it did not.
+    """Cut a text into windows of ``length`` ids that start ``stride`` tokens apart (None: half a window).
 
-    Every window opens with ``begin`` (the BOS id), as in training; without one the first token of the text has no
-    context and is not scored. Only the last window can be shorter. Raises TautError for a stride that leaves gaps.
+    Each window scores the tokens that no earlier window has scored. Every window starts with ``begin`` (the BOS id),
+    as in training. If ``begin`` is None, the first token of the text has no context and is not scored. Only the last
+    window can be shorter. Raises TautError for a stride that leaves gaps.
     """
     opening = () if begin is None else (begin,)
     room = length - len(opening)
@@ -86,7 +93,10 @@ def causal_windows(tokens: Tokens, begin: int | None, length: int, stride: int |
 
 
 def masked_windows(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Window]:
-    """Windows side by side, each between the special tokens of the tokenizer. Raises TautError without a mask."""
+    """Cut a text into adjacent windows, each between the tokenizer's special tokens.
+
+    Raises TautError if the tokenizer has no mask token, or if ``length`` leaves no room for text.
+    """
     if tokenizer.mask_token_id is None:
         raise TautError("the tokenizer has no mask token; a masked language model needs one")
     opening = tuple(key for key in (tokenizer.cls_token_id,) if key is not None)
@@ -102,7 +112,7 @@ def masked_windows(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, length: i
 
 
 def same_length_batches(windows: Sequence[Window], size: int) -> Iterator[list[int]]:
-    """Indices of windows in order, at most ``size`` of one length together: nothing needs padding."""
+    """Indices of windows in order, in batches of at most ``size`` windows of equal length, so nothing needs padding."""
     batch: list[int] = []
     for index, window in enumerate(windows):
         if batch and (len(batch) == size or len(window.ids) != len(windows[batch[0]].ids)):
@@ -114,18 +124,23 @@ def same_length_batches(windows: Sequence[Window], size: int) -> Iterator[list[i
 
 
 def logits(model: PreTrainedModel, rows: Sequence[Sequence[int]], cached: int | None = None) -> Tensor:
-    """B rows of T ids -> (B, T, V) in the model's dtype. In one pass without a cache, which would cost memory and never
-    be read; or ``cached`` tokens at a time through the cache, as generation does it."""
+    """B rows of T ids -> logits (B, T, V) in the model's dtype.
+
+    Takes one pass without a cache, which would cost memory and serve no purpose. With ``cached``, feeds that many
+    tokens at a time through the cache, as generation does.
+    """
     pieces = list(_passes(model, rows, cached, {}))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
 def last_logits(model: PreTrainedModel, rows: Sequence[Sequence[int]], cached: int | None = None) -> Tensor:
-    """B rows of T ids -> (B, V): what ``logits`` gives for the last token, without the cost of the others where the
-    model knows how to leave them out."""
-    known = inspect.signature(model.forward).parameters
-    given = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-    return deque(_passes(model, rows, cached, given), maxlen=1)[0][:, -1]
+    """B rows of T ids -> (B, V): the logits of the last token, as ``logits`` gives them.
+
+    The logits of the other tokens are not computed if the model offers that.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    return deque(_passes(model, rows, cached, options), maxlen=1)[0][:, -1]
 
 
 def _passes(
@@ -145,6 +160,6 @@ def _passes(
 
 
 def surprise(scores: Tensor, targets: Sequence[int]) -> Tensor:
-    """(N, V) logits, N ids -> (N,) float64 negative log-likelihoods in nats, from float32 logits."""
+    """(N, V) logits, N ids -> (N,) float64 negative log-likelihoods in nats, computed from float32 logits."""
     wanted = torch.tensor(targets, device=scores.device)
     return nn.functional.cross_entropy(scores.float(), wanted, reduction="none").double().cpu()

@@ -1,6 +1,6 @@
 """``taut.context``: how much of their context the models of a group use (relative effective context length).
 
-The measure is that of Dai et al. 2019 (arXiv 1901.02860), appendix C; see ``evaluation/context_gain.py``.
+The measure is the one of Dai et al. 2019 (arXiv 1901.02860), appendix C; see ``evaluation/context_gain.py``.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import data as texts
 from taut.core.errors import TautError
+from taut.core.progress import Progress
 from taut.evaluation._encode import usable_length
 from taut.evaluation._language import Tokens, last_logits, surprise, tokenize
 from taut.evaluation.context_gain import EffectiveContext, effective_contexts
@@ -21,13 +22,14 @@ from taut.evaluation.task import kind
 from taut.surgery.loading import Source, open_model, open_skeleton, open_tokenizer, resolve
 from taut.surgery.modes import evaluating
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
 class Contexts:
-    """What was measured. ``found`` and ``losses`` (mean nats of a token at each of ``contexts``) are in the order of
-    ``models``; ``settings`` is what makes the numbers comparable: they hold for this group, text and choices alone."""
+    """The measured contexts of a group of models.
+
+    ``found`` and ``losses`` are in the order of ``models``; ``losses`` are mean nats per token at each of ``contexts``.
+    ``settings`` lists all that the numbers depend on: they hold only for this group, text and settings.
+    """
 
     models: tuple[str, ...]
     contexts: tuple[int, ...]
@@ -36,10 +38,10 @@ class Contexts:
     settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """One object for scripts."""
+        """The results as one dictionary, for scripts."""
         rows = [
-            {"model": name, **asdict(found), "losses": list(losses)}
-            for name, found, losses in zip(self.models, self.found, self.losses, strict=True)
+            {"model": name, **asdict(effective), "losses": list(losses)}
+            for name, effective, losses in zip(self.models, self.found, self.losses, strict=True)
         ]
         return {"contexts": list(self.contexts), "models": rows, "settings": self.settings}
 
@@ -64,9 +66,9 @@ def context(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Contexts:
-    """The relative effective context length of each model, among these; see ``taut.context``."""
+    """The relative effective context length of each model within this group; see ``taut.context``."""
     if not models:
-        raise TautError("context: give one model at least")
+        raise TautError("context: give at least one model")
     numbers = {"shortest": shortest, "step": step, "positions": positions, "batch_size": batch_size}
     for name, number in (numbers | ({} if cached is None else {"cached": cached})).items():
         if number < 1:
@@ -83,16 +85,16 @@ def context(
     for member in group:
         member.check(longest)
     places = _spread(len(tokens.ids), longest, positions)
-    each = len(contexts) * len(places)
+    per_model = len(contexts) * len(places)
     tables = []
     for index, member in enumerate(group):
         opened = member.open(device, dtype, seed)
 
-        def tell(done: int, before: int = index * each) -> None:
+        def report(done: int, before: int = index * per_model) -> None:
             if progress:
-                progress(before + done, each * len(group))
+                progress(before + done, per_model * len(group))
 
-        tables.append(losses_at(opened, tokens.ids, begin, contexts, places, batch_size, cached, tell))
+        tables.append(losses_at(opened, tokens.ids, begin, contexts, places, batch_size, cached, report))
     losses = torch.stack(tables)
     names = tuple(member.name for member in group)
     settings = {
@@ -108,9 +110,9 @@ def context(
         "data": source.facts(len(places)),
         "group": list(names),
     }
-    found = effective_contexts(losses, contexts, hardest, threshold, seed)
+    effective = effective_contexts(losses, contexts, hardest, threshold, seed)
     means = [tuple(row) for row in losses.mean(2).tolist()]
-    return Contexts(names, contexts, tuple(found), tuple(means), settings)
+    return Contexts(names, contexts, tuple(effective), tuple(means), settings)
 
 
 @torch.inference_mode()
@@ -124,8 +126,10 @@ def losses_at(
     cached: int | None,
     progress: Callable[[int], None],
 ) -> Tensor:
-    """(C, T) float64 nats of the tokens of ``ids`` at T places, each read behind exactly so many tokens as each of C
-    contexts says; with ``begin``, these are among them, first."""
+    """The losses of the tokens of ``ids`` at T ``places``, for each of C ``contexts``: (C, T) float64 nats.
+
+    A context is the exact number of tokens before the scored one. ``begin`` stands first and counts among them.
+    """
     table = torch.zeros(len(contexts), len(places), dtype=torch.float64)
     with evaluating(model):
         for row, length in enumerate(contexts):
@@ -141,7 +145,7 @@ def losses_at(
 
 @dataclass(frozen=True)
 class _Member:
-    """One model of the group, not opened yet where it is a folder."""
+    """One model of the group. A model in a folder is not loaded yet."""
 
     name: str
     source: Source | PreTrainedModel
@@ -151,11 +155,11 @@ class _Member:
         return open_model(self.source, dtype, device, seed) if isinstance(self.source, Source) else self.source
 
     def check(self, longest: int) -> None:
-        """Raises TautError for a model that cannot be asked: before any of the group costs time."""
+        """Raises TautError for a model that does not fit, before any model of the group is run."""
         described = open_skeleton(self.source) if isinstance(self.source, Source) else self.source
-        found = kind(described)
-        if found != "causal":
-            raise TautError(f"context: {self.name} does not predict the next token ({found})")
+        output = kind(described)
+        if output != "causal":
+            raise TautError(f"context: {self.name} does not predict the next token ({output})")
         room = usable_length(described, self.tokenizer, longest)
         if room < longest:
             raise TautError(f"context: longest = {longest}: {self.name} reads at most {room} tokens")
@@ -163,29 +167,32 @@ class _Member:
 
 def _member(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> _Member:
     source = resolve(model) if isinstance(model, str | Path) else model
-    known = tokenizer or (open_tokenizer(source) if isinstance(source, Source) else None)
+    own_tokenizer = tokenizer or (open_tokenizer(source) if isinstance(source, Source) else None)
     name = source.name if isinstance(source, Source) else type(source).__name__
-    if known is None:
+    if own_tokenizer is None:
         raise TautError(f"context: {name} has no tokenizer; give tokenizer=")
-    return _Member(name, source, known)
+    return _Member(name, source, own_tokenizer)
 
 
 def _same_tokens(group: Sequence[_Member], text: str) -> tuple[Tokens, tuple[int, ...]]:
-    """The tokens that all models see, and what every window opens with. Raises TautError where they see others."""
+    """The tokens that all models see, and the ids that start every window.
+
+    Raises TautError if two models tokenize the text differently.
+    """
     seen = []
     for member in group:
         tokens, begin = tokenize(member.tokenizer, text), member.tokenizer.bos_token_id
         seen.append((tokens.ids, begin))
         if seen[-1] != seen[0]:
             raise TautError(
-                f"context: {group[0].name} and {member.name} cut this text into different tokens ({len(seen[0][0])} "
-                f"and {len(tokens.ids)}, BOS {seen[0][1]} and {begin}); give models of one tokenizer"
+                f"context: {group[0].name} and {member.name} split this text into different tokens ({len(seen[0][0])} "
+                f"and {len(tokens.ids)}, BOS {seen[0][1]} and {begin}); give models with the same tokenizer"
             )
     return tokens, () if begin is None else (begin,)
 
 
 def _spread(count: int, longest: int, positions: int) -> list[int]:
-    """``positions`` places of a text of ``count`` tokens, evenly spread, each with ``longest`` tokens before it."""
+    """At most ``positions`` evenly spread places among ``count`` tokens, each after at least ``longest`` tokens."""
     room = count - longest
     if room < 1:
         raise TautError(f"context: the text has {count} tokens; expected more than longest = {longest}")

@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.core.errors import TautError
+from taut.core.progress import Progress
 from taut.core.record import Score
-from taut.evaluation.task import Progress, parse_task
+from taut.evaluation.task import parse_task
 from taut.surgery.loading import open_model, open_tokenizer, resolve
 
 

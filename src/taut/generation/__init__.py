@@ -1,1 +1,1 @@
-"""Text from a decoder, and what it keeps of a text that many others begin with."""
+"""Text generation with a decoder, and the stored key/value cache of a prefix that many texts share."""

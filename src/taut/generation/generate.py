@@ -1,4 +1,4 @@
-"""A decoder's continuation of a prompt, piece by piece, and what it cost."""
+"""Continues a prompt with a decoder, piece by piece, and measures time and cache size."""
 
 import time
 from collections.abc import Callable
@@ -17,9 +17,12 @@ from taut.surgery.apply import sites_of
 
 @dataclass(frozen=True)
 class Generated:
-    """``text`` that follows the prompt and its ``ids`` (N,). ``first_seconds`` passed until the first token,
-    ``seconds`` in all; ``cache_bytes`` are the keys and values held at the end, ``full_cache_bytes`` those of a cache
-    that drops nothing."""
+    """A generated text and its cost.
+
+    ``text`` follows the prompt; ``ids`` (N,) are its tokens. ``first_seconds`` is the time to the first token,
+    ``seconds`` the whole time. ``cache_bytes`` is the size of the keys and values stored at the end,
+    ``full_cache_bytes`` their size in a cache that drops nothing.
+    """
 
     text: str
     ids: Tensor
@@ -32,17 +35,17 @@ class Generated:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the tokens after the first; None when there was one only."""
+        """The rate of the tokens after the first; None if there was only one."""
         later = len(self.ids) - 1
         return later / (self.seconds - self.first_seconds) if later > 0 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """For scripts."""
+        """The result as a dictionary, for scripts."""
         numbers = {name: value for name, value in vars(self).items() if name != "ids"}
         return numbers | {"tokens": len(self.ids), "tokens_per_second": self.tokens_per_second}
 
     def sentence(self) -> str:
-        """For people."""
+        """The result in one sentence, for people."""
         rate = f"{self.tokens_per_second:.1f} tokens/s, " if self.tokens_per_second else ""
         share = self.cache_bytes / self.full_cache_bytes
         before = f"{self.prefix_tokens} from the prefix + " if self.prefix_tokens else ""
@@ -53,7 +56,7 @@ class Generated:
 
 
 class _Pieces(TextStreamer):
-    """Hands finished pieces of text on, and notes when the first token came."""
+    """Passes finished pieces of text on, and records the time of the first token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -61,7 +64,7 @@ class _Pieces(TextStreamer):
         self.first: float | None = None
 
     def put(self, value: Tensor) -> None:
-        # The prompt comes first.
+        # The streamer receives the prompt first; it must not count as the first token.
         if not self.next_tokens_are_prompt and self.first is None:
             self.first = time.perf_counter()
         super().put(value)
@@ -82,10 +85,11 @@ def generate(
     seed: int = 0,
     tell: Callable[[str], None] = lambda piece: None,
 ) -> Generated:
-    """At most ``tokens`` tokens that follow ``prefix`` and ``prompt``, the likeliest one each time at ``temperature``
-    0. ``tell`` hears finished pieces of text at once.
+    """Generate at most ``tokens`` tokens after ``prefix`` and ``prompt``.
 
-    Raises TautError for an empty prompt, one beyond the model's positions, and a model that is no decoder.
+    At ``temperature`` 0 each step takes the most likely token. ``tell`` is called with each piece of text as soon as it
+    is finished. Raises TautError for an empty prompt, a text longer than the model's positions, and a model that is no
+    decoder.
     """
     cache = empty_cache(model) if prefix is None else prefix.cache()
     begins = prefix is None
@@ -101,7 +105,7 @@ def generate(
         chosen["temperature"] = temperature
     whole = ids if prefix is None else prefix.before(ids)
     started = time.perf_counter()
-    found = model.generate(
+    output = model.generate(
         whole,
         attention_mask=torch.ones_like(whole),
         past_key_values=cache,
@@ -111,9 +115,9 @@ def generate(
         **chosen,
     )
     seconds = time.perf_counter() - started
-    new = found.sequences[0, whole.shape[1] :]
-    cache = found.past_key_values
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    new = output.sequences[0, whole.shape[1] :]
+    cache = output.past_key_values
+    cache_size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     site = next(site for site in sites_of(model) if isinstance(site, MemorySite))
     first = (pieces.first or time.perf_counter()) - started
     return Generated(
@@ -123,6 +127,6 @@ def generate(
         prefix_tokens=earlier,
         first_seconds=first,
         seconds=seconds,
-        cache_bytes=held,
+        cache_bytes=cache_size,
         full_cache_bytes=site.entry_bytes * cache.get_seq_length(),
     )

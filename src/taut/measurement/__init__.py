@@ -1,1 +1,1 @@
-"""What a model costs: counted, timed, weighed. Knows models and tensors, nothing of methods or recipes."""
+"""Measures what a model costs: size, time, memory and energy. Knows models and tensors, but no methods or recipes."""

@@ -1,4 +1,4 @@
-"""ABAB timing: all cases take turns in one run, so that whatever slows the machine slows all of them."""
+"""ABAB timing: all cases take turns in one run, so that a slow phase of the machine affects all of them."""
 
 import gc
 import math
@@ -17,12 +17,12 @@ from taut.core.record import Quantity
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SHORTEST_SAMPLE = 2e-3
-"""Seconds. A shorter sample would time the clock and the interpreter along with the case."""
+"""Seconds. In a shorter sample, the clock and the interpreter would add too much to the time of the case."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one call takes: ``samples`` in seconds per call, one for each round of ``compare``."""
+    """The time of one call: ``samples`` in seconds per call, one for each round of ``compare``."""
 
     samples: tuple[float, ...]
     threads: int
@@ -35,7 +35,7 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The first and the third; the sample itself when there is only one."""
+        """The first and the third quartile; twice the sample itself if there is only one."""
         if len(self.samples) == 1:
             return self.samples * 2
         first, _, third = statistics.quantiles(self.samples, n=4, method="inclusive")
@@ -49,7 +49,7 @@ class Timing:
         )
 
     def per(self, count: int) -> "Timing":
-        """The time of one of the ``count`` equal steps that a call consists of."""
+        """The time of one step, if a call consists of ``count`` equal steps."""
         return replace(self, samples=tuple(sample / count for sample in self.samples))
 
     def describe(self) -> str:
@@ -59,7 +59,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case whose every call needs something fresh: ``run(prepare())``, of which only ``run`` is timed."""
+    """A case whose every call needs a new input: ``run(prepare())``. Only ``run`` is timed."""
 
     prepare: Callable[[], Any]
     run: Callable[[Any], Any]
@@ -78,23 +78,22 @@ def compare(
     minimum_seconds: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
-    """Time all cases round-robin, in an order shuffled afresh (fixed seed) in each of ``repeats`` rounds.
+    """Time all cases in turn, in ``repeats`` rounds; each round has a new random order (fixed seed).
 
-    One sample calls its case as often as it takes to last ``minimum_seconds``, and at least 2 ms. ``clock`` is
-    ``wall`` or ``cpu`` (seconds of this process, all threads together). ``threads`` sets torch's intra-op threads
-    for the run and is restored after it; on ``device`` cuda each sample ends with a synchronisation. Garbage
-    collection is off while a sample runs. Raises TautError for no cases, no repeats, or a clock that cannot see the
-    device.
+    A sample repeats its case until it lasts ``minimum_seconds``, and at least 2 ms. ``clock`` is ``wall`` or ``cpu``
+    (seconds of this process, summed over threads). ``threads`` sets torch's intra-op threads during the run; the old
+    number is restored after it. On ``device`` cuda each sample ends with a synchronisation. Garbage collection is off
+    while a sample runs. Raises TautError for no cases, no repeats, or a clock that cannot measure the device.
     """
     device = torch.device(device)
     if not cases:
-        raise TautError("nothing to time: cases is empty; give at least one name and function")
+        raise TautError("cases is empty; give at least one name and function to time")
     if repeats < 1 or warmup < 0 or (threads is not None and threads < 1):
         raise TautError(f"repeats = {repeats}, warmup = {warmup}, threads = {threads}: expected at least 1, 0 and 1")
     if clock not in CLOCKS:
         raise TautError(f"unknown clock {clock!r}: {nearest(clock, CLOCKS)}")
     if clock == "cpu" and device.type != "cpu":
-        raise TautError(f"the cpu clock does not see the work of {device}; use clock='wall'")
+        raise TautError(f"the cpu clock cannot measure the work of {device}; use clock='wall'")
 
     names = list(cases)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -114,9 +113,9 @@ def compare(
 
 
 def ratio(a: Timing, b: Timing) -> Quantity:
-    """a / b: the median of the ratios of the samples taken in the same round, with its 95 % interval.
+    """The ratio a / b: the median of the ratios of samples from the same round, with its 95 % interval.
 
-    Above 1 means that ``a`` is the slower one. The two must come from one call of ``compare``.
+    Above 1, ``a`` is slower. Both must come from one call of ``compare``. Raises TautError if they cannot.
     """
     if (len(a.samples), a.clock, a.threads, a.device) != (len(b.samples), b.clock, b.threads, b.device):
         raise TautError(
@@ -129,8 +128,10 @@ def ratio(a: Timing, b: Timing) -> Quantity:
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float | None, float | None]:
-    """The 95 % interval of the median by order statistics (the inverted sign test): no assumption about the
-    distribution, coverage at least 95 %. (None, None) below 6 samples, where no such interval exists.
+    """The 95 % interval of the median by order statistics (the inverted sign test).
+
+    It assumes nothing about the distribution and covers at least 95 %. (None, None) for fewer than 6 samples, because
+    then no such interval exists.
 
     Source: W. J. Conover, Practical Nonparametric Statistics, section 3.2.
     """
@@ -144,13 +145,13 @@ def median_interval(samples: Sequence[float]) -> tuple[float | None, float | Non
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on ``device``; nothing to do on the CPU."""
+    """Wait for the work queued on ``device``; does nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _sample(case: Case, now: Callable[[], float], loops: int, device: torch.device) -> float:
-    """Seconds per call. A plain function is called in one go; what needs preparation is clocked call by call."""
+    """Seconds per call. A plain function is timed over all loops at once, a ``Prepared`` case call by call."""
     if isinstance(case, Prepared):
         return sum(_span(case.run, (case.prepare(),), now, 1, device) for _ in range(loops)) / loops
     return _span(case, (), now, loops, device) / loops
@@ -168,10 +169,10 @@ def _span(
 
 
 def _loops(case: Case, now: Callable[[], float], shortest: float, device: torch.device) -> int:
-    """How many calls make a sample last ``shortest`` seconds."""
+    """The number of calls that make a sample last ``shortest`` seconds."""
     loops = 1
     while (spent := _sample(case, now, loops, device) * loops) < shortest:
-        # The processor clock may not have ticked yet, so never more than ten times as many at once.
+        # The processor clock may not have ticked yet, so raise the number at most tenfold per step.
         loops = max(loops + 1, math.ceil(loops * min(10.0, 1.2 * shortest / max(spent, 1e-9))))
     return loops
 

@@ -79,7 +79,7 @@ def count(model: nn.Module, sites: Iterable[Site] = (), logical: Mapping[str, in
     slot_of = {site.path: site.slot for site in sites if site.slot != "memory"}
     logical = dict(logical or {})
     saved = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
-    tied, held = _by_identity(saved), _by_storage(_held(model))
+    tied, in_memory = _by_identity(saved), _by_storage(_held(model))
 
     parameters: dict[str, int] = {}
     stored: dict[str, int] = {}
@@ -90,9 +90,9 @@ def count(model: nn.Module, sites: Iterable[Site] = (), logical: Mapping[str, in
         _add(stored, slot, tensor.nbytes)
         if isinstance(tensor, nn.Parameter) and not any(_inside(name, logical) for name in names):
             _add(parameters, slot, tensor.numel())
-    resident: dict[str, int] | None = None if any(tensor.is_meta for _, tensor in held) else {}
+    resident: dict[str, int] | None = None if any(tensor.is_meta for _, tensor in in_memory) else {}
     if resident is not None:
-        for names, tensor in held:
+        for names, tensor in in_memory:
             _add(resident, _slot(names, slot_of), tensor.untyped_storage().nbytes())
 
     slots = {

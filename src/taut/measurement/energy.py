@@ -1,4 +1,4 @@
-"""Joules, where the machine lets them be read: Intel and AMD packages through RAPL, NVIDIA cards through NVML."""
+"""Reads joules if the machine allows it: Intel and AMD packages through RAPL, NVIDIA cards through NVML."""
 
 import ctypes
 import time
@@ -21,9 +21,9 @@ def energy(
     minimum_seconds: float = 1.0,
     powercap: Path = POWERCAP,
 ) -> Quantity:
-    """Joules per call of ``run``, called for at least ``minimum_seconds``; value None where no counter is readable.
+    """Joules per call of ``run``, called for at least ``minimum_seconds``; None if no counter is readable.
 
-    The counters cover the whole processor package or card: what idles or works beside us on it is included.
+    The counters cover the whole processor package or card, including idle power and other work on it.
     """
     device = torch.device(device)
     read = _card(device) if device.type == "cuda" else _packages(powercap)
@@ -44,11 +44,11 @@ def energy(
 
 
 Reading = list[tuple[float, float]]
-"""For each counter: joules so far, and the joules after which it starts again."""
+"""For each counter: the joules so far, and the joules after which it starts again from zero."""
 
 
 def _packages(powercap: Path) -> Callable[[], Reading] | None:
-    """One counter a processor package; the domains inside a package would be counted twice."""
+    """A reader of one counter per processor package; the domains inside a package would be counted twice."""
     folders = [path for path in sorted(powercap.glob("intel-rapl:*")) if path.name.count(":") == 1]
 
     def read() -> Reading:
@@ -69,7 +69,7 @@ def _card(device: torch.device) -> Callable[[], Reading] | None:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
-    # By its PCI address: NVML numbers cards its own way, whatever CUDA_VISIBLE_DEVICES says.
+    # Find the card by its PCI address: NVML numbers cards in its own way and ignores CUDA_VISIBLE_DEVICES.
     card = torch.cuda.get_device_properties(device)
     address = f"{card.pci_domain_id:08X}:{card.pci_bus_id:02X}:{card.pci_device_id:02X}.0"
     handle, total = ctypes.c_void_p(), ctypes.c_ulonglong()

@@ -1,4 +1,4 @@
-"""Which kernels a time was taken with: they differ by processor, build and device, and so do the times."""
+"""Names the kernels behind a time: kernels and times depend on processor, build and device."""
 
 import torch
 

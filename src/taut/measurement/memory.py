@@ -1,4 +1,4 @@
-"""Peak memory: of a block of code, and of loading and running a saved model in a fresh process."""
+"""Measures peak memory: of a block of code, and of loading and running a saved model in a fresh process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from taut.measurement.clock import synchronize
 
 
 class Peak:
-    """``before``: bytes held at the start of the block; ``most``: the most held within it. None: not readable."""
+    """``before``: bytes in use at the start of a block; ``most``: the most in use within it. None: not readable."""
 
     def __init__(self, before: int | None) -> None:
         self.before = before
@@ -21,16 +21,16 @@ class Peak:
 
     @property
     def extra(self) -> int | None:
-        """The bytes the block needed beyond what was held before it."""
+        """The bytes that the block needed in addition to ``before``."""
         return None if self.before is None or self.most is None else max(0, self.most - self.before)
 
 
 @contextmanager
 def watch(device: torch.device | str = "cpu") -> Iterator[Peak]:
-    """Follow the memory of a block: on cuda the allocator's, on the CPU the resident memory of this process.
+    """Measure the memory of a block: on cuda the allocator's, on the CPU the resident memory of this process.
 
-    The CPU's peak can be reset on Linux alone; elsewhere ``extra`` is None. Memory that was freed but not given back
-    to the system counts as held before: for figures that last, run in a fresh process.
+    The CPU's peak can only be reset on Linux; elsewhere ``extra`` is None. Memory that was freed but not returned to
+    the system counts as in use before: for reliable numbers, run in a fresh process.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -42,7 +42,7 @@ def watch(device: torch.device | str = "cpu") -> Iterator[Peak]:
         peak.most = torch.cuda.max_memory_allocated(device)
         return
     try:
-        # 5 sets the high-water mark back to the present: proc(5).
+        # Writing 5 resets the peak to the memory in use now: proc(5).
         Path("/proc/self/clear_refs").write_text("5")
         peak = Peak(sandbox.peak_bytes())
     except OSError:
@@ -63,28 +63,28 @@ def peak_memory(
 ) -> dict[str, Quantity]:
     """Load a saved model in a fresh process and run one forward pass over (batch, length) random ids.
 
-    ``peak``: the most memory beyond the bare process with its libraries, loading included. ``forward``: what the
-    pass needed beyond the loaded model. Raises what ``sandbox.call`` raises.
+    ``peak``: the most memory beyond the bare process with its libraries, loading included. ``forward``: the memory of
+    the pass beyond the loaded model. Raises what ``sandbox.call`` raises.
     """
     arguments = {"folder": str(folder), "batch": batch, "length": length, "device": device, "threads": threads}
-    found = sandbox.call("taut.measurement.memory:load_and_run", arguments | {"dtype": dtype}, timeout).result
+    figures = sandbox.call("taut.measurement.memory:load_and_run", arguments | {"dtype": dtype}, timeout).result
     how = f"fresh process, {batch} x {length} tokens, {threads} thread{'s' if threads > 1 else ''}, {device}"
-    return {name: Quantity(value=found[name], unit="bytes", how=how) for name in ("peak", "forward")}
+    return {name: Quantity(value=figures[name], unit="bytes", how=how) for name in ("peak", "forward")}
 
 
 def load_and_run(folder: str, batch: int, length: int, device: str, threads: int, dtype: str | None) -> dict[str, Any]:
-    """The work of ``peak_memory``, to be called in a process of its own."""
+    """Do the work of ``peak_memory``; call it in a separate process."""
     import transformers
 
     torch.set_num_threads(threads)
     config = transformers.AutoConfig.from_pretrained(folder)
-    # Looking the class up imports its module, which is no part of the model's memory.
+    # Looking up the class imports its module, which must not count as the model's memory.
     loader = getattr(transformers, (config.architectures or ["AutoModel"])[0])
     with watch(device) as whole:
         model = loader.from_pretrained(folder, dtype=dtype or "auto").to(device).eval()
         ids = torch.randint(5, config.get_text_config().vocab_size, (batch, length), device=device)
         inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
-        # The weights are pages of a file that come in when they are used; a row nobody looks up would never count.
+        # The weights are pages of a mapped file, loaded only when they are read; unused rows would not be counted.
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.max()
         loading = sandbox.peak_bytes() if device == "cpu" else torch.cuda.max_memory_allocated()

@@ -1,6 +1,6 @@
-"""A function in a fresh process: memory counted from nothing, and a crash that takes only itself down.
+"""Runs a function in a fresh process: its memory starts from zero, and its crash ends only that process.
 
-The function is named by a dotted path, its arguments and its result are JSON.
+The function is named by a dotted path; its arguments and its result are JSON.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from taut.core.errors import TautError
 
 
 class SandboxError(Exception):
-    """The function failed, ran out of time or memory, or its process was killed. ``stderr`` is what it printed."""
+    """The function failed, ran out of time or memory, or its process was killed. ``stderr`` holds what it printed."""
 
     def __init__(self, reason: str, stderr: str = "") -> None:
         super().__init__(reason)
@@ -32,7 +32,7 @@ class SandboxError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the function returned, the peak resident bytes of its whole process, and its seconds, start included."""
+    """The result of the function, the peak resident bytes of its whole process, and its seconds, start included."""
 
     result: dict[str, Any]
     peak_bytes: int
@@ -42,9 +42,9 @@ class Outcome:
 def call(target: str, arguments: dict[str, Any] | None = None, timeout: float | None = None) -> Outcome:
     """Run ``module:function`` with keyword ``arguments`` in a fresh process.
 
-    What the function prints goes nowhere but into the error. The process ends with this one, however this one ends.
-    Raises TautError when the function does, or when ``target`` names none; SandboxError with the reason for
-    everything else, among it ``timeout`` (seconds) and a kill by the system for want of memory.
+    The output of the function is shown only in an error. The process ends when this one ends, for any reason.
+    Raises TautError if the function raises it or if ``target`` names no function. Raises SandboxError with the reason
+    for any other failure, including ``timeout`` (seconds) and a kill by the system when memory runs out.
     """
     request = json.dumps({"target": target, "arguments": arguments or {}}) + "\n"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -72,12 +72,12 @@ def call(target: str, arguments: dict[str, Any] | None = None, timeout: float | 
         stderr = _tail(printed)
         if process.returncode != 0 or not answer.exists():
             raise SandboxError(f"{target}: {_cause(process.returncode)}", stderr)
-        given = json.loads(answer.read_text(encoding="utf-8"))
-    if "error" in given:
-        if given["ours"]:
-            raise TautError(given["error"])
-        raise SandboxError(f"{target}: {given['error']}", stderr)
-    return Outcome(given["result"], given["peak_bytes"], time.monotonic() - started)
+        reply = json.loads(answer.read_text(encoding="utf-8"))
+    if "error" in reply:
+        if reply["ours"]:
+            raise TautError(reply["error"])
+        raise SandboxError(f"{target}: {reply['error']}", stderr)
+    return Outcome(reply["result"], reply["peak_bytes"], time.monotonic() - started)
 
 
 def peak_bytes() -> int:
@@ -87,12 +87,12 @@ def peak_bytes() -> int:
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-    # Not ru_maxrss: there, a child starts with the peak of its parent.
+    # ru_maxrss is no use here: on Linux a child starts with the peak of its parent.
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Kill the process and what it started, if it still runs."""
+    """Kill the process and the processes that it started, if it still runs."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -114,19 +114,19 @@ def _cause(code: int) -> str:
 
 
 def _main(answer: Path) -> None:
-    """The child: read the request, run it, write the answer whole or not at all."""
+    """Run in the child: read the request, call the function, write the answer complete or not at all."""
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    given: dict[str, Any]
+    reply: dict[str, Any]
     try:
         module, _, name = request["target"].partition(":")
         try:
             function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
-            raise TautError(f"{request['target']!r} names no function (module:function): {error}") from None
+            raise TautError(f"{request['target']!r} names no function; expected module:function: {error}") from None
         result = function(**request["arguments"])
-        given = {"result": result, "peak_bytes": peak_bytes()}
-        text = json.dumps(given)
+        reply = {"result": result, "peak_bytes": peak_bytes()}
+        text = json.dumps(reply)
     except Exception as error:
         traceback.print_exc()
         ours = isinstance(error, TautError)
@@ -138,7 +138,7 @@ def _main(answer: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """The parent holds the other end of stdin open for as long as it lives, also if it dies of kill -9."""
+    """End this process when stdin closes: the parent keeps it open as long as it lives, even if killed by kill -9."""
     while os.read(0, 1):
         pass
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Latency and throughput of whole models: one forward pass, prefill, and decoding with the model's own cache."""
+"""Measures latency and throughput of whole models: a forward pass, prefill, and decoding with the model's own cache."""
 
 import copy
 import inspect
@@ -18,8 +18,11 @@ Inputs = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Speed:
-    """``forward``: seconds of one pass over ``tokens`` positions (for a decoder: prefill, cache included).
-    ``decode``: seconds of one step for the whole batch, None for a model without a cache."""
+    """The speed of one model.
+
+    ``forward``: seconds of one pass over ``tokens`` positions (for a decoder: prefill, filling the cache). ``decode``:
+    seconds of one decoding step for the whole batch; None for a model without a cache.
+    """
 
     forward: Timing
     tokens: int
@@ -27,10 +30,10 @@ class Speed:
     batch: int = 1
 
     def quantities(self) -> dict[str, Quantity]:
-        found = {"forward": self.forward.quantity(), "throughput": throughput(self.forward, self.tokens)}
+        quantities = {"forward": self.forward.quantity(), "throughput": throughput(self.forward, self.tokens)}
         if self.decode is not None:
-            found |= {"decode": self.decode.quantity(), "decode_throughput": throughput(self.decode, self.batch)}
-        return found
+            quantities |= {"decode": self.decode.quantity(), "decode_throughput": throughput(self.decode, self.batch)}
+        return quantities
 
 
 def speed(
@@ -46,13 +49,13 @@ def speed(
 ) -> dict[str, Speed]:
     """Time ``models`` against each other on the same ``inputs``, interleaved.
 
-    ``inputs``: ``input_ids`` (B, T) and what else the models take. Decoding is timed where all models keep a cache
-    and ``decode_tokens`` > 0: that many greedy steps after the inputs, in seconds per step. ``caches`` gives, by
-    model, a function that makes the empty cache to use in place of the model's own (a StaticCache, say).
-    Raises TautError for padded inputs, whose decoding would need a mask of its own.
+    ``inputs``: ``input_ids`` (B, T) and any other inputs of the models. Decoding is timed if all models keep a cache
+    and ``decode_tokens`` > 0: that many greedy steps after the inputs, in seconds per step. ``caches`` maps a model's
+    name to a function that makes an empty cache, used instead of the model's own (for example a StaticCache). Raises
+    TautError for no models, and for padded inputs, because decoding them would need a mask.
     """
     if not models:
-        raise TautError("nothing to time: models is empty")
+        raise TautError("models is empty; give at least one model to time")
     device = inputs["input_ids"].device
     settings = {"repeats": repeats, "warmup": warmup, "threads": threads, "clock": clock, "device": device}
     caches = caches or {}
@@ -66,7 +69,7 @@ def speed(
 
 
 def forward_case(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
-    """One forward pass without gradients; a decoder fills its cache."""
+    """A case of one forward pass without gradients; a decoder fills its cache."""
 
     @torch.no_grad()
     def run() -> Any:
@@ -76,14 +79,17 @@ def forward_case(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
 
 
 def decode_case(model: nn.Module, inputs: Inputs, tokens: int, make_cache: Callable[[], Any] | None = None) -> Prepared:
-    """``tokens`` greedy steps after ``inputs``; each run starts from a fresh copy of the same filled cache."""
+    """A case of ``tokens`` greedy steps after ``inputs``; each run starts from a new copy of the same filled cache.
+
+    Raises TautError for padded inputs and for a model without a cache.
+    """
     mask = inputs.get("attention_mask")
     if mask is not None and not bool(mask.all()):
-        raise TautError("decoding is timed on inputs without padding; give rows of one length")
-    given = {} if make_cache is None else {"past_key_values": make_cache()}
-    output = _cached_forward(model, inputs, **given)
+        raise TautError("decoding can only be timed on inputs without padding; give rows of one length")
+    initial = {} if make_cache is None else {"past_key_values": make_cache()}
+    output = _cached_forward(model, inputs, **initial)
     if output is None:
-        raise TautError(f"{type(model).__name__} returns no past_key_values: it does not decode")
+        raise TautError(f"{type(model).__name__} returns no past_key_values; decoding needs a model with a cache")
     filled, steps = output["past_key_values"], {}
     name = "input_ids"
     if "encoder_last_hidden_state" in output:
@@ -101,18 +107,18 @@ def decode_case(model: nn.Module, inputs: Inputs, tokens: int, make_cache: Calla
 
 
 def keeps_cache(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether a forward pass of this model returns a KV cache (decoders do, with or without a head)."""
+    """Whether a forward pass of this model returns a key/value cache (decoders do, with or without a head)."""
     return _cached_forward(model, inputs) is not None
 
 
 def filled_cache(model: nn.Module, inputs: Inputs) -> Any:
-    """The KV cache after one forward pass over ``inputs``; None for a model without one."""
+    """The key/value cache after one forward pass over ``inputs``; None for a model without one."""
     output = _cached_forward(model, inputs)
     return None if output is None else output["past_key_values"]
 
 
 def throughput(timing: Timing, tokens: int) -> Quantity:
-    """Tokens per second, when one call handles ``tokens``."""
+    """Tokens per second, if one call processes ``tokens`` tokens."""
     taken = timing.quantity()
     rates = tuple(tokens / sample for sample in timing.samples)
     low, high = (None if bound is None else tokens / bound for bound in (taken.high, taken.low))
@@ -129,5 +135,5 @@ def _cached_forward(model: nn.Module, inputs: Inputs, **given: Any) -> Any:
 
 
 def _next(output: Any, ids: Tensor) -> Tensor:
-    """(B, 1): the greedy choice, or the last id again where the model has no head."""
+    """The next ids (B, 1): the greedy choice, or the last id again if the model has no head."""
     return output["logits"][:, -1:].argmax(-1) if "logits" in output else ids[:, -1:]

@@ -1,1 +1,1 @@
-"""Tables, figures and one page, drawn from the ledger alone. No torch."""
+"""Draws tables, figures and the report page from the ledger alone, without torch."""

@@ -1,4 +1,4 @@
-"""The pictures of a report, as Vega-Lite: quality against size and time, bytes per slot, differences to dense."""
+"""The charts of a report, as Vega-Lite: quality against size and time, bytes per slot, differences to dense."""
 
 import itertools
 import re
@@ -17,7 +17,7 @@ from taut.studies.protocol import Row, score_keys
 from taut.studies.selection import behind_front
 
 BARS = 400
-"""Width of bars in pixels; names stand beside them."""
+"""Width of bar charts in pixels, without the names beside the bars."""
 FAMILY_COLORS = {
     "dense": "#8a8f98",
     "identity": "#b9bdc5",
@@ -48,7 +48,7 @@ METHOD_COLORS += ("#5c6bc0", "#c2185b", "#455a64")
 
 @dataclass(frozen=True)
 class Figure:
-    """One chart. ``score`` is None where the chart does not depend on one."""
+    """One chart. ``score`` is None if the chart does not depend on a score."""
 
     kind: str
     title: str
@@ -58,7 +58,7 @@ class Figure:
     chart: alt.TopLevelMixin
 
     def spec(self) -> dict[str, Any]:
-        """Vega-Lite with its data inside."""
+        """The chart as Vega-Lite, data included."""
         return self.chart.to_dict()
 
     @property
@@ -68,22 +68,22 @@ class Figure:
 
 
 def draw(rows: Sequence[Row]) -> list[Figure]:
-    """All charts there is data for, model by model and score by score."""
-    found: list[Figure] = []
+    """All charts for which there is data, model by model and score by score."""
+    figures: list[Figure] = []
     for model in dict.fromkeys(row.model for row in rows):
-        mine = [row for row in rows if row.model == model and row.records]
-        for key in score_keys(mine):
-            scored = [row for row in mine if key in row.scores and row.scores[key].value is not None]
-            found += _against_size(scored, model, key)
-            found += _against_slot(scored, model, key)
-            found += _against_time(scored, model, key)
-            found += _differences(scored, model, key)
-        found += _bytes_per_slot(mine, model)
-    return found
+        of_model = [row for row in rows if row.model == model and row.records]
+        for key in score_keys(of_model):
+            scored = [row for row in of_model if key in row.scores and row.scores[key].value is not None]
+            figures += _against_size(scored, model, key)
+            figures += _against_slot(scored, model, key)
+            figures += _against_time(scored, model, key)
+            figures += _differences(scored, model, key)
+        figures += _bytes_per_slot(of_model, model)
+    return figures
 
 
 def save(rows: Sequence[Row], folder: str | Path) -> list[Path]:
-    """Every chart as a PNG in ``folder``. Raises TautError when it cannot be written."""
+    """Save every chart as a PNG in ``folder``. Raises TautError if it cannot be written."""
     folder = Path(folder)
     paths = []
     try:
@@ -98,7 +98,7 @@ def save(rows: Sequence[Row], folder: str | Path) -> list[Path]:
 
 
 def config(dark: bool) -> dict[str, Any]:
-    """The Vega-Lite config of the light or the dark page."""
+    """The Vega-Lite configuration for the light or the dark page."""
     ink, soft, line = ("#e6e8ec", "#9aa1ad", "#2b3038") if dark else ("#1b1f27", "#5c6370", "#e6e8ec")
     font = "system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif"
     axis = {"labelColor": soft, "titleColor": soft, "gridColor": line, "domainColor": line, "tickColor": line}
@@ -121,22 +121,25 @@ def _against_size(rows: Sequence[Row], model: str, key: str) -> Iterator[Figure]
     points = [_point(row, key) | {"x": row.costs["stored_bytes"].value / 1e6} for row in sized]
     caption = (
         "Whiskers: 95 % interval of the difference to dense. "
-        "Steps: the front, where nothing else is both smaller and better."
+        "Stepped line: the front, the recipes that no other recipe beats in both size and quality."
     )
     chart = scatter(points, Axis("stored size (MB)"), Axis(key), rows[0].scores[key], FAMILY_COLORS)
     yield Figure("size", "Quality against stored size", caption, model, key, chart)
 
 
 def _against_slot(rows: Sequence[Row], model: str, key: str) -> Iterator[Figure]:
-    """For each slot that several methods were tried in alone: what the slot's bytes buy, method by method."""
+    """Quality against the bytes of a slot, method by method.
+
+    One chart for each slot for which there are recipes that change only this slot, with three or more methods.
+    """
     dense = next((row for row in rows if row.role == "dense"), None)
     for slot, label in words.SLOT_LABELS.items():
-        mine = [row for row in rows if words.slots_of(row) == [slot] and row.bytes_per_slot.get(slot)]
-        methods = sorted({words.method(row, slot) for row in mine})
-        if dense is None or len(methods) < 3 or any(row.scores[key].gap is None for row in mine):
+        alone = [row for row in rows if words.slots_of(row) == [slot] and row.bytes_per_slot.get(slot)]
+        methods = sorted({words.method(row, slot) for row in alone})
+        if dense is None or len(methods) < 3 or any(row.scores[key].gap is None for row in alone):
             continue
         points = []
-        for row, behind in zip(mine, behind_front(mine, key, slot), strict=True):
+        for row, behind in zip(alone, behind_front(alone, key, slot), strict=True):
             gap, share = row.scores[key].gap, row.bytes_per_slot[slot] / dense.bytes_per_slot[slot]
             points.append(
                 _point(row, key)
@@ -151,10 +154,10 @@ def _against_slot(rows: Sequence[Row], model: str, key: str) -> Iterator[Figure]
         axes = logarithmic(f"stored size of the {label} (MB)"), symmetric(f"change of {key}")
         chart = scatter(points, *axes, rows[0].scores[key], colors)
         caption = (
-            f"Recipes that change the {label} alone (dense: {dense.bytes_per_slot[slot] / 1e6:.3g} MB). Both axes are "
-            "logarithmic. Steps: the front, where nothing else is both smaller and better."
+            f"Recipes that change only the {label} (dense: {dense.bytes_per_slot[slot] / 1e6:.3g} MB). Both axes are "
+            "logarithmic. Stepped line: the front, the recipes that no other recipe beats in both size and quality."
         )
-        yield Figure(f"{slot}-front", f"What the bytes of the {label} buy", caption, model, key, chart)
+        yield Figure(f"{slot}-front", f"Quality against the size of the {label}", caption, model, key, chart)
 
 
 def _against_time(rows: Sequence[Row], model: str, key: str) -> Iterator[Figure]:
@@ -173,7 +176,7 @@ def _against_time(rows: Sequence[Row], model: str, key: str) -> Iterator[Figure]
         if len(points) > 1:
             x_axis = Axis(f"{noun} time relative to dense (left of 1 is faster)")
             chart = scatter(points, x_axis, Axis(key), rows[0].scores[key], FAMILY_COLORS)
-            caption = f"Time of a {noun} step over dense, both taking turns in one run. Whiskers: 95 % intervals."
+            caption = f"Time of {noun} relative to dense, both timed in turn in one run. Whiskers: 95 % intervals."
             yield Figure(noun, f"Quality against {noun} time", caption, model, key, chart)
 
 
@@ -203,7 +206,7 @@ def _differences(rows: Sequence[Row], model: str, key: str) -> Iterator[Figure]:
         base.mark_rule(strokeWidth=2.5).encode(x=alt.X("low:Q", title=f"change of {key}"), x2="high:Q", color=colors),
         base.mark_point(filled=True, size=80, opacity=1).encode(x="change:Q", color=colors),
     ).properties(width=BARS, height=max(80, 24 * len(points)))
-    caption = "Item by item on the same data. An interval that crosses the dashed line is within noise."
+    caption = "Compared item by item on the same data. An interval that crosses the dashed line is within noise."
     yield Figure("difference", "Difference to dense", caption, model, key, chart)
 
 
@@ -230,7 +233,7 @@ def _bytes_per_slot(rows: Sequence[Row], model: str) -> Iterator[Figure]:
         )
         .properties(width=BARS, height=max(80, 24 * len(sized)))
     )
-    yield Figure("slots", "Where the bytes are", "Stored bytes by slot; ties are counted once.", model, None, chart)
+    yield Figure("slots", "Size of each slot", "Stored bytes; tied tensors are counted once.", model, None, chart)
 
 
 def _point(row: Row, key: str) -> dict[str, Any]:

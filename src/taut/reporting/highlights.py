@@ -1,4 +1,4 @@
-"""What a reader wants to know first. Nothing is said that no interval supports."""
+"""The main findings of a report. Every statement is supported by an interval."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from taut.studies.protocol import COSTS, NOISE, Cell, Row, score_keys
 
 @dataclass(frozen=True)
 class Card:
-    """A finding: what it is about, the figure, the recipe it belongs to, and the small print."""
+    """A finding: its label, the figure, the recipe that it belongs to, and details."""
 
     label: str
     figure: str
@@ -19,7 +19,7 @@ class Card:
 
 
 def highlights(rows: Sequence[Row]) -> list[Card]:
-    """The findings for one model, by its first score; the bad ones beside the good ones."""
+    """The findings for one model, by its first score; bad ones as well as good ones."""
     variants = [row for row in rows if row.role == "variant" and row.records]
     keys = score_keys(rows)
     if not variants or not keys:

@@ -1,4 +1,4 @@
-"""One self-contained page from a ledger: it opens offline and loads nothing."""
+"""Draws one self-contained HTML page from a ledger: it opens offline and loads nothing."""
 
 import json
 import os
@@ -31,23 +31,23 @@ MAIN_COSTS = (
     "cache_bytes_per_token",
     "energy_joules",
 )
-"""The columns shown at once; the others appear at the press of a button."""
+"""The columns shown at first; a button shows the others."""
 
 SAMPLES_SHOWN = 600
-"""The most raw samples of a cell that the page carries; the record has them all."""
+"""The page contains at most this many raw samples per source of a cell; the record has all of them."""
 
 
 def write(
     ledger: Ledger | str | Path, out: str | Path | None, figures: str | Path | None = None, title: str | None = None
 ) -> Path | None:
-    """Draw the report of a whole ledger: the page ``out`` and PNG files in the folder ``figures``, where given.
+    """Draw the report of a whole ledger: the page ``out`` and PNG files in the folder ``figures``, each if given.
 
-    Raises TautError when the ledger is empty or a place cannot be written.
+    Raises TautError if the ledger is empty or a file cannot be written.
     """
     ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
     records, damaged = ledger.records(), ledger.damaged()
     if not records and not damaged:
-        raise TautError(f"{ledger.path}: no records here; run `taut compare` first or name another ledger")
+        raise TautError(f"{ledger.path}: no records found; run `taut compare` first or name another ledger")
     if figures is not None:
         save_figures(summary(records), figures)
     if out is None:
@@ -67,7 +67,7 @@ def write(
 
 
 def page(records: Sequence[Record], damaged: Sequence[tuple[str, str]] = (), title: str | None = None) -> str:
-    """The HTML of a report. Everything that comes from records is escaped, in markup and in scripts."""
+    """The HTML of a report. All content from records is escaped, in markup and in scripts."""
     rows = summary(records)
     cells = _Cells()
     drawn = draw(rows)
@@ -110,14 +110,14 @@ def page(records: Sequence[Record], damaged: Sequence[tuple[str, str]] = (), tit
                 "cells": cells.found,
                 "charts": [
                     {
-                        "kind": one.kind,
-                        "title": one.title,
-                        "caption": one.caption,
-                        "model": one.model,
-                        "score": one.score,
-                        "spec": one.spec(),
+                        "kind": figure.kind,
+                        "title": figure.title,
+                        "caption": figure.caption,
+                        "model": figure.model,
+                        "score": figure.score,
+                        "spec": figure.spec(),
                     }
-                    for one in drawn
+                    for figure in drawn
                 ],
                 "themes": {"light": config(False) | {"background": "transparent"}, "dark": config(True)},
                 "details": [_details(row) for row in rows],
@@ -130,7 +130,7 @@ def page(records: Sequence[Record], damaged: Sequence[tuple[str, str]] = (), tit
 
 
 class _Cells:
-    """Collects the provenance of the cells while the table is drawn; a cell is known by its place in the list."""
+    """Collects the provenance of the cells while the table is drawn. ``add`` returns a cell's index in the list."""
 
     def __init__(self) -> None:
         self.found: list[dict[str, Any]] = []
@@ -187,15 +187,15 @@ def _row(index: int, scores: list[str], costs: list[str], cells: _Cells, rows: S
 
 
 def _order(key: str, cell: Cell, row: Row) -> str:
-    """What a column is sorted by: the value; for times the ratio, as each trial ran in an hour of its own."""
+    """The sort key of a cell: its value, or for times the ratio, because trials ran at different times."""
     if cell.value is None or key not in COSTS or COSTS[key].ratio is None:
         return "" if cell.value is None else repr(cell.value)
     return "1.0" if row.role == "dense" else repr(cell.gap.value) if cell.gap else ""
 
 
 def _values(rows: Sequence[Row], model: str, name: str) -> list[float]:
-    found = (row.costs[name].value for row in rows if row.model == model and name in row.costs)
-    return [value for value in found if value is not None]
+    measured = (row.costs[name].value for row in rows if row.model == model and name in row.costs)
+    return [value for value in measured if value is not None]
 
 
 def _facts(cell: Cell) -> list[tuple[str, str]]:
@@ -217,7 +217,7 @@ def _source_facts(source: Any) -> list[tuple[str, str]]:
 
 
 def _details(row: Row) -> dict[str, Any]:
-    """What the dialog of a row shows: its recipe, plan, untouched sites and records."""
+    """The content of a row's dialog: its recipe, plan, untouched sites and records."""
     last = (row.records or row.failures)[-1]
     return {
         "heading": row.name,
@@ -241,7 +241,7 @@ def _details(row: Row) -> dict[str, Any]:
 
 
 def _score_help(rows: Sequence[Row], key: str) -> dict[str, Any]:
-    """The shortcut baselines of a score, and which way is better."""
+    """The shortcut baselines of a score, and whether higher or lower is better."""
     cell = next(row.scores[key] for row in rows if key in row.scores)
     score = cell.sources[0].score
     return {
@@ -252,13 +252,13 @@ def _score_help(rows: Sequence[Row], key: str) -> dict[str, Any]:
 
 def _environments(records: Sequence[Record]) -> list[tuple[int, list[tuple[str, str]]]]:
     """Every distinct environment with the number of its records."""
-    found: dict[str, tuple[int, dict[str, Any]]] = {}
+    environments: dict[str, tuple[int, dict[str, Any]]] = {}
     for record in records:
         key = json.dumps(record.environment, sort_keys=True, default=str)
-        found[key] = (found[key][0] + 1 if key in found else 1, record.environment)
+        environments[key] = (environments[key][0] + 1 if key in environments else 1, record.environment)
     return [
         (count, [(str(name), _plain(value)) for name, value in content.items()])
-        for count, content in found.values()
+        for count, content in environments.values()
         if content
     ]
 
@@ -273,7 +273,7 @@ def _where(content: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {one}" for key, one in value.items())
+        return ", ".join(f"{key} {item}" for key, item in value.items())
     return "unknown" if value is None else str(value)
 
 
@@ -282,11 +282,11 @@ def _exact(value: float | None, unit: str) -> str:
 
 
 def _for_script(content: Any) -> Markup:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that cannot close the script element around it."""
     text = json.dumps(content, ensure_ascii=True, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 def _bundle() -> str:
-    """Vega, Vega-Lite and Vega-Embed. `</script` can stand only inside its strings, where the backslash is harmless."""
+    """Vega, Vega-Lite and Vega-Embed. `</script` can only occur inside strings, where the backslash is harmless."""
     return vl_convert.javascript_bundle().replace("</script", "<\\/script")

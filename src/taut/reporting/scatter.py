@@ -1,4 +1,4 @@
-"""A scatter plot of quality against a cost: whiskers, the Pareto front as steps, labels where they fit."""
+"""A scatter plot of quality against a cost: whiskers, the Pareto front as steps, labels where there is room."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from taut.studies.statistics import pareto_front
 WIDTH, HEIGHT = 560, 340
 """Pixels."""
 LETTER = 6.2
-"""Width of a letter of a label in pixels, for keeping labels apart."""
+"""Width of one letter of a label in pixels, for keeping labels apart."""
 PLACES = (
     ("left", 9, 0),
     ("right", -9, 0),
@@ -24,17 +24,17 @@ PLACES = (
     ("right", -8, -11),
     ("right", -8, 12),
 )
-"""Where a label may stand beside its point: alignment and pixels right and down, in order of preference."""
+"""Possible positions of a label: alignment, and pixels to the right and down from its point, in order of preference."""
 SMALL_CHANGE = 0.002
-"""Below it a symmetric logarithmic axis is nearly linear."""
+"""Below this value, a symmetric logarithmic axis is nearly linear."""
 LEGEND_COLUMNS = 5
-"""More would make the picture wider than the chart."""
+"""With more, the legend would be wider than the chart."""
 SHAPES = {"as fitted": "circle", "healed": "triangle-up"}
 
 
 @dataclass(frozen=True)
 class Axis:
-    """How numbers become places: ``forward`` is what the Vega scale of these ``options`` does, up to a linear map."""
+    """Maps numbers to positions. ``forward`` is the map of a Vega scale with these ``options``, up to a linear map."""
 
     title: str
     forward: Callable[[float], float] = float
@@ -42,7 +42,7 @@ class Axis:
     options: tuple[tuple[str, Any], ...] = ()
 
     def domain(self, values: list[float], margin: float = 0.07) -> list[float]:
-        """The least and greatest value, with a margin as it is seen."""
+        """The minimum and maximum of the axis: those of ``values`` and a margin, a share of the drawn length."""
         low, high = self.forward(min(values)), self.forward(max(values))
         reach = (high - low) or abs(high) or 1.0
         return [self.backward(low - margin * reach), self.backward(high + margin * reach)]
@@ -51,7 +51,7 @@ class Axis:
         return alt.Scale(domain=domain, nice=False, **({"zero": False} | dict(self.options)))
 
     def share(self, value: float, domain: list[float]) -> float:
-        """0 at the start of the axis, 1 at its end."""
+        """The position of a value: 0 at the start of the axis, 1 at its end."""
         low, high = map(self.forward, domain)
         return (self.forward(value) - low) / (high - low)
 
@@ -61,7 +61,7 @@ def logarithmic(title: str) -> Axis:
 
 
 def symmetric(title: str) -> Axis:
-    """Logarithmic away from zero on both sides: small losses stay apart where others are huge."""
+    """An axis that is logarithmic on both sides of zero: small losses remain distinct beside very large ones."""
     return Axis(
         title,
         lambda value: math.copysign(math.log1p(abs(value) / SMALL_CHANGE), value),
@@ -71,8 +71,11 @@ def symmetric(title: str) -> Axis:
 
 
 def scatter(points: list[dict[str, Any]], x_axis: Axis, y_axis: Axis, cell: Cell, colors: dict[str, str]) -> Any:
-    """``points`` with recipe, family, x, score, low, high, change, size and perhaps x_low, x_high, time, healed,
-    behind; ``cell`` for its shortcut baselines and which way is better."""
+    """The chart of ``points``.
+
+    A point has recipe, family, x, score, low, high, change, size, and optionally x_low, x_high, time, healed, behind.
+    ``cell`` gives the shortcut baselines, and whether higher or lower is better.
+    """
     x_domain = x_axis.domain([end for point in points for end in _reach(point)])
     reach = y_axis.domain([point[end] for point in points for end in ("low", "high")])
     shortcuts = []
@@ -136,7 +139,7 @@ def scatter(points: list[dict[str, Any]], x_axis: Axis, y_axis: Axis, cell: Cell
 
 
 def palette(field: str, colors: dict[str, str], points: list[dict[str, Any]]) -> alt.Color:
-    """Colours that mean the same in every chart, with only those present in the legend."""
+    """Colours with the same meaning in every chart; the legend shows only those in use."""
     present = {point[field] for point in points}
     shown = [name for name in colors if name in present]
     scale = alt.Scale(domain=shown, range=[colors[name] for name in shown])
@@ -150,7 +153,10 @@ def _reach(point: dict[str, Any]) -> tuple[float, float]:
 def _place_labels(
     points: list[dict[str, Any]], across: Callable[[float], float], up: Callable[[float], float], first: set[int]
 ) -> None:
-    """Give each point a ``place`` where its label covers no point and no label; the Pareto front chooses first."""
+    """Set a ``place`` for each point where its label covers no point and no other label.
+
+    Points on the Pareto front come first. A point without a free place gets no label.
+    """
     places = [(across(point["x"]) * WIDTH, HEIGHT - up(point["score"]) * HEIGHT) for point in points]
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
     for index in sorted(range(len(points)), key=lambda index: (index not in first, points[index]["x"])):

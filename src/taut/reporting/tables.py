@@ -1,4 +1,4 @@
-"""The summary as a table for the terminal."""
+"""Shows the summary as a table in the terminal."""
 
 from collections.abc import Sequence
 
@@ -13,23 +13,23 @@ TERMINAL_COSTS = ("stored_bytes", "latency_prefill", "latency_decode", "peak_byt
 
 
 def terminal(rows: Sequence[Row], model: str) -> Table:
-    """The rows of one model. Colour says good or bad, words say it again; failures stand at the end with reasons."""
-    mine = [row for row in rows if row.model == model]
+    """The rows of one model. Colours and words mark good and bad; failures come last, with their reasons."""
+    of_model = [row for row in rows if row.model == model]
     table = Table(title=Text(model), title_justify="left", title_style="bold", header_style="dim", pad_edge=False)
     table.add_column("recipe")
-    scores, costs = score_keys(mine), [name for name in cost_keys(mine) if name in TERMINAL_COSTS]
+    scores, costs = score_keys(of_model), [name for name in cost_keys(of_model) if name in TERMINAL_COSTS]
     for key in scores:
         table.add_column(Text(key), justify="right")
     for name in costs:
         table.add_column(words.label(name), justify="right")
-    for row in (row for row in mine if row.records):
+    for row in (row for row in of_model if row.records):
         cells = [_text(row.scores.get(key), None) for key in scores]
         cells += [_text(row.costs.get(name), COSTS[name].words) for name in costs]
         table.add_row(Text(row.recipe_name, style="bold" if row.role == "dense" else ""), *cells)
-    for row in (row for row in mine if row.failures):
-        # The reason would be squeezed into one narrow column, so it goes below the table.
+    for row in (row for row in of_model if row.failures):
+        # The column is too narrow for the reason, so it goes below the table.
         table.add_row(Text(row.recipe_name, style="red"), Text("failed", style="red"))
-    reasons = [f"{row.recipe_name} failed: {row.reason}" for row in mine if row.failures]
+    reasons = [f"{row.recipe_name} failed: {row.reason}" for row in of_model if row.failures]
     if reasons:
         table.caption, table.caption_justify = Text("\n".join(reasons)), "left"
     return table

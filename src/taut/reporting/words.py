@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formats numbers and recipes for people."""
 
 from typing import Any
 
@@ -14,20 +14,20 @@ SLOT_LABELS = {
 
 
 def value(cell: Cell) -> str:
-    """A cell's value with its unit, a score without; ``n/a`` when it could not be taken."""
+    """A cell's value with its unit, or a score without one; ``n/a`` if it could not be measured."""
     if cell.value is None:
         return "n/a"
     return score(cell.value) if cell.sources[0].score is not None else quantity(cell.value, cell.unit)
 
 
 def quantity(number: float, unit: str) -> str:
-    """``number`` in a readable multiple of ``unit``; bytes in powers of 1000, as storage is sold."""
+    """``number`` in a readable multiple of ``unit``; bytes in powers of 1000, as for storage devices."""
     if unit in ("B", "bytes", "bytes/token"):
         return _scaled(number, ("B", "kB", "MB", "GB", "TB"))
     if unit in ("s", "seconds"):
         factor, name = (1.0, "s") if number >= 1 else (1e-3, "ms") if number >= 1e-3 else (1e-6, "µs")
         return f"{number / factor:.3g} {name}"
-    # What the heading of the column says already.
+    # The heading of the column already names these units.
     unit = "" if unit in ("parameters", "FLOPs/token") else unit
     if abs(number) >= 1000:
         return f"{_scaled(number, ('', 'k', 'M', 'G', 'T'))} {unit}".strip()
@@ -35,19 +35,19 @@ def quantity(number: float, unit: str) -> str:
 
 
 def score(number: float) -> str:
-    """Four digits after the point for scores below 10, as differences of .001 matter."""
+    """A score, with four digits after the point if it is below 10, because differences of .001 matter."""
     return f"{number:.4f}" if abs(number) < 10 else f"{number:.5g}"
 
 
 def signed(number: float) -> str:
-    """A difference with its sign, and a real minus."""
+    """A difference with its sign, and a true minus sign."""
     return f"{'+' if number > 0 else '−' if number < 0 else '±'}{score(abs(number))}"
 
 
 def gap(found: Gap | None, names: tuple[str, str] | None = None) -> str:
     """A difference or a ratio in words, with its verdict: ``+0.0012 within noise``, ``39% smaller``, ``1.32× faster``.
 
-    ``names`` are the words of the column for less and for more. A ratio near 1 is told in percent.
+    ``names`` are the words of the column for less and for more. A ratio near 1 is given in percent.
     """
     if found is None:
         return ""
@@ -64,7 +64,7 @@ def gap(found: Gap | None, names: tuple[str, str] | None = None) -> str:
 
 
 def interval(found: Gap | Cell | None) -> str:
-    """``[low, high]`` or nothing."""
+    """``[low, high]``, or an empty string."""
     if found is None or found.low is None or found.high is None:
         return ""
     if isinstance(found, Gap) and found.kind == "difference":
@@ -75,7 +75,7 @@ def interval(found: Gap | Cell | None) -> str:
 
 
 def verdict(found: Gap | None) -> str:
-    """The class of a gap, for its colour: good, bad, noise, unknown or none."""
+    """The class of a gap, which sets its colour: good, bad, noise, unknown or none."""
     if found is None or not found.word:
         return "none"
     if found.word == UNKNOWN:
@@ -91,12 +91,12 @@ def label(cost: str) -> str:
 
 def slots_of(row: Row) -> list[str]:
     """The slots that a recipe changes."""
-    lines = {slot: found if isinstance(found, list) else [found] for slot, found in row.recipe.items()}
+    lines = {slot: entry if isinstance(entry, list) else [entry] for slot, entry in row.recipe.items()}
     return [slot for slot in SLOT_LABELS if any(line["method"] != "identity" for line in lines.get(slot, ()))]
 
 
 def family(row: Row) -> str:
-    """What a recipe is about, for colours: dense, identity, one slot, linear maps, or a combination."""
+    """The family of a recipe, which sets its colour: dense, identity, one slot, linear maps, or a combination."""
     slots = slots_of(row)
     if row.role != "variant":
         return row.role
@@ -106,7 +106,7 @@ def family(row: Row) -> str:
 
 
 def method(row: Row, slot: str) -> str:
-    """The method, or methods, that a recipe puts in a slot."""
+    """The method or methods that a recipe uses in a slot."""
     lines = row.recipe[slot] if isinstance(row.recipe[slot], list) else [row.recipe[slot]]
     return " + ".join(dict.fromkeys(str(line["method"]) for line in lines))
 
@@ -114,15 +114,15 @@ def method(row: Row, slot: str) -> str:
 def recipe_line(recipe: dict[str, Any]) -> str:
     """A recipe on one line: ``embedding: low_bit bits 8 · memory: window_sink``."""
     parts = []
-    for slot, found in recipe.items():
-        for line in found if isinstance(found, list) else [found]:
+    for slot, entry in recipe.items():
+        for line in entry if isinstance(entry, list) else [entry]:
             parts.append(f"{SLOT_LABELS.get(slot, slot)}: {_line(line)}")
     return " · ".join(parts) or "nothing changed"
 
 
 def _line(line: dict[str, Any]) -> str:
     words = [str(line["method"])]
-    words += [f"{key} {given}" for key, given in line.items() if key not in ("method", "store")]
+    words += [f"{key} {setting}" for key, setting in line.items() if key not in ("method", "store")]
     if "store" in line:
         words.append(f"stored as {_line(line['store'])}")
     return " ".join(words)

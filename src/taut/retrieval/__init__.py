@@ -1,1 +1,1 @@
-"""Sentence vectors and small indexes of them. Tensors and texts; no method and no plan."""
+"""Sentence vectors and small indexes of them. Works on tensors and texts; knows no methods and no plans."""

@@ -1,7 +1,7 @@
-"""How a unit vector is kept in few bytes, and how queries are scored against what is kept.
+"""Codes that store a unit vector in few bytes, and the scores of queries against coded vectors.
 
-N documents are a tensor (N, ``row_bytes``) of bytes, or (N, W) of floats for ``Float``. A code decides only what a row
-means; chunks, ranks and files are the index's business.
+N coded documents are a tensor (N, ``row_bytes``) of bytes, or (N, W) of floats for ``Float``. A code only defines what
+a row means; the index handles chunks, ranks and files.
 """
 
 from abc import ABC, abstractmethod
@@ -19,18 +19,18 @@ from taut.ops.codebooks.kmeans import nearest as nearest_centroids
 from taut.ops.quantization.int8_linear import integer_product_is_exact
 
 CENTROIDS = 256
-"""One for each value of a byte."""
+"""Centroids per codebook: one for each value of a byte."""
 SUBVECTOR = 4
-"""Numbers that share a byte of a product code unless ``bytes`` says otherwise."""
+"""Dimensions per byte of a product code, unless ``bytes`` is given."""
 FEW_QUERIES = 4
 QUERIES_AT_ONCE = 32
-"""Tables of more queries than this leave the cache."""
+"""The score tables of more queries than this do not fit into the processor's cache."""
 
 
 class Code(ABC):
-    """A way to keep unit vectors of ``width`` W. Subclasses are final.
+    """A way to store unit vectors of ``width`` W. Subclasses are final.
 
-    ``scores`` are inner products of float queries with ``decode`` of the rows, up to rounding.
+    ``scores`` are the inner products of float queries with the decoded rows, up to rounding.
     """
 
     name: ClassVar[str]
@@ -38,37 +38,41 @@ class Code(ABC):
     def __init__(self, width: int, **fitted: Tensor) -> None:
         self.width = width
         self.fitted = fitted
-        """What all rows share, by name: ranges, thresholds, codebooks. With ``width`` it rebuilds the code."""
+        """The tensors that all rows share, by name: ranges, thresholds, codebooks. With ``width`` they rebuild the
+        code."""
 
     @classmethod
     @abstractmethod
     def bytes_for(cls, width: int, wanted: int | None = None) -> int:
-        """Bytes of a vector. Raises TautError where it cannot have the ``wanted``; None is the code's own choice."""
+        """The bytes per vector: ``wanted``, or the code's default for None.
+
+        Raises TautError if the code cannot use ``wanted`` bytes.
+        """
 
     @classmethod
     @abstractmethod
     def fit(cls, vectors: Tensor, bytes: int | None, seed: int) -> Self:
-        """The code for vectors like these (N, W), N >= 1, of ``bytes_for(W, bytes)`` each."""
+        """Fit a code to ``vectors`` (N, W), N >= 1; it stores each in ``bytes_for(W, bytes)`` bytes."""
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a vector, without what all vectors share."""
+        """Bytes per vector, without the tensors that all vectors share."""
         return self.bytes_for(self.width)
 
     @abstractmethod
     def encode(self, vectors: Tensor) -> Tensor:
-        """(N, W) float32 -> (N, -), the rows kept."""
+        """(N, W) float32 vectors -> (N, -) rows to store."""
 
     @abstractmethod
     def decode(self, rows: Tensor) -> Tensor:
-        """(N, -) rows -> (N, W) float32, what a query meets."""
+        """(N, -) rows -> (N, W) float32, the vectors that queries are scored against."""
 
     @abstractmethod
     def scores(self, queries: Tensor, rows: Tensor) -> Tensor:
-        """(Q, W) float32 queries, (n, -) rows -> (Q, n) float32, higher is nearer."""
+        """(Q, W) float32 queries, (n, -) rows -> (Q, n) float32 scores; higher is nearer."""
 
     def quick_scores(self, queries: Tensor, rows: Tensor) -> Tensor:
-        """Cheaper scores to choose candidates by, where there are any."""
+        """Scores for choosing candidates: cheaper ones if the code has them, else those of ``scores``."""
         return self.scores(queries, rows)
 
     def to(self, device: torch.device | str) -> Self:
@@ -77,12 +81,14 @@ class Code(ABC):
     @classmethod
     def _only(cls, expected: int, wanted: int | None) -> int:
         if wanted not in (None, expected):
-            raise TautError(f"code {cls.name}: bytes = {wanted}: it has {expected} here; only pq lets you choose")
+            raise TautError(
+                f"code {cls.name}: bytes = {wanted}: expected {expected} for this width; only pq lets you choose"
+            )
         return expected
 
 
 class Float(Code):
-    """The vectors themselves, float32."""
+    """Stores the vectors themselves, float32."""
 
     name = "float"
 
@@ -105,10 +111,10 @@ class Float(Code):
 
 
 class Int8(Code):
-    """A byte for each number: 255 equal steps over the range that its dimension had when the code was fitted.
+    """One byte per number: 255 equally spaced levels over the range that its dimension had when the code was fitted.
 
-    The range of each dimension lies around its own middle, so a dimension in which all vectors are large and alike, as
-    many decoders have, costs the others nothing. Queries are rounded to 16 bits and multiplied in integers.
+    Each dimension has its own middle and range. Many decoders have a dimension in which all vectors are large and
+    alike; it does not make the other dimensions coarser. Queries are rounded to 16 bits and multiplied as integers.
     """
 
     name = "int8"
@@ -133,7 +139,7 @@ class Int8(Code):
         scaled, offset = queries * self.fitted["step"], (queries @ self.fitted["middle"])[:, None]
         if rows.device.type != "cpu" or not integer_product_is_exact():
             return torch.addmm(offset, scaled, rows.float().T)
-        # Two digits to the base 255 make a query of 16 bits; one alone would round as coarsely as the rows.
+        # Two digits to the base 255 represent a query in 16 bits; one digit would round as coarsely as the rows.
         unit = scaled.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / (127 * 255)
         whole = (scaled / unit).round_()
         high = (whole / 255).round_()
@@ -143,10 +149,10 @@ class Int8(Code):
 
 
 class Binary(Code):
-    """A bit for each number: whether it exceeds the median of its dimension. The earlier number is the lower bit.
+    """One bit per number: whether it exceeds the median of its dimension. Earlier numbers are lower bits.
 
-    A float query meets +1 and -1, divided by sqrt(W), after the medians are taken off it too. ``quick_scores`` take the
-    signs of the query instead: 1 - 2 * (bits that differ) / W.
+    ``scores`` subtract the medians from the float query as well, and multiply it with +1 and -1 divided by sqrt(W).
+    ``quick_scores`` also reduce the query to bits: 1 - 2 * (bits that differ) / W.
     """
 
     name = "binary"
@@ -175,9 +181,9 @@ class Binary(Code):
 
 
 class ProductQuantized(Code):
-    """A byte for each subvector: the nearest of up to 256 centroids, found by k-means for each place of its own.
+    """One byte per subvector: the index of the nearest of up to 256 centroids, fitted by k-means for each place.
 
-    Source: Jegou, Douze and Schmid 2011 (product quantisation, asymmetric distances), for inner products.
+    Source: Jegou, Douze and Schmid 2011 (product quantisation, asymmetric distances), here for inner products.
     """
 
     name = "pq"
@@ -221,32 +227,33 @@ CODES: dict[str, type[Code]] = {code.name: code for code in (Float, Int8, Binary
 
 
 def code_named(name: str) -> type[Code]:
-    """Raises TautError naming the nearest code when there is none of this name."""
+    """The code called ``name``. Raises TautError that names the nearest code if there is none."""
     if name not in CODES:
         raise TautError(f"unknown code {name!r}: {nearest(name, CODES)}")
     return CODES[name]
 
 
 def summed_by_table(tables: Tensor, rows: Tensor) -> Tensor:
-    """(Q, P, C) float32 tables, one number for each of C codes at each of P places; (n, P) codes uint8 -> (Q, n) sums.
+    """Sum table entries: (Q, P, C) float32 tables and (n, P) uint8 codes -> (Q, n) sums.
 
-    Q * P additions a row and no product; extra memory O(n * (P + Q)).
+    A table holds one number for each of C codes at each of P places. Takes Q * P additions per row and no
+    multiplication; extra memory O(n * (P + Q)).
     """
     count, places, size = tables.shape
     indices = rows.int() + torch.arange(places, dtype=torch.int32, device=rows.device) * size
     if count < FEW_QUERIES:
-        # A bag reads a whole vector of queries for each code: with few of them the plain gather is faster.
+        # embedding_bag reads one vector over all queries per code; with few queries a plain gather is faster.
         flat = indices.view(-1)
-        found = [table.reshape(-1)[flat].view(len(rows), places).sum(1) for table in tables]
-        return torch.stack(found) if found else tables.new_empty(0, len(rows))
+        sums = [table.reshape(-1)[flat].view(len(rows), places).sum(1) for table in tables]
+        return torch.stack(sums) if sums else tables.new_empty(0, len(rows))
     blocks = tables.flatten(1).split(QUERIES_AT_ONCE)
     return torch.cat([F.embedding_bag(indices, block.T.contiguous(), mode="sum") for block in blocks], dim=1).T
 
 
 def hamming(first: Tensor, second: Tensor) -> Tensor:
-    """(Q, P) and (n, P) uint8 -> (Q, n) int32: how many bits differ.
+    """Count the bits that differ: (Q, P) and (n, P) uint8 -> (Q, n) int32.
 
-    On a CPU 64 bits at a time, with the processor's own count of bits (numpy's). Extra memory O(n * P + result).
+    On a CPU, numpy counts 64 bits at a time with the processor's own instruction. Extra memory O(n * P + result).
     """
     if first.device.type != "cpu":
         signs = _signs(first.device)
@@ -255,20 +262,20 @@ def hamming(first: Tensor, second: Tensor) -> Tensor:
     if first.shape[1] % 8:
         first, second = (F.pad(side, (0, -side.shape[1] % 8)) for side in (first, second))
     queries, rows = first.numpy().view(np.uint64), second.numpy().view(np.uint64)
-    # Words of one place side by side, so that adding up goes along them.
+    # Put the words of one place next to each other, so that the sum over places runs along contiguous memory.
     words = np.ascontiguousarray(rows.T)
-    found = np.empty((len(queries), len(rows)), dtype=np.int32)
-    for query, out in zip(queries, found, strict=True):
+    counts = np.empty((len(queries), len(rows)), dtype=np.int32)
+    for query, out in zip(queries, counts, strict=True):
         np.bitwise_count(words ^ query[:, None]).sum(axis=0, dtype=np.int32, out=out)
-    return torch.from_numpy(found)
+    return torch.from_numpy(counts)
 
 
 def _cut(vectors: Tensor, places: int) -> Tensor:
-    """(N, W) -> (N, ``places``, W / ``places``)."""
+    """Split vectors into equal parts: (N, W) -> (N, ``places``, W / ``places``)."""
     return vectors.reshape(len(vectors), places, vectors.shape[1] // places)
 
 
 def _signs(device: torch.device) -> Tensor:
-    """(256, 8) float32: +1 where the bit of a byte is set, else -1; the lowest bit first."""
+    """(256, 8) float32: +1 if the bit of the byte is set, else -1; lowest bit first."""
     values = torch.arange(256, device=device)[:, None]
     return ((values >> torch.arange(8, device=device)) & 1).float() * 2 - 1

@@ -1,4 +1,4 @@
-"""From texts to unit vectors, with the pooling that the model was trained with."""
+"""Turns texts into unit vectors, with the pooling that the model was trained with."""
 
 import json
 from collections.abc import Sequence
@@ -12,19 +12,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import data
 from taut.core.errors import TautError, nearest
+from taut.core.progress import Progress
 from taut.evaluation._encode import POOLINGS, encode
-from taut.evaluation.task import Progress, reads_text
+from taut.evaluation.task import reads_text
 from taut.retrieval.index import Index, chosen_codes, prefix
 from taut.surgery.loading import open_model, open_tokenizer, resolve
 from taut.surgery.modes import evaluating
 
 LENGTH = 256
-"""Tokens kept of a text where the model's folder names no number."""
+"""Tokens kept of a text if the model's folder does not give a number."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model that reads text, its tokenizer, and how its states become one vector of width D; ``open_encoder``."""
+    """A model that reads text, its tokenizer, and how to pool its states to one vector of width D.
+
+    ``open_encoder`` makes one.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -35,7 +39,7 @@ class Encoder:
 
     @property
     def width(self) -> int:
-        """D, of the vectors before any prefix is taken."""
+        """D, the width of the vectors before any prefix is taken."""
         return self.model.config.get_text_config().hidden_size
 
     def encode(
@@ -46,10 +50,11 @@ class Encoder:
         batch_size: int = 32,
         progress: Progress | None = None,
     ) -> Tensor:
-        """N texts -> (N, D) float32 unit vectors on the CPU; of ``width`` numbers, the first so many made unit again.
+        """Encode N texts as unit vectors (N, D), float32 on the CPU.
 
-        In batches of similar length; ``progress(done, N)`` after each. Raises TautError for a single string and for a
-        width that the vectors do not have.
+        With ``width``, keeps only the first ``width`` numbers of each vector and rescales them to unit length. Runs
+        batches of similar length and calls ``progress(done, N)`` after each. Raises TautError for a single string and
+        for a width that is out of range.
         """
         if isinstance(sentences, str):
             raise TautError("encode: expected a list of texts, not one string; put it in a list")
@@ -79,16 +84,16 @@ class Encoder:
         progress: Progress | None = None,
         **options: Any,
     ) -> Index:
-        """The documents, encoded and coded; ``options`` as in ``Index.build``.
+        """Encode documents and build an index of them; ``options`` as in ``Index.build``.
 
-        What a code fits is fitted on the documents, or on the texts ``calibration``. ``keep_texts`` keeps the documents
-        beside their vectors. Raises TautError for wrong input.
+        The code is fitted on the documents, or on the texts ``calibration``. ``keep_texts`` stores the documents in the
+        index. Raises TautError for wrong input.
         """
-        # Encoding takes minutes; a wrong word is said before.
+        # Encoding takes minutes, so check the options first.
         chosen_codes(self.width, code, **{key: options[key] for key in ("width", "bytes", "finer") if key in options})
         vectors = self.encode(documents, batch_size=batch_size, progress=progress)
-        known = None if calibration is None else self.encode(calibration, batch_size=batch_size)
-        built = Index.build(vectors, code, calibration=known, **options)
+        calibration_vectors = None if calibration is None else self.encode(calibration, batch_size=batch_size)
+        built = Index.build(vectors, code, calibration=calibration_vectors, **options)
         return replace(built, texts=tuple(documents) if keep_texts else (), model=self.name)
 
 
@@ -102,12 +107,13 @@ def open_encoder(
     device: str = "cpu",
     seed: int = 0,
 ) -> Encoder:
-    """An encoder from a folder, Hub id or ``minilm``, compressed or not, or from a model in memory and its tokenizer.
+    """Open an encoder from a folder, Hub id or ``minilm``, or from a model in memory and its tokenizer.
 
-    A folder with the files of sentence-transformers decides pooling, length and lower case; anything else is pooled by
-    the mean of its last states over the real tokens and cut after 256 tokens, decoders too. ``pooling`` (mean, cls,
-    lasttoken, max) and ``max_length`` overrule. Raises TautError for wrong input, and for a folder whose
-    sentence-transformers modules do more than pool and normalise.
+    The model may be compressed or not.
+    If a folder has the files of sentence-transformers, they decide pooling, length and lower case. For any other model,
+    decoders included, the vector is the mean of the last states over the real tokens, and texts are cut after 256
+    tokens. ``pooling`` (mean, cls, lasttoken, max) and ``max_length`` override both. Raises TautError for wrong input,
+    and for a folder whose sentence-transformers modules do more than pool and normalise.
     """
     settings: dict[str, Any] = {}
     name = ""
@@ -117,7 +123,7 @@ def open_encoder(
         settings = trained_with(source.folder) if source.folder else {}
         tokenizer = tokenizer or open_tokenizer(source)
         if tokenizer is None:
-            raise TautError(f"{name}: no tokenizer there, and texts need one")
+            raise TautError(f"{name}: no tokenizer found; encoding texts needs one")
         model = open_model(source, dtype, device, seed)
     if tokenizer is None:
         raise TautError("vectors: a model in memory needs its tokenizer=")
@@ -133,28 +139,28 @@ def open_encoder(
 
 
 def trained_with(folder: Path) -> dict[str, Any]:
-    """``pooling``, ``max_length`` and ``lower`` as far as the files of sentence-transformers in ``folder`` say them.
+    """Read ``pooling``, ``max_length`` and ``lower`` from the files of sentence-transformers in ``folder``.
 
-    Raises TautError for modules that taut does not run.
+    A setting that the files do not give is left out. Raises TautError for modules that taut does not run.
     """
-    found: dict[str, Any] = {}
+    trained: dict[str, Any] = {}
     modules = _read(folder / "modules.json") or []
     for module in modules:
         kind = module["type"].rpartition(".")[2]
         if kind == "Pooling":
-            found["pooling"] = _pooling(folder / module["path"] / "config.json")
+            trained["pooling"] = _pooling(folder / module["path"] / "config.json")
         elif kind not in ("Transformer", "Normalize"):
             raise TautError(f"{folder}: its sentence vectors pass through {kind}, which taut does not run")
     if modules:
         settings = _read(folder / "sentence_bert_config.json") or {}
         if settings.get("max_seq_length"):
-            found["max_length"] = settings["max_seq_length"]
-        found["lower"] = bool(settings.get("do_lower_case"))
-    return found
+            trained["max_length"] = settings["max_seq_length"]
+        trained["lower"] = bool(settings.get("do_lower_case"))
+    return trained
 
 
 def documents_of(path: str | Path) -> list[str]:
-    """The documents in a text file or named text: its paragraphs, or its lines where no line is blank."""
+    """The documents in a text file or named text: its paragraphs, or its lines if it has only one paragraph."""
     paragraphs = data.paragraphs(str(path)).column(0)
     if len(paragraphs) > 1:
         return paragraphs
@@ -163,7 +169,10 @@ def documents_of(path: str | Path) -> list[str]:
 
 
 def _pooling(path: Path) -> str:
-    """The one way of pooling that a config names, in the new form or the old one (a switch for each way)."""
+    """The pooling that a config names, in the new form or the old one (one switch per pooling).
+
+    Raises TautError for several poolings or an unknown one.
+    """
     config = _read(path) or {}
     named = config.get("pooling_mode") or [
         key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
@@ -172,12 +181,12 @@ def _pooling(path: Path) -> str:
     ]
     ways = [named] if isinstance(named, str) else list(named) or ["mean"]
     if len(ways) > 1 or ways[0] not in POOLINGS:
-        raise TautError(f"{path}: pooling {' + '.join(ways)}: taut has one of {', '.join(POOLINGS)}")
+        raise TautError(f"{path}: pooling {' + '.join(ways)}: expected exactly one of {', '.join(POOLINGS)}")
     return ways[0]
 
 
 def _read(path: Path) -> Any:
-    """The content of a JSON file, None where there is none."""
+    """The content of a JSON file, or None if the file does not exist."""
     if not path.is_file():
         return None
     try:

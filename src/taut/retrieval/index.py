@@ -1,4 +1,4 @@
-"""Coded vectors that can be searched, saved and opened again."""
+"""An index of coded vectors that can be searched, saved and loaded."""
 
 import json
 from dataclasses import dataclass, replace
@@ -20,13 +20,13 @@ FORMAT = 1
 FACTS, TENSORS, TEXTS = "index.json", "index.safetensors", "documents.json"
 ROWS_AT_ONCE = 1 << 14
 QUERIES_AT_ONCE = 1 << 8
-"""Together they bound what a search needs beside the index: 16 MB of scores and the work on so many rows."""
+"""Together they bound the memory of a search beside the index: 16 MB of scores, and the work on one block of rows."""
 CANDIDATES = 4
-"""Candidates for each answer wanted, where an index has finer rows and the caller names no number."""
+"""Candidates per requested hit, if an index has finer rows and the caller gives no number."""
 
 
 class Hits(NamedTuple):
-    """``scores`` (Q, k) float32, best first, and ``ids`` (Q, k) int64, the places of the documents."""
+    """``scores`` (Q, k) float32, best first, and ``ids`` (Q, k) int64, the indices of the documents."""
 
     scores: Tensor
     ids: Tensor
@@ -34,7 +34,7 @@ class Hits(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexRows:
-    """Documents in one code: ``kept`` (N, -)."""
+    """N documents in one code; ``kept`` (N, -) holds their rows."""
 
     code: Code
     kept: Tensor
@@ -45,10 +45,11 @@ class IndexRows:
 
 @dataclass(frozen=True)
 class Index:
-    """N documents as coded unit vectors of ``width`` W, from vectors of ``full_width`` D; ``Index.build`` makes one.
+    """N documents as coded unit vectors of ``width`` W, made from vectors of ``full_width`` D.
 
-    ``rotation`` (D, W) turns a vector before its first W numbers are kept; without it they are the first W as they
-    are. ``finer`` holds the same documents once more, to score the best of the coarse rows again.
+    ``Index.build`` makes one. ``rotation`` (D, W) maps a vector to the W numbers that are kept; without it, the index
+    keeps the first W numbers unchanged. ``finer`` holds the same documents in a second code, to rescore the best
+    candidates of the coarse rows.
     """
 
     rows: IndexRows
@@ -71,28 +72,28 @@ class Index:
         calibration: Tensor | None = None,
         seed: int = 0,
     ) -> Self:
-        """An index of ``vectors`` (N, D) float. Deterministic.
+        """Build an index of ``vectors`` (N, D) float. Deterministic.
 
-        ``code``: float, int8, binary or pq, the last with ``bytes`` a vector. ``width``: keep the first so many numbers
-        and make them unit vectors again, with ``rotate`` after turning the principal directions to the front.
-        ``finer``: a second code to score candidates by. What is fitted (rotation, ranges, codebooks) is fitted on
-        ``calibration`` (M, D), by default on the vectors themselves. Raises TautError for wrong input.
+        ``code``: float, int8, binary or pq, the last with ``bytes`` per vector. ``width``: keep this many leading
+        numbers and rescale them to unit length. ``rotate`` first rotates the principal directions to the front.
+        ``finer``: a second code for rescoring candidates. Rotation, ranges and codebooks are fitted on ``calibration``
+        (M, D), by default on the vectors themselves. Raises TautError for wrong input.
         """
         if vectors.dim() != 2 or not vectors.shape[1] or not vectors.is_floating_point():
             raise TautError(f"an index is built from float vectors (N, D), not {tuple(vectors.shape)} {vectors.dtype}")
-        known = vectors if calibration is None else calibration
-        if not len(known):
-            raise TautError("an index of no documents has nothing to fit a code on; give calibration vectors")
+        fitting = vectors if calibration is None else calibration
+        if not len(fitting):
+            raise TautError("no documents: there are no vectors to fit a code on; give calibration vectors")
         full = vectors.shape[1]
-        if known.dim() != 2 or known.shape[1] != full:
-            raise TautError(f"calibration vectors {tuple(known.shape)} do not have the width {full} of the documents")
-        if not (vectors.isfinite().all() and known.isfinite().all()):
+        if fitting.dim() != 2 or fitting.shape[1] != full:
+            raise TautError(f"calibration vectors {tuple(fitting.shape)} do not have the width {full} of the documents")
+        if not (vectors.isfinite().all() and fitting.isfinite().all()):
             raise TautError("the vectors hold numbers that are not finite")
         kinds = chosen_codes(full, code, width=width, bytes=bytes, finer=finer)
-        rotation = principal_directions(known)[:, : width or full].contiguous() if rotate else None
-        known, vectors = (prefix(turned(side.detach().float(), rotation), width) for side in (known, vectors))
+        rotation = principal_directions(fitting)[:, : width or full].contiguous() if rotate else None
+        fitting, vectors = (prefix(turned(side.detach().float(), rotation), width) for side in (fitting, vectors))
         rows, again = (
-            None if kind is None else _rows(kind.fit(known, size, seed), vectors)
+            None if kind is None else _rows(kind.fit(fitting, size, seed), vectors)
             for kind, size in zip(kinds, (bytes, None), strict=True)
         )
         return cls(rows, full, rotation, again)
@@ -106,12 +107,12 @@ class Index:
 
     @property
     def bytes_per_vector(self) -> int:
-        """Of a document, finer rows included; without ``shared_bytes``."""
+        """Bytes per document, finer rows included, ``shared_bytes`` excluded."""
         return self.rows.code.row_bytes + (self.finer.code.row_bytes if self.finer else 0)
 
     @property
     def shared_bytes(self) -> int:
-        """Of what all documents share: rotation, ranges, codebooks."""
+        """Bytes of the tensors that all documents share: rotation, ranges, codebooks."""
         return sum(tensor.nbytes for name, tensor in self._tensors().items() if not name.startswith(("rows", "finer")))
 
     def to(self, device: torch.device | str) -> "Index":
@@ -122,33 +123,34 @@ class Index:
         )
 
     def search(self, queries: Tensor, k: int = 10, *, candidates: int | None = None, symmetric: bool = False) -> Hits:
-        """The k best documents of each query (Q, D), or all where there are fewer; of equals the earlier first.
+        """Find the k best documents of each query (Q, D), or all documents if there are fewer.
 
-        With ``candidates`` so many are chosen by the quickest scores (for binary rows the bits that differ) and scored
-        again by the finer rows, or by the float query where there are none; by default 4 * k where there are finer rows
-        and none otherwise. ``symmetric`` scores binary rows by the bits that differ alone. Raises TautError for wrong
+        Of two documents with equal scores, the earlier comes first. With ``candidates``, that many documents are first
+        chosen by the quickest scores (for binary rows the number of bits that differ). Then they are rescored by the
+        finer rows, or by the float query if there are no finer rows. The default is 4 * k candidates with finer rows,
+        and none without. ``symmetric`` scores binary rows only by the bits that differ. Raises TautError for wrong
         input.
 
-        One pass over the rows in blocks, the best of each kept: extra memory O(block + k * N / block).
+        One pass over the rows in blocks keeps the best of each block: extra memory O(block + k * N / block).
         """
         if k < 1 or (candidates is not None and candidates < k):
             raise TautError(f"search: k = {k}, candidates = {candidates}: expected k >= 1 and candidates >= k")
         if symmetric and (candidates or self.finer):
-            raise TautError("search: symmetric scores are not scored again; leave out candidates, or use an index "
+            raise TautError("search: symmetric scores cannot be rescored; leave out candidates, or use an index "
                             "without finer rows")  # fmt: skip
         queries = self._prepared(queries)
         again = candidates or (CANDIDATES * k if self.finer else None)
-        found = [
+        hits = [
             self._search(block, k, again, symmetric or again is not None) for block in queries.split(QUERIES_AT_ONCE)
         ]
-        return Hits(*(torch.cat(side) for side in zip(*found, strict=True)))
+        return Hits(*(torch.cat(side) for side in zip(*hits, strict=True)))
 
     def scores(self, queries: Tensor, *, symmetric: bool = False) -> Tensor:
-        """Every score: queries (Q, D) -> (Q, N) float32, by the coarse rows. Memory O(Q * N)."""
+        """All scores by the coarse rows: queries (Q, D) -> (Q, N) float32. Memory O(Q * N)."""
         return self._score(self._prepared(queries), self.rows.kept, symmetric)
 
     def describe(self, hits: Hits) -> list[list[dict[str, Any]]]:
-        """For each query its hits as ``score``, ``id`` and ``text``, None where the index keeps no texts."""
+        """The hits of each query as ``score``, ``id`` and ``text`` (None if the index keeps no texts)."""
         return [
             [
                 {"score": score, "id": number, "text": self.texts[number] if self.texts else None}
@@ -158,8 +160,10 @@ class Index:
         ]
 
     def save(self, out: str | Path) -> Path:
-        """A folder with the facts (json), the tensors (safetensors) and, where there are any, the texts. It appears
-        whole or not at all; equal indexes give equal files."""
+        """Write a folder with the facts (json), the tensors (safetensors) and the texts, if any.
+
+        The folder appears complete or not at all. Equal indexes give equal files.
+        """
         facts: dict[str, Any] = {
             "format": FORMAT,
             "taut_version": version("taut"),
@@ -182,15 +186,15 @@ class Index:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """What ``save`` wrote, to the bit. Raises TautError for a folder that is no index or is damaged."""
+        """Load what ``save`` wrote, exact to the bit. Raises TautError for a folder that is no index or is damaged."""
         folder = Path(folder)
         if not (folder / FACTS).is_file():
-            raise TautError(f"{folder}: no {FACTS} there; an index is a folder that `taut index` or Index.save wrote")
+            raise TautError(f"{folder}: no {FACTS} found; expected a folder that `taut index` or Index.save wrote")
         try:
             facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             if facts["format"] != FORMAT:
                 raise TautError(f"{folder}: an index of format {facts['format']}; this taut reads format {FORMAT}")
-            # Copies: in the file a tensor starts anywhere, and where it starts changes how a product is rounded.
+            # Copy the tensors: in the file they may be unaligned, and alignment changes how a product is rounded.
             tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}
             texts = json.loads((folder / TEXTS).read_text(encoding="utf-8")) if (folder / TEXTS).is_file() else ()
             rows, finer = (
@@ -201,7 +205,7 @@ class Index:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise TautError(f"{folder}: damaged index: {type(error).__name__}: {error}") from None
         if len(index) != facts["documents"] or (index.texts and len(index.texts) != len(index)):
-            raise TautError(f"{folder}: damaged index: {facts['documents']} documents promised, {len(index)} found")
+            raise TautError(f"{folder}: damaged index: expected {facts['documents']} documents, found {len(index)}")
         return index
 
     def _search(self, queries: Tensor, k: int, candidates: int | None, quick: bool) -> Hits:
@@ -218,11 +222,11 @@ class Index:
         return self._again(queries, best.ids, k) if candidates else best
 
     def _again(self, queries: Tensor, ids: Tensor, k: int) -> Hits:
-        """The k best of the candidates (Q, C), one query at a time: each has rows of its own."""
+        """The k best of the candidates (Q, C). Runs one query at a time, because each has different rows."""
         rows = self.finer or self.rows
         scores = torch.empty(ids.shape, device=ids.device)
-        for query, own, out in zip(queries, ids, scores, strict=True):
-            out.copy_(rows.code.scores(query[None], rows.kept[own])[0])
+        for query, candidates, out in zip(queries, ids, scores, strict=True):
+            out.copy_(rows.code.scores(query[None], rows.kept[candidates])[0])
         return _best(scores, ids, k)
 
     def _score(self, queries: Tensor, kept: Tensor, quick: bool) -> Tensor:
@@ -230,7 +234,11 @@ class Index:
         return code.quick_scores(queries, kept) if quick else code.scores(queries, kept)
 
     def _prepared(self, queries: Tensor) -> Tensor:
-        """Queries (Q, D), or of the index's own width where nothing turns them, as the rows saw their vectors."""
+        """Rotate, cut and normalise queries as the documents' vectors were.
+
+        Queries are (Q, D), or (Q, W) if the index has no rotation. Raises TautError for another shape or for numbers
+        that are not finite.
+        """
         fits = (self.full_width,) if self.rotation is not None else (self.full_width, self.width)
         if queries.dim() != 2 or queries.shape[1] not in fits:
             raise TautError(f"queries {tuple(queries.shape)}: this index expects (Q, {self.full_width})")
@@ -240,17 +248,19 @@ class Index:
         return prefix(turned(queries.detach().to(device, torch.float32), self.rotation), self.width)
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = {} if self.rotation is None else {"rotation": self.rotation}
+        tensors = {} if self.rotation is None else {"rotation": self.rotation}
         for key, rows in (("rows", self.rows), ("finer", self.finer)):
             if rows is not None:
-                found |= {key: rows.kept} | {f"code.{key}.{name}": each for name, each in rows.code.fitted.items()}
-        return found
+                tensors |= {key: rows.kept} | {
+                    f"code.{key}.{name}": tensor for name, tensor in rows.code.fitted.items()
+                }
+        return tensors
 
 
 def chosen_codes(
     full_width: int, code: str, *, width: int | None = None, bytes: int | None = None, finer: str | None = None
 ) -> tuple[type[Code], type[Code] | None]:
-    """The codes with these names. Raises TautError for what ``Index.build`` would refuse, before there are vectors."""
+    """The codes with these names. Raises TautError for options that ``Index.build`` would refuse; needs no vectors."""
     _check_width(width, full_width)
     chosen = code_named(code)
     chosen.bytes_for(width or full_width, bytes)
@@ -262,21 +272,21 @@ def chosen_codes(
 
 
 def prefix(vectors: Tensor, width: int | None = None) -> Tensor:
-    """(N, D) -> (N, ``width``): the first numbers, of unit length again. Zero rows stay zero."""
+    """(N, D) -> (N, ``width``): the leading numbers, rescaled to unit length. Zero rows stay zero."""
     _check_width(width, vectors.shape[1])
     return F.normalize(vectors[:, :width], dim=1)
 
 
 def turned(vectors: Tensor, rotation: Tensor | None) -> Tensor:
-    """(N, D) and (D, W) -> (N, W)."""
+    """Apply a rotation, if any: (N, D) and (D, W) -> (N, W)."""
     return vectors if rotation is None else vectors @ rotation
 
 
 def principal_directions(vectors: Tensor) -> Tensor:
-    """(N, D) -> (D, D) orthogonal float32, by falling mean square: a cosine is the same before and after.
+    """(N, D) -> (D, D) orthogonal float32: directions in order of falling mean square. They leave cosines unchanged.
 
-    Nothing is centred, which would change the cosines. Deterministic up to the order of equal directions; each
-    column's largest number is positive.
+    The vectors are not centred, because that would change the cosines. Deterministic up to the order of equal
+    directions. In each column, the number with the largest absolute value is positive.
     """
     unit = F.normalize(vectors.detach().double(), dim=1)
     directions = torch.linalg.eigh(unit.T @ unit / len(unit))[1].flip(1)
@@ -290,7 +300,7 @@ def _check_width(width: int | None, full: int) -> None:
 
 
 def _rows(code: Code, vectors: Tensor) -> IndexRows:
-    """Coded in blocks, so that building needs little beside vectors and rows."""
+    """Encode in blocks, so that building needs little memory besides vectors and rows."""
     blocks = [code.encode(block) for block in vectors.split(ROWS_AT_ONCE)]
     return IndexRows(code, torch.cat(blocks))
 
@@ -302,7 +312,7 @@ def _restored(kind: type[Code], width: int, key: str, tensors: dict[str, Tensor]
 
 
 def _best(scores: Tensor, ids: Tensor, k: int) -> Hits:
-    """The k best of (Q, C), by falling score and rising id."""
+    """The k best of (Q, C), ordered by falling score, then rising id."""
     by_id = ids.argsort(dim=1)
     scores, ids = scores.gather(1, by_id), ids.gather(1, by_id)
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]

@@ -1,1 +1,1 @@
-"""One file per task: data, metric and shortcut baselines."""
+"""The tasks, one file each: data, metric and shortcut baselines."""

@@ -1,4 +1,4 @@
-"""How far a changed model strays from the original one, on the same text."""
+"""Measures how far a changed model departs from the original model on the same text."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -10,33 +10,36 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import data
 from taut.core.errors import TautError
+from taut.core.progress import Progress
 from taut.core.record import Score
 from taut.evaluation._encode import batches, pool, states, token_ids, usable_length
 from taut.evaluation._language import Window, causal_windows, logits, masked_windows, same_length_batches, tokenize
-from taut.evaluation.task import Progress, Task, TaskOptions, kind, reads_text
+from taut.evaluation.task import Task, TaskOptions, kind, reads_text
 
 MASK_EVERY = 7
-"""One in seven, close to the share that masked models are trained with."""
+"""One token in this many is masked: close to the share used to train masked models."""
 
 
 class AgreementOptions(TaskOptions):
     """Options of agreement."""
 
     data: str = Field("python_topics", description="running text")
-    limit: int | None = Field(20_000, ge=1, description="characters, from the start of the text")
+    limit: int | None = Field(20_000, ge=1, description="number of characters, from the start of the text")
     batch_size: int = Field(8, ge=1, le=4096, description="sequences run at once; does not change the score")
-    max_length: int = Field(128, ge=2, description="ids in a window, special tokens included")
+    max_length: int = Field(128, ge=2, description="ids per window, special tokens included")
 
 
 class Agreement(Task):
-    """Language models: Kullback-Leibler divergence of the variant from the original, and how often both put the same
-    token first (masked models: at masked tokens). Others: cosines between their hidden states and pooled vectors.
-    A model agrees with itself exactly: 0 nats, a share and cosines of 1.
+    """Compares a changed model with its original.
+
+    Language models: the Kullback-Leibler divergence of the changed model from the original, and how often both rank the
+    same token first (masked models: at masked tokens). Other models: cosines between their hidden states and between
+    their pooled vectors. A model agrees with itself exactly: 0 nats, and a share and cosines of 1.
     """
 
     id = "agreement"
     needs_reference = True
-    summary = "how far a model strays from its original: divergence and top-1 agreement, or cosines"
+    summary = "how far a model departs from its original: divergence and top-1 agreement, or cosines"
     Options: ClassVar[type[TaskOptions]] = AgreementOptions
 
     def fits(self, model: PreTrainedModel) -> str | None:
@@ -94,7 +97,7 @@ class Agreement(Task):
                 agreements.append((original[i, place].argmax(-1) == variant[i, place].argmax(-1)).double())
             progress(len(divergences), len(windows))
         where = "every next token" if causal else f"one masked token in {MASK_EVERY}"
-        how = f"windows of {length} ids side by side, {where}; samples: sum over a window by the mean number of tokens"
+        how = f"adjacent windows of {length} ids, {where}; samples: sum over a window / mean number of tokens in one"
         facts = source.facts(len(windows))
         return (
             self._score("kl_to_original", "nats per token", how, divergences, "lower", facts),
@@ -110,7 +113,7 @@ class Agreement(Task):
         better: Literal["higher", "lower"],
         facts: dict[str, str],
     ) -> Score:
-        """The mean over all positions; each sample scaled so that their mean is the same."""
+        """The score is the mean over all positions; the samples are scaled so that their mean equals it."""
         sums, positions = [float(window.sum()) for window in windows], sum(len(window) for window in windows)
         samples = [amount * len(windows) / positions for amount in sums]
         return self.score(metric, unit, how, samples, better, facts, value=sum(sums) / positions)
@@ -141,7 +144,7 @@ class Agreement(Task):
                 pooled[index], token[index] = whole[at], single[at]
             done += len(batch)
             progress(done, len(ids))
-        how = f"paragraphs of at most {length} tokens; samples: one a paragraph"
+        how = f"paragraphs of at most {length} tokens; samples: one per paragraph"
         facts = source.facts()
         return (
             self.score("pooled_cosine", "cosine", how, pooled, "higher", facts),
@@ -150,26 +153,30 @@ class Agreement(Task):
 
 
 def divergence(original: Tensor, variant: Tensor) -> Tensor:
-    """(N, V) logits of each -> (N,) float64 KL(original || variant) in nats; exactly 0 for equal logits."""
+    """(N, V) logits of both models -> (N,) float64 KL(original || variant) in nats; exactly 0 for equal logits."""
     p, q = original.double().log_softmax(-1), variant.double().log_softmax(-1)
-    # A token that the original rules out adds nothing, whatever the variant says about it.
+    # A token with probability 0 in the original adds nothing, whatever its probability in the variant.
     terms = torch.where(p.isneginf(), 0.0, p.exp() * (p - q))
     return terms.sum(-1).cpu()
 
 
 def cosine(first: Tensor, second: Tensor) -> Tensor:
-    """(..., D), (..., D) -> (...) float64. The root of the product, not the product of roots: exactly 1 for equals."""
+    """(..., D), (..., D) -> (...) float64: the cosine.
+
+    The divisor is the root of the product of squared norms, not the product of roots: this gives exactly 1 for equal
+    vectors.
+    """
     first, second = first.double(), second.double()
     return (first * second).sum(-1) / ((first * first).sum(-1) * (second * second).sum(-1)).sqrt()
 
 
 def _predicted(window: Window) -> list[int]:
-    """Where a causal model predicts the scored tokens: one place before each."""
+    """The places where a causal model predicts the scored tokens: one before each token."""
     return list(range(window.scored.start - 1, window.scored.stop - 1))
 
 
 def _holes(window: Window) -> list[int]:
-    """Every seventh place from the middle of the first seven; the last place of a window shorter than that."""
+    """The places to mask: every seventh, from the middle of the first seven; in a shorter window the last place."""
     places = list(range(*window.scored.indices(len(window.ids))))
     return places[MASK_EVERY // 2 :: MASK_EVERY] or places[-1:]
 

@@ -1,4 +1,4 @@
-"""Sort texts into classes: a linear probe on frozen vectors, or a short fine-tuning."""
+"""Classifies texts, with a linear probe on frozen vectors or by a short fine-tuning."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import data
 from taut.core.errors import TautError
+from taut.core.progress import Progress
 from taut.core.record import Score
 from taut.evaluation._encode import encode, pool, states, token_ids, usable_length
 from taut.evaluation._probe import probe
-from taut.evaluation.task import Progress, Task, TaskOptions, reads_text
+from taut.evaluation.task import Task, TaskOptions, reads_text
 
 HEAD_LEARNING_RATE = 1e-3
 
@@ -25,23 +26,26 @@ HEAD_LEARNING_RATE = 1e-3
 class ClassifyOptions(TaskOptions):
     """Options of classify."""
 
-    data: str = Field("sst2", description="a name such as sst2, cola, trec, or a file with a text and a label a row")
+    data: str = Field("sst2", description="a name such as sst2, cola, trec, or a file with one text and label per row")
     train: str | None = Field(None, description="file to train on; else the train split, or 3 of 4 rows of the data")
-    columns: str | None = Field(None, description="TEXT,LABEL by header or position; guessed if clear")
+    columns: str | None = Field(None, description="TEXT,LABEL by header or position; by default guessed if unambiguous")
     limit: int | None = Field(1000, ge=1, description="rows to evaluate on, from the start of the fixed order")
     train_limit: int | None = Field(2000, ge=2, description="rows to train on, from the start of the fixed order")
     max_length: int = Field(128, ge=2, description="tokens kept of each text, special tokens included")
-    mode: Literal["probe", "finetune"] = Field("probe", description="train a linear map alone, or the model with it")
+    mode: Literal["probe", "finetune"] = Field("probe", description="train only a linear map, or also the model")
     epochs: int = Field(1, ge=1, description="finetune: passes over the training rows")
-    learning_rate: float = Field(5e-5, gt=0, description="finetune: of the model; its new head has 1e-3")
-    train_batch_size: int = Field(16, ge=1, description="finetune: rows in a step")
+    learning_rate: float = Field(5e-5, gt=0, description="finetune: learning rate of the model; its new head has 1e-3")
+    train_batch_size: int = Field(16, ge=1, description="finetune: rows per step")
 
 
 class Classify(Task):
-    """Accuracy, and for two classes Matthews' correlation. Training rows that also are evaluation rows are left out."""
+    """Accuracy, and for two classes Matthews' correlation.
+
+    Training rows whose text is also an evaluation row are left out.
+    """
 
     id = "classify"
-    summary = "sort texts into classes by a linear probe or a short fine-tuning (accuracy, Matthews' correlation)"
+    summary = "classify texts by a linear probe or a short fine-tuning (accuracy, Matthews' correlation)"
     Options: ClassVar[type[TaskOptions]] = ClassifyOptions
 
     def fits(self, model: PreTrainedModel) -> str | None:
@@ -62,10 +66,11 @@ class Classify(Task):
         classes = sorted(set(train.column(1)))
         if len(classes) < 2:
             raise TautError(
-                f"task {self.id}: the training rows of {self.options.data} have the one label {classes[0]!r}"
+                f"task {self.id}: all training rows of {self.options.data} have the label {classes[0]!r}; expected two "
+                "labels or more"
             )
         labels = np.array([classes.index(label) for label in train.column(1)])
-        # A label never trained on is no class: every prediction of its rows is wrong.
+        # A label without training rows gets class -1, so every prediction for its rows is wrong.
         gold = np.array([classes.index(label) if label in classes else -1 for label in evaluation.column(1)])
         texts = (train.column(0), evaluation.column(0))
         if self.options.mode == "probe":
@@ -82,7 +87,7 @@ class Classify(Task):
             self.score(
                 "accuracy",
                 "share",
-                f"{how}; samples: 1 where right",
+                f"{how}; samples: 1 if correct, else 0",
                 (predicted == gold).astype(float).tolist(),
                 "higher",
                 facts,
@@ -94,7 +99,7 @@ class Classify(Task):
                 self.score(
                     "matthews",
                     "correlation",
-                    f"{how}; samples: product of standardised label and prediction, whose mean is the correlation",
+                    f"{how}; samples: product of standardised label and prediction; their mean is the correlation",
                     correlation_products(predicted, gold),
                     "higher",
                     facts,
@@ -104,14 +109,16 @@ class Classify(Task):
         return tuple(scores)
 
     def splits(self) -> tuple[data.Data, data.Data]:
-        """Rows (text, label) to train on and to evaluate on: as published, or cut 3 to 1 in hashed order."""
+        """Rows (text, label) for training and for evaluation: the published splits, or 3 to 1 in hashed order."""
         options = self.options
         if options.train is not None:
             train = data.labelled(options.train, columns=options.columns)
             evaluation = data.labelled(options.data, options.split, options.columns)
         elif options.data in data.NAMED and "train" in data.NAMED[options.data].files:
             if options.split == "train":
-                raise TautError(f"task {self.id}: split train of {options.data} is what is trained on; choose another")
+                raise TautError(
+                    f"task {self.id}: split train of {options.data} is used for training; evaluate on another split"
+                )
             train = data.labelled(options.data, "train", options.columns)
             evaluation = data.labelled(options.data, options.split, options.columns)
         else:
@@ -125,8 +132,8 @@ class Classify(Task):
         train = data.Data(train.source, train.split, rows).head(options.train_limit)
         if not evaluation.rows or len(train.rows) < 2:
             raise TautError(
-                f"task {self.id}: {options.data} leaves {len(train.rows)} rows to train on and "
-                f"{len(evaluation.rows)} to evaluate on; expected at least 2 and 1"
+                f"task {self.id}: {options.data} leaves {len(train.rows)} rows for training and "
+                f"{len(evaluation.rows)} for evaluation; expected at least 2 and 1"
             )
         return train, evaluation
 
@@ -151,10 +158,10 @@ class Classify(Task):
         train, evaluation = vectors[: len(labels)], vectors[len(labels) :]
         mean, deviation = train.mean(0), train.std(0)
         deviation[deviation == 0] = 1.0
-        # Features of variance 1 / D: a squared weight then costs the same whatever the width of the model.
+        # Scale the features to variance 1 / D, so that the penalty does not depend on the model's width D.
         scale = deviation * np.sqrt(train.shape[1])
         predicted, strength = probe((train - mean) / scale, labels, (evaluation - mean) / scale, classes)
-        return predicted, f"logistic regression on frozen mean-pooled vectors, C = {strength:g} chosen in training rows"
+        return predicted, f"logistic regression on frozen mean-pooled vectors, C = {strength:g} chosen on training rows"
 
     def _finetune(
         self,
@@ -209,7 +216,7 @@ class Classify(Task):
 def correlation_products(predicted: np.ndarray, gold: np.ndarray) -> list[float]:
     """Two (M,) arrays of 0 and 1 -> M products of standardised values; their mean is Matthews' correlation.
 
-    All 0 where one side is constant, by the usual convention.
+    All are 0 if one side is constant, by the usual convention.
     """
     if predicted.std() == 0 or gold.std() == 0:
         return [0.0] * len(gold)
@@ -218,14 +225,19 @@ def correlation_products(predicted: np.ndarray, gold: np.ndarray) -> list[float]
 
 
 def _bags(texts: tuple[list[str], list[str]], labels: np.ndarray) -> tuple[csr_array, np.ndarray, csr_array]:
-    """Which words a text holds, of those the training texts hold: (N, W), labels, (M, W), sparse float64."""
+    """Sparse float64 bags of words (N, W) and (M, W), with the labels between them.
+
+    An entry is 1 if the text contains the word. The W words are those of the training texts.
+    """
     split = [[set(text.lower().split()) for text in side] for side in texts]
     vocabulary = {word: index for index, word in enumerate(sorted(set().union(*split[0])))}
     tables = []
     for side in split:
-        found = [(row, vocabulary[word]) for row, words in enumerate(side) for word in sorted(words & set(vocabulary))]
-        places = np.array(found, dtype=int).reshape(-1, 2).T
-        tables.append(csr_array((np.ones(len(found)), (places[0], places[1])), shape=(len(side), len(vocabulary))))
+        entries = [
+            (row, vocabulary[word]) for row, words in enumerate(side) for word in sorted(words & set(vocabulary))
+        ]
+        places = np.array(entries, dtype=int).reshape(-1, 2).T
+        tables.append(csr_array((np.ones(len(entries)), (places[0], places[1])), shape=(len(side), len(vocabulary))))
     return tables[0], labels, tables[1]
 
 
@@ -236,7 +248,7 @@ def _width(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequ
 
 @contextmanager
 def _restored(model: PreTrainedModel) -> Iterator[None]:
-    """Whatever happens inside, every parameter and buffer holds its old value afterwards, and no gradient."""
+    """Restore the values of all parameters and buffers, and all gradients, at the end, even after an error."""
     tensors = [*model.parameters(), *model.buffers()]
     values = [tensor.detach().clone() for tensor in tensors]
     gradients = [parameter.grad for parameter in model.parameters()]

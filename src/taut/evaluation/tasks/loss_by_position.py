@@ -1,4 +1,4 @@
-"""How a language model's loss falls with the context that it has: does it use what lies far back?"""
+"""Measures how a language model's loss falls with more context: whether it uses distant tokens."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -9,32 +9,35 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import data
 from taut.core.errors import TautError
+from taut.core.progress import Progress
 from taut.core.record import Score
 from taut.evaluation._encode import usable_length
 from taut.evaluation._language import CACHED, causal_windows, logits, surprise, tokenize
-from taut.evaluation.task import Progress, Task, TaskOptions, writes_text
+from taut.evaluation.task import Task, TaskOptions, writes_text
 
 FIRST = 16
-"""Tokens of context at most in the first range; every further range ends at twice the context."""
+"""The first range ends before this many tokens of context; each further range ends at twice the context."""
 
 
 class LossByPositionOptions(TaskOptions):
     """Options of loss_by_position."""
 
     data: str = Field("python_topics", description="running text")
-    limit: int | None = Field(100_000, ge=1, description="characters, from the start of the text")
+    limit: int | None = Field(100_000, ge=1, description="number of characters, from the start of the text")
     batch_size: int = Field(8, ge=1, le=4096, description="windows run at once; does not change the score")
-    max_length: int = Field(512, ge=2 * FIRST, description="tokens of a window, all read from its first one on")
+    max_length: int = Field(512, ge=2 * FIRST, description="tokens per window; the context starts at its first one")
     cached: int | None = Field(None, ge=1, description=CACHED)
 
 
 class LossByPosition(Task):
-    """The text is cut into windows side by side, each read from its own first token, so a token's place is its context.
-    The mean loss of each range of places, and by how much the last doubling of context lowers it.
+    """The mean loss of each range of context lengths, and by how much the last doubling of context lowers it.
+
+    The text is cut into adjacent windows. The model reads each from its first token on, so a token's place is the
+    length of its context.
     """
 
     id = "loss_by_position"
-    summary = "loss of tokens with much and with little context: whether what lies far back is used"
+    summary = "loss of tokens with much and with little context: whether the model uses distant tokens"
     Options: ClassVar[type[TaskOptions]] = LossByPositionOptions
 
     def fits(self, model: PreTrainedModel) -> str | None:
@@ -61,16 +64,16 @@ class LossByPosition(Task):
         if len(rows) < 2 or len(ranges) < 2:
             raise TautError(
                 f"task {self.id}: {len(tokens.ids)} tokens in windows of {length} give {len(rows)} windows and "
-                f"{len(ranges)} ranges of places: two of each at least; change max_length, or take a longer text"
+                f"{len(ranges)} ranges of places; expected at least 2 of each: change max_length, or use a longer text"
             )
         losses = self._losses(model, rows, progress)
         facts = source.facts(len(rows))
-        how = f"{len(rows)} windows of {length} tokens side by side, {'BOS first' if opening else 'no BOS'}"
+        how = f"{len(rows)} adjacent windows of {length} tokens, {'BOS first' if opening else 'no BOS'}"
         how += f", {self.options.cached} at a time through the cache" if self.options.cached else ""
-        found = [
+        scores = [
             self.score(
                 f"loss_at_{first}_to_{last - 1}",
-                "nats a token",
+                "nats per token",
                 f"{how}; tokens with {first} to {last - 1} tokens before them; samples: the mean of each window",
                 losses[:, first - 1 : last - 1].mean(1).tolist(),
                 "lower",
@@ -79,33 +82,33 @@ class LossByPosition(Task):
             for first, last in ranges
         ]
         before, after = (losses[:, first - 1 : last - 1].mean(1) for first, last in ranges[-2:])
-        found.append(
+        scores.append(
             self.score(
                 "gain_of_last_doubling",
-                "nats a token",
-                f"{how}; loss of the last range but one minus that of the last",
+                "nats per token",
+                f"{how}; loss of the second-to-last range minus loss of the last",
                 (before - after).tolist(),
                 "higher",
                 facts,
             )
         )
-        return tuple(found)
+        return tuple(scores)
 
     @torch.inference_mode()
     def _losses(self, model: PreTrainedModel, rows: Sequence[Sequence[int]], progress: Progress) -> torch.Tensor:
-        """(N, length - 1) float64 nats of every token but the first of each window."""
-        found: list[torch.Tensor] = []
+        """(N, length - 1) float64 nats of every token except the first of each window."""
+        losses: list[torch.Tensor] = []
         size = self.options.batch_size
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
             for scores, ids in zip(logits(model, batch, self.options.cached), batch, strict=True):
-                found.append(surprise(scores[:-1], ids[1:]))
-            progress(len(found), len(rows))
-        return torch.stack(found)
+                losses.append(surprise(scores[:-1], ids[1:]))
+            progress(len(losses), len(rows))
+        return torch.stack(losses)
 
 
 def places(length: int) -> list[tuple[int, int]]:
-    """Ranges of places (first, last exclusive) in a window: 1 to 15, 16 to 31, 32 to 63, ..., whole ones only."""
+    """Ranges of places (first, last exclusive) in a window: 1 to 15, 16 to 31, 32 to 63, ..., only complete ones."""
     ends = [FIRST]
     while 2 * ends[-1] <= length:
         ends.append(2 * ends[-1])

@@ -1,4 +1,4 @@
-"""Questions with a choice of answers, put as lm-evaluation-harness puts them."""
+"""Multiple-choice questions, asked as lm-evaluation-harness asks them."""
 
 import importlib
 import math
@@ -12,34 +12,39 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import data
 from taut.core.errors import TautError
+from taut.core.progress import Progress
 from taut.core.record import Score
 from taut.evaluation._encode import usable_length
 from taut.evaluation._language import CACHED
-from taut.evaluation.task import Progress, Task, TaskOptions, writes_text
+from taut.evaluation.task import Task, TaskOptions, writes_text
 
 KEPT_FOR_EXAMPLES = 10
-"""One row in so many, the last ones of the fixed order, is never scored: worked examples are drawn from these."""
+"""One row in this many, from the end of the fixed order, is never scored: worked examples are drawn from these rows."""
 
 
 class MultipleChoiceOptions(TaskOptions):
     """Options of multiple_choice."""
 
     data: str = Field("openbookqa", description="openbookqa, arc_easy, arc_challenge, piqa, boolq, or a JSON file")
-    limit: int | None = Field(1000, ge=1, description="questions, from the start of the fixed order")
-    shots: int = Field(0, ge=0, description="worked examples before each question, of rows that are never scored")
+    limit: int | None = Field(1000, ge=1, description="number of questions, from the start of the fixed order")
+    shots: int = Field(0, ge=0, description="worked examples before each question, from rows that are never scored")
     batch_size: int = Field(8, ge=1, le=4096, description="prompts run at once; does not change the score")
-    max_length: int = Field(2048, ge=2, description="tokens of a prompt with its answer; its beginning is cut")
+    max_length: int = Field(
+        2048, ge=2, description="tokens per prompt with its answer; a longer one is cut at its start"
+    )
     cached: int | None = Field(None, ge=1, description=CACHED)
 
 
 class MultipleChoice(Task):
-    """The answer that is likeliest after the question (``acc``), or likeliest for its length in characters
-    (``acc_norm``). Prompts, requests and metrics are those of lm-evaluation-harness (Gao et al. 2021), the rows those
-    that lie here: other splits than in published tables, so compare with nothing but this task.
+    """Chooses the answer that is most likely after the question (``acc``), or most likely for its length in
+    characters (``acc_norm``).
+
+    Prompts, requests and metrics are those of lm-evaluation-harness (Gao et al. 2021). The rows are local files, with
+    other splits than in published tables: compare results only with results of this task.
     """
 
     id = "multiple_choice"
-    summary = "questions with a choice of answers (OpenBookQA, ARC, PIQA, BoolQ), with or without worked examples"
+    summary = "multiple-choice questions (OpenBookQA, ARC, PIQA, BoolQ), with or without worked examples"
     Options: ClassVar[type[TaskOptions]] = MultipleChoiceOptions
 
     def fits(self, model: PreTrainedModel) -> str | None:
@@ -49,7 +54,7 @@ class MultipleChoice(Task):
         return self.splits()[0]
 
     def splits(self) -> tuple[data.Data, data.Data]:
-        """The questions that are scored, and those that examples are drawn from: none is both."""
+        """The questions to score, and the questions to draw examples from; no question is in both."""
         whole = data.questions(self.options.data, self.options.split)
         kept = math.ceil(len(whole.rows) / KEPT_FOR_EXAMPLES)
         scored = data.Data(whole.source, whole.split, whole.rows[:-kept]).head(self.options.limit)
@@ -97,14 +102,14 @@ class MultipleChoice(Task):
         how += f", drawn with seed {seed}" if options.shots else ""
         how += f"; at most {length} tokens, {answers.cut} prompts cut at their beginning"
         skipped = len(scored.rows) - len(rows)
-        how += f", {skipped} questions not asked whose answers are longer" if skipped else ""
+        how += f", {skipped} questions skipped because of a longer answer" if skipped else ""
         how += f"; {options.cached} at a time through the cache" if options.cached else ""
         facts = scored.facts(len(rows))
         return tuple(
             self.score(
                 metric,
                 "share",
-                f"{how}; samples: 1 where right; Wilson interval",
+                f"{how}; samples: 1 if correct, else 0; Wilson interval",
                 right,
                 "higher",
                 facts,
@@ -116,7 +121,7 @@ class MultipleChoice(Task):
 
 
 def shortcuts(rows: list[tuple[str, ...]]) -> dict[str, float]:
-    """Accuracy of those who guess, who always take the place that is most often right, or the longest answer."""
+    """Accuracies of three shortcuts: guessing, always taking the most frequent correct place, or the longest answer."""
     places = [int(row[2]) for row in rows]
     longest = [max(range(len(row) - 3), key=lambda place, row=row: len(row[3 + place])) for row in rows]
     return {
@@ -127,6 +132,6 @@ def shortcuts(rows: list[tuple[str, ...]]) -> dict[str, float]:
 
 
 def wilson(right: list[float]) -> tuple[float, float]:
-    """The 95 % interval of a share by Wilson's score (1927): never outside 0 to 1, of use for few questions too."""
-    found = binomtest(round(sum(right)), len(right)).proportion_ci(0.95, method="wilson")
-    return float(found.low), float(found.high)
+    """The 95 % interval of a share by Wilson's score (1927): it stays within 0 to 1 and suits few questions too."""
+    interval = binomtest(round(sum(right)), len(right)).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)

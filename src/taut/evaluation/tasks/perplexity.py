@@ -1,4 +1,4 @@
-"""How surprised a language model is by a text, per token and per byte."""
+"""Measures how well a language model predicts a text, per token and per byte."""
 
 import math
 from collections import Counter
@@ -10,6 +10,7 @@ from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import data
+from taut.core.progress import Progress
 from taut.core.record import Score
 from taut.evaluation._encode import usable_length
 from taut.evaluation._language import (
@@ -22,27 +23,33 @@ from taut.evaluation._language import (
     surprise,
     tokenize,
 )
-from taut.evaluation.task import Progress, Task, TaskOptions, kind
+from taut.evaluation.task import Task, TaskOptions, kind
 
 CHARACTERS = {"causal": 100_000, "masked": 2_000}
-"""How much text is read when no limit is given. A masked model needs one pass a token."""
+"""Characters of text to read if no limit is given. A masked model needs one pass per token."""
 
 
 class PerplexityOptions(TaskOptions):
     """Options of perplexity."""
 
     data: str = Field("python_topics", description="running text")
-    limit: int | None = Field(None, ge=1, description="characters, from the start of the text; 100,000 (masked: 2,000)")
+    limit: int | None = Field(
+        None, ge=1, description="number of characters, from the start of the text; by default 100,000 (masked: 2,000)"
+    )
     batch_size: int = Field(8, ge=1, le=4096, description="windows run at once; does not change the score")
-    stride: int | None = Field(None, ge=1, description="tokens from window to window; half a window when left out")
+    stride: int | None = Field(
+        None, ge=1, description="tokens between the starts of two windows; by default half a window"
+    )
     cached: int | None = Field(None, ge=1, description=CACHED)
     together: int = Field(1, ge=1, description="tokens masked in one pass; 1 is the published pseudo-perplexity")
 
 
 class Perplexity(Task):
-    """Causal models: the exponential of the mean negative log-likelihood of a token, and bits per UTF-8 byte, which
-    can be compared between tokenizers. Masked models: pseudo-perplexity, every token masked in its turn (Salazar et
-    al. 2020, arXiv:1910.14659); it is no probability of the text and compares with nothing but itself.
+    """Perplexity of causal models, pseudo-perplexity of masked models.
+
+    Causal models: the exponential of the mean negative log-likelihood per token, and bits per UTF-8 byte, which can be
+    compared between tokenizers. Masked models: pseudo-perplexity, with each token masked in turn (Salazar et al. 2020,
+    arXiv:1910.14659). It is not a probability of the text and can only be compared with other pseudo-perplexities.
     """
 
     id = "perplexity"
@@ -50,11 +57,11 @@ class Perplexity(Task):
     Options: ClassVar[type[TaskOptions]] = PerplexityOptions
 
     def fits(self, model: PreTrainedModel) -> str | None:
-        found = kind(model)
-        if found in CHARACTERS:
+        output = kind(model)
+        if output in CHARACTERS:
             return None
         wanted = "load it with a causal or masked language-modelling head"
-        return f"{type(model).__name__} has no such head ({found}); {wanted}"
+        return f"{type(model).__name__} has no such head ({output}); {wanted}"
 
     def evaluated(self) -> data.Data:
         return data.paragraphs(self.options.data, self.options.split, self.options.limit or max(CHARACTERS.values()))
@@ -90,7 +97,7 @@ class Perplexity(Task):
             self.score(
                 "perplexity_per_token" if causal else "pseudo_perplexity_per_token",
                 "perplexity per token",
-                f"{how}; samples: nats of each window over the mean number of tokens in one, whose mean is the "
+                f"{how}; samples: nats of each window / mean number of tokens in one; their mean is the "
                 "logarithm of the value",
                 shares(nats, counts),
                 "lower",
@@ -106,7 +113,7 @@ class Perplexity(Task):
                 self.score(
                     "bits_per_byte",
                     "bits per byte",
-                    f"{how}, {sum(sizes)} bytes; samples: bits of each window over the mean number of bytes in one",
+                    f"{how}, {sum(sizes)} bytes; samples: bits of each window / mean number of bytes in one",
                     shares([value / math.log(2) for value in nats], sizes),
                     "lower",
                     facts,
@@ -124,7 +131,7 @@ class Perplexity(Task):
 
     @torch.inference_mode()
     def _causal(self, model: PreTrainedModel, windows: Sequence[Window], progress: Progress) -> list[float]:
-        """Nats of the scored tokens of each window."""
+        """The sum of nats of the scored tokens, for each window."""
         nats: list[float] = []
         for batch in same_length_batches(windows, self.options.batch_size):
             rows = [windows[index].ids for index in batch]
@@ -137,14 +144,14 @@ class Perplexity(Task):
 
     @torch.inference_mode()
     def _masked(self, model: PreTrainedModel, mask: int, windows: Sequence[Window], progress: Progress) -> list[float]:
-        """Nats of the tokens of each window, each predicted while it is masked."""
+        """The sum of nats of the tokens, for each window; each token is predicted while it is masked."""
         nats: list[float] = []
         for window in windows:
             places = range(*window.scored.indices(len(window.ids)))
             passes = math.ceil(len(places) / self.options.together)
             total = 0.0
             for start in range(0, passes, self.options.batch_size):
-                # Tokens masked together lie as far apart as they can.
+                # Tokens masked together are as far apart as possible.
                 hidden = [places[turn::passes] for turn in range(start, min(start + self.options.batch_size, passes))]
                 rows = [[mask if at in holes else key for at, key in enumerate(window.ids)] for holes in hidden]
                 for row, holes in zip(logits(model, rows), hidden, strict=True):
@@ -155,12 +162,12 @@ class Perplexity(Task):
 
 
 def shares(amounts: Sequence[float], counts: Sequence[int]) -> list[float]:
-    """Amounts over the mean count, so that the mean of the result is the sum of amounts over the sum of counts."""
+    """Divide amounts by the mean count, so that their mean is the sum of amounts divided by the sum of counts."""
     return [amount * len(counts) / sum(counts) for amount in amounts]
 
 
 def unigram(ids: Sequence[int], vocabulary: int) -> float:
-    """Nats per token of a model that knows only how often each token is in this very text, counts plus one."""
+    """Nats per token of a model that knows only the token frequencies of this text; each count is raised by one."""
     counts = Counter(ids)
     total = len(ids) + max(vocabulary, len(counts))
     return -sum(count * math.log((count + 1) / total) for count in counts.values()) / len(ids)

@@ -1,4 +1,4 @@
-"""Semantic textual similarity: do cosines rank pairs of sentences as people do?"""
+"""Semantic textual similarity: tests whether cosines rank pairs of sentences as people do."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -10,16 +10,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import data
 from taut.core.errors import TautError
+from taut.core.progress import Progress
 from taut.core.record import Score
 from taut.evaluation._encode import encode
-from taut.evaluation.task import Progress, Task, TaskOptions, reads_text
+from taut.evaluation.task import Task, TaskOptions, reads_text
 
 
 class StsOptions(TaskOptions):
     """Options of sts."""
 
     data: str = Field("stsb", description="stsb, sts12, sts13, sts14, or a file with two sentences and a score")
-    columns: str | None = Field(None, description="SENTENCE1,SENTENCE2,SCORE by header or position; guessed if clear")
+    columns: str | None = Field(None, description="SENTENCE1,SENTENCE2,SCORE by header or position; by default guessed")
     max_length: int = Field(128, ge=2, description="tokens kept of each sentence, special tokens included")
 
 
@@ -27,7 +28,7 @@ class Sts(Task):
     """Spearman's rank correlation between cosine and human score. Source: Cer et al. 2017, arXiv:1708.00055."""
 
     id = "sts"
-    summary = "rank pairs of sentences by likeness as people do (Spearman)"
+    summary = "rank pairs of sentences by similarity as people do (Spearman)"
     Options: ClassVar[type[TaskOptions]] = StsOptions
 
     def fits(self, model: PreTrainedModel) -> str | None:
@@ -49,7 +50,7 @@ class Sts(Task):
         if len(set(gold)) < 2:
             raise TautError(f"task {self.id}: all {len(gold)} scores of {self.options.data} are equal; nothing to rank")
         first, second = pairs.column(0), pairs.column(1)
-        # A sentence that stands in several pairs is run once.
+        # A sentence in several pairs is encoded only once.
         distinct = list(dict.fromkeys([*first, *second]))
         place = {sentence: index for index, sentence in enumerate(distinct)}
         vectors = encode(
@@ -69,7 +70,7 @@ class Sts(Task):
                 "spearman",
                 "correlation",
                 f"cosine of mean-pooled vectors, at most {self.options.max_length} tokens; samples: product of the "
-                "standardised ranks of each pair, whose mean is the correlation",
+                "standardised ranks of each pair; their mean is the correlation",
                 rank_products(cosines, gold),
                 "higher",
                 pairs.facts(),
@@ -84,7 +85,7 @@ class Sts(Task):
 def rank_products(predicted: Sequence[float], gold: Sequence[float]) -> list[float]:
     """N predictions and N true scores -> N products of standardised ranks (ties share their mean rank).
 
-    Their mean is Spearman's correlation; all 0 where one side is constant and there is no order to find.
+    Their mean is Spearman's correlation. All are 0 if one side is constant, because it then has no order.
     """
     ranks = [rankdata(values) for values in (predicted, gold)]
     deviations = [values.std() for values in ranks]

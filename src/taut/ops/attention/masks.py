@@ -146,8 +146,9 @@ class Marked(Pattern):
         return Causal().allowed(query, key)
 
 
-class _Several(Pattern):
-    """Abstract: a combination of ``members``, at least one."""
+@dataclass(frozen=True)
+class AnyOf(Pattern):
+    """What at least one of ``members`` allows."""
 
     members: tuple[Pattern, ...]
 
@@ -159,30 +160,10 @@ class _Several(Pattern):
     def period(self) -> int:
         return math.lcm(*(member.period for member in self.members))
 
-
-@dataclass(frozen=True)
-class AnyOf(_Several):
-    """What at least one member allows."""
-
-    members: tuple[Pattern, ...]
-
     def allowed(self, query: Tensor, key: Tensor) -> Tensor:
         seen = self.members[0].allowed(query, key)
         for member in self.members[1:]:
             seen = seen | member.allowed(query, key)
-        return seen
-
-
-@dataclass(frozen=True)
-class AllOf(_Several):
-    """What every member allows."""
-
-    members: tuple[Pattern, ...]
-
-    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
-        seen = self.members[0].allowed(query, key)
-        for member in self.members[1:]:
-            seen = seen & member.allowed(query, key)
         return seen
 
 

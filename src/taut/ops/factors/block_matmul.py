@@ -61,7 +61,7 @@ def _product_shape(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: 
     return x.new_empty(outputs, x.shape[0]).T if feature_major else x.new_empty(x.shape[0], outputs)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, ctx.interleaved, _ = inputs
     ctx.save_for_backward(x, weight)
 
@@ -85,7 +85,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return to_x, to_weight, to_bias, None, None
 
 
-_product.register_autograd(_backward, setup_context=_remember)
+_product.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, interleaved: bool, feature_major: bool) -> Tensor:

@@ -12,12 +12,12 @@ For many tokens, and for other formats, a few blocks at a time are expanded and 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from taut.ops.quantization import rowwise
+from taut.ops.quantization.packed_gradients import register_gradients
 from taut.ops.quantization.rowwise import LOOKUPS, RowFormat, fields
 
 EXPANDED_AT_ONCE = {"cpu": 1 << 19}
@@ -113,8 +113,7 @@ def linear(x: Tensor, packed: Tensor, form: GroupFormat, bias: Tensor | None = N
 
 @torch.library.custom_op("taut::low_bit_linear", mutates_args=())
 def _linear(x: Tensor, bias: Tensor | None, packed: Tensor, outputs: int, bits: int, group: int, number: str) -> Tensor:
-    """Opaque to compilers. Keeps the packed weight for the backward pass; autograd alone would keep every expanded
-    block."""
+    """Opaque to compilers."""
     return _forward(x, bias, packed, GroupFormat(outputs, x.shape[-1], bits, group, number))
 
 
@@ -123,23 +122,6 @@ def _linear_shape(
     x: Tensor, bias: Tensor | None, packed: Tensor, outputs: int, bits: int, group: int, number: str
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, packed, *ctx.format = inputs
-    ctx.save_for_backward(packed)
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    to_x = to_bias = None
-    if ctx.needs_input_grad[0]:
-        to_x = _input_gradient(gradient, *ctx.saved_tensors, *ctx.format)
-    if ctx.needs_input_grad[1]:
-        to_bias = gradient.flatten(0, -2).sum(dim=0)
-    return to_x, to_bias, None, None, None, None, None
-
-
-_linear.register_autograd(_backward, setup_context=_remember)
 
 
 @torch.library.custom_op("taut::low_bit_linear_gradient", mutates_args=())
@@ -157,6 +139,9 @@ def _input_gradient(gradient: Tensor, packed: Tensor, outputs: int, bits: int, g
 @_input_gradient.register_fake
 def _input_gradient_shape(gradient: Tensor, packed: Tensor, outputs: int, bits: int, group: int, number: str) -> Tensor:
     return gradient.new_empty(*gradient.shape[:-1], packed.shape[1])
+
+
+register_gradients(_linear, _input_gradient, bias=True)
 
 
 def _forward(x: Tensor, bias: Tensor | None, packed: Tensor, form: GroupFormat) -> Tensor:

@@ -9,13 +9,14 @@ other tokens in the call. Then W x + b = scale * (step * (codes . q) + low * sum
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from taut.core.errors import TautError
+from taut.ops.quantization.packed_gradients import register_gradients
 
 RANGE_BYTES = 16
 
@@ -143,7 +144,7 @@ def linear(
 def _linear(
     x: Tensor, bias: Tensor | None, packed: Tensor, packed_range: Tensor | None, outputs: int, inputs: int
 ) -> Tensor:
-    """Opaque to compilers. Keeps the packed weight for the backward pass; autograd alone would keep a dense one."""
+    """Opaque to compilers."""
     return _forward(x, bias, packed, packed_range, outputs, inputs)
 
 
@@ -154,21 +155,11 @@ def _linear_shape(
     return x.new_empty(*x.shape[:-1], outputs)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, packed, _, *ctx.shape = inputs
-    ctx.save_for_backward(packed)
+def _input_gradient(gradient: Tensor, packed: Tensor, outputs: int, inputs: int) -> Tensor:
+    return gradient @ expand(unpack(packed, outputs, inputs), gradient.dtype)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    to_x = to_bias = None
-    if ctx.needs_input_grad[0]:
-        to_x = gradient @ expand(unpack(*ctx.saved_tensors, *ctx.shape), gradient.dtype)
-    if ctx.needs_input_grad[1]:
-        to_bias = gradient.flatten(0, -2).sum(dim=0)
-    return to_x, to_bias, None, None, None, None
-
-
-_linear.register_autograd(_backward, setup_context=_remember)
+register_gradients(_linear, _input_gradient, bias=True)
 
 
 def _forward(

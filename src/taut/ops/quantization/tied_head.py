@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from taut.ops.quantization.int8_linear import integer_product_is_exact
+from taut.ops.quantization.packed_gradients import register_gradients
 from taut.ops.quantization.rowwise import RowFormat, fields, lookup
 
 EXPANDED_AT_ONCE = {"cpu": 1 << 19}
@@ -38,7 +39,7 @@ def logits(hidden: Tensor, packed: Tensor, layout: RowFormat) -> Tensor:
 
 @torch.library.custom_op("taut::rowwise_tied_head", mutates_args=())
 def _tied_head(hidden: Tensor, packed: Tensor, bits: int, width: int, group: int, number: str) -> Tensor:
-    """``logits``, opaque to compilers. Autograd alone would keep every expanded piece until the backward pass."""
+    """``logits``, opaque to compilers."""
     layout, flat = RowFormat(bits, width, group, number), hidden.reshape(-1, width)
     scores = flat.new_empty(flat.shape[0], packed.shape[0])
     if (
@@ -59,15 +60,6 @@ def _tied_head(hidden: Tensor, packed: Tensor, bits: int, width: int, group: int
 @_tied_head.register_fake
 def _tied_head_shape(hidden: Tensor, packed: Tensor, bits: int, width: int, group: int, number: str) -> Tensor:
     return hidden.new_empty(*hidden.shape[:-1], packed.shape[0])
-
-
-def _tied_head_remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, *ctx.layout = inputs
-    ctx.save_for_backward(packed)
-
-
-def _tied_head_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return _tied_head_gradient(gradient, *ctx.saved_tensors, *ctx.layout), *[None] * 5
 
 
 @torch.library.custom_op("taut::rowwise_tied_head_gradient", mutates_args=())
@@ -93,7 +85,7 @@ def _tied_head_flops(given: torch.Size, packed: torch.Size, bits: int, width: in
     return 2 * math.prod(given[:-1]) * width * packed[0]
 
 
-_tied_head.register_autograd(_tied_head_backward, setup_context=_tied_head_remember)
+register_gradients(_tied_head, _tied_head_gradient, bias=False)
 
 
 def _pieces(packed: Tensor, layout: RowFormat, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:

@@ -118,8 +118,8 @@
 
   function showRow(row) {
     const parts = [make("h3", row.heading), make("pre", row.recipe), make("h4", "records"), table(row.records)];
-    if (row.plan.length) parts.push(make("h4", "what was exchanged"), table(row.plan));
-    if (row.untouched.length) parts.push(make("h4", "what was left alone"), facts(row.untouched));
+    if (row.plan.length) parts.push(make("h4", "what was replaced"), table(row.plan));
+    if (row.untouched.length) parts.push(make("h4", "what was not changed"), facts(row.untouched));
     show(...parts);
   }
 
