@@ -16,7 +16,7 @@ from taut.core.record import Quantity
 from taut.core.registry import METHODS
 from taut.core.site import LinearSite
 from taut.measurement.clock import Timing, compare, median_interval
-from taut.surgery.tune import calibrate_part
+from taut.surgery.tune import dense_ranges, measure_part
 
 METHOD_TARGETS = {"low_rank": 3.0, "block_dense": 3.0, "block_shuffle": 2.7}
 """At keep .32, width 2048 and 512 tokens: how many times faster than dense."""
@@ -33,7 +33,7 @@ CLAIM = (
 )
 NOTES = (
     "dense: torch F.linear in the same mode. A sample calls its case for 20 ms at least. dense copies: how many of "
-    "the two maps taut calibrate answers with a copy here; such cells count for 'nowhere slower' and not for the "
+    "the two maps taut tune answers with a copy here; such cells count for 'nowhere slower' and not for the "
     "roofline. roofline: for each product the greater of FLOPs over the rate of a square product with as many tokens "
     "and bytes over the rate at which a matrix as large as all weights is read, both of this run, plus the time of "
     "the activation; of peak: the same with the rate at 512 tokens. 'holds': the whole 95 % interval of the speed-up "
@@ -67,13 +67,14 @@ class Block:
 
 
 def structured(method: str, keep: float, width: int) -> Block:
-    """The parts that a recipe would install, from scratch, calibrated as ``taut calibrate`` does: what the numbers are
-    does not matter here."""
+    """The parts that a recipe would install, from scratch, with dense copies as ``taut tune`` chooses them. The values
+    do not matter here."""
     parts = []
     for place in (site(width, 4 * width, "up"), site(4 * width, width, "down")):
         chosen = METHODS.get(f"linear.{method}").parse({}, keep).solve(place, keep)
         parts.append(chosen.build(place, torch.device("cpu"), torch.float32).eval())
-        calibrate_part(parts[-1], THREADS, TOKENS)
+        rows = [row for used in THREADS for row in measure_part(parts[-1], TOKENS, used)]
+        parts[-1].keep_dense_copy(dense_ranges(rows, TOKENS))
     return Block(*parts)
 
 

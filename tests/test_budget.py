@@ -1,6 +1,7 @@
 """What training costs, what a budget buys, and how rates and batches go."""
 
 import pytest
+from published_decoders import Decoder, block_dense_map, block_shuffle_map, dense_map, low_rank_map
 from runs import LOW_RANK, SMALL
 
 import taut
@@ -8,7 +9,7 @@ from taut.contract.tiny import inputs, tiny
 from taut.core.errors import TautError
 from taut.measurement.count import flops_per_token
 from taut.training.budget import Costs, costs_of, plan_course
-from taut.training.flops import Decoder, block_dense_map, block_shuffle_map, dense_map, low_rank_map, matched_share
+from taut.training.flops import matched_share
 from taut.training.schedule import course, rate
 from taut.training.spec import TrainSpec
 

@@ -50,7 +50,7 @@ def slow_at_four(monkeypatch: pytest.MonkeyPatch) -> None:
         made_up = {count: Quantity(value=speed, unit="", how="made up") for count, speed in speeds.items()}
         return [{"threads": threads, "tokens": count, "speed": speed} for count, speed in made_up.items()]
 
-    monkeypatch.setattr(tune, "_measure", measured)
+    monkeypatch.setattr(tune, "measure_part", measured)
 
 
 def test_ranges_go_to_the_nearest_by_ratio() -> None:

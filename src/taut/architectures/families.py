@@ -1,7 +1,7 @@
-"""Transformer families as data. Adding a family is adding one row to FAMILIES, keyed by ``config.model_type``.
+"""Transformer families as data. To add a family, add one row to FAMILIES, keyed by ``config.model_type``.
 
-Every path is the dotted name of a module. Those of a family start at the base model (``AutoModel``), those of a stack
-at one of its layers; a ``*`` stands for any number.
+Every path is the dotted name of a module. Paths of a family start at the base model (``AutoModel``). Paths of a stack
+start at one of its layers, except ``layers``, ``base`` and ``positions``. A ``*`` stands for any number.
 """
 
 from collections.abc import Mapping
@@ -10,19 +10,19 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of layers that are all built alike.
+    """A list of layers with the same structure.
 
     * ``layers``: the list itself.
     * ``attention``: the module that transformers hands to the attention function.
-    * ``projection``, ``feedforward``: from role to map. ``feedforward`` may offer several variants; the first whose
-      modules all exist is meant.
-    * ``position``: how order enters: rope, learned, bias or none.
-    * ``positions``: the rotary modules or tables of positions that do it, from the base model.
-    * ``causal``: what holds for attention modules that do not say it themselves (``is_causal``).
+    * ``projection``, ``feedforward``: the linear map of each role. ``feedforward`` may have several variants; the first
+      whose modules all exist is used.
+    * ``position``: how positions are encoded: rope, learned, bias or none.
+    * ``positions``: the rotary modules or position tables that encode them.
+    * ``causal``: whether attention is causal in modules without an ``is_causal`` attribute.
     * ``name``, ``base``: encoder or decoder, and the module whose forward receives ``past_key_values``.
-    * ``heads``: the name of the number of heads in the configuration.
-    * ``cross_attention``, ``cross``: attention to an encoder and its maps, in layers that have it.
-    * ``closed``: why the attention function and the memory of these layers cannot be exchanged; empty if they can.
+    * ``heads``: the configuration key of the number of heads.
+    * ``cross_attention``, ``cross``: the attention to an encoder and its maps, in layers that have it.
+    * ``closed``: why the attention function and the cache of these layers cannot be replaced; empty if they can.
     """
 
     layers: str
@@ -44,11 +44,12 @@ class Stack:
 class Family:
     """Where the slots of a family are.
 
-    * ``tables``: places of the token table; the first that exists is meant, and ties tell which modules share it.
-    * ``stacks``: those that a model lacks (an encoder alone) are passed over.
-    * ``untouched``: what has a name but is left alone, from path (or the start of one) to the reason.
-    * ``longest``: the name of the greatest number of positions in the configuration, empty where there is no limit;
-      ``reserved`` of these are never used (RoBERTa counts from its padding id).
+    * ``tables``: possible paths of the token table; the first that exists is used. Modules that share it are found
+      by tied weights.
+    * ``stacks``: the lists of layers; those that a model lacks (an encoder alone) are skipped.
+    * ``untouched``: modules that stay unchanged: the path (or its beginning) and the reason.
+    * ``longest``: the configuration key of the greatest number of positions, empty if there is no limit. ``reserved``
+      of these are never used (RoBERTa counts from its padding id).
     """
 
     tables: tuple[str, ...]
@@ -59,7 +60,7 @@ class Family:
 
 
 POSITIONS = "learned position table: small, and read once per token"
-TOKEN_TYPES = "token-type table: a handful of rows"
+TOKEN_TYPES = "token-type table: only a few rows"
 POOLER = "pooler: outside the five slots"
 BIAS = "relative position bias: part of the attention scores"
 
@@ -125,7 +126,10 @@ GPT2 = Family(
             causal=True,
         ),
     ),
-    untouched={"wpe": POSITIONS, "h.*.crossattention": "cross-attention with keys and values in one map: left alone"},
+    untouched={
+        "wpe": POSITIONS,
+        "h.*.crossattention": "cross-attention with keys and values in one map: stays unchanged",
+    },
 )
 GPT_NEOX = Family(
     tables=("embed_in",),

@@ -1,4 +1,4 @@
-"""Find the sites of a fresh model: every place where a part can be exchanged, and what is left alone and why."""
+"""Find the sites of an original model: every place where a part can be replaced, and what stays unchanged and why."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -17,13 +17,16 @@ from taut.core.site import AttentionSite, LinearSite, MemorySite, Site, TableSit
 UNLIMITED_LENGTH = 512
 LONGEST_DEFAULT = 2048
 FUSED = {"qkv": 3, "gate_up": 2}
-"""How many maps of equal size lie in one. Where keys are fewer than queries, qkv counts as a single map."""
+"""How many maps of equal size are fused into one. If there are fewer keys than queries, qkv counts as a single map."""
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What locate found. ``sites`` in model order; ``untouched`` pairs a path (``*`` for any layer) with the reason;
-    ``blocks`` has the paths of the layers of each stack (``""``, or ``encoder`` and ``decoder``)."""
+    """The result of locate.
+
+    ``sites`` are in model order. ``untouched`` pairs a path (``*`` for any layer) with the reason. ``blocks`` has the
+    paths of the layers of each stack (``""``, or ``encoder`` and ``decoder``).
+    """
 
     family: str
     sites: tuple[Site, ...]
@@ -32,36 +35,36 @@ class Anatomy:
 
     @property
     def layers(self) -> Mapping[str, int]:
-        """How many layers each stack has."""
+        """The number of layers of each stack."""
         return {stack: len(paths) for stack, paths in self.blocks.items()}
 
     def site(self, name: str) -> Site:
-        """The site of this stable name. Raises TautError naming the nearest one."""
+        """Return the site with this stable name. Raises TautError, naming the nearest one, if there is none."""
         by_name = {site.name: site for site in self.sites}
         if name not in by_name:
             raise TautError(f"no site {name!r} in this {self.family} model: {nearest(name, by_name)}")
         return by_name[name]
 
     def in_slot(self, slot: str) -> tuple[Site, ...]:
-        """The sites of one slot, in model order."""
+        """Return the sites of one slot, in model order."""
         return tuple(site for site in self.sites if site.slot == slot)
 
 
 def locate(model: PreTrainedModel, length: int | None = None) -> Anatomy:
-    """The sites of ``model``, whatever its head; no tensor value is read, so the meta device will do.
+    """Find the sites of ``model``, with any head. No tensor value is read, so a model on the meta device works.
 
-    ``length``: the number of positions n that costs are declared for; by default the model's own limit but at most
-    2048, and 512 where it has none. Expects a model in which nothing was exchanged yet. Raises TautError for a family
-    that is neither known nor can be probed, naming what was not found, and for a length that the model cannot have.
+    ``length``: the number of positions n for which costs are stated. The default is the model's own limit, but at most
+    2048, and 512 if it has none. ``model`` must be an original, without replaced parts. Raises TautError for a family
+    that is neither known nor can be probed, naming what was not found, and for a length the model does not support.
     """
-    known = FAMILIES.get(model.config.model_type)
-    family = known or probe(model)
-    name = model.config.model_type if known else f"probed:{model.config.model_type}"
+    listed = FAMILIES.get(model.config.model_type)
+    family = listed or probe(model)
+    name = model.config.model_type if listed else f"probed:{model.config.model_type}"
     return _Search(model, family, name, length).run()
 
 
 class _Search:
-    """One run of locate: the model, its family, and the names of both worlds (base model and this very model)."""
+    """One run of locate. Paths of families start at the base model; ``_path`` turns them into paths of ``model``."""
 
     def __init__(self, model: PreTrainedModel, family: Family, name: str, length: int | None) -> None:
         self.model, self.family, self.name, self.config = model, family, name, model.config.get_text_config()
@@ -73,7 +76,7 @@ class _Search:
         present = [stack for stack in self.family.stacks if self._exists(stack.layers)]
         if not present:
             choices = " or ".join(f"{stack.layers!r}" for stack in self.family.stacks)
-            raise TautError(f"{type(self.model).__name__}: no layers at {choices}; give the whole {self.name} model")
+            raise TautError(f"{type(self.model).__name__}: no layers at {choices}; pass the whole {self.name} model")
         sites: list[Site] = [self._table()]
         remarks: list[tuple[str, str]] = []
         memory: list[Site] = []
@@ -82,14 +85,16 @@ class _Search:
             count = len(self._module(stack.layers))
             blocks[stack.name] = tuple(self._path(f"{stack.layers}.{layer}") for layer in range(count))
             inside = [list(self._layer(stack, layer)) for layer in range(count)]
-            sites += [site for found in inside for site in found]
+            sites += [site for layer_sites in inside for site in layer_sites]
             if stack.closed:
                 remarks.append((self._path(f"{stack.layers}.*.{stack.attention}"), stack.closed))
             else:
                 memory += self._memory(stack, inside)
-            if any(site.role.startswith("cross_") for found in inside for site in found):
+            if any(site.role.startswith("cross_") for layer_sites in inside for site in layer_sites):
                 path = self._path(f"{stack.layers}.*.{stack.cross_attention}")
-                remarks.append((path, "cross-attention: only self-attention can be exchanged (its maps can)"))
+                remarks.append(
+                    (path, "cross-attention: its maps can be replaced, its attention function and cache cannot")
+                )
         sites += memory
         return Anatomy(self.name, tuple(sites), (*remarks, *self._leftovers(sites)), blocks)
 
@@ -124,7 +129,7 @@ class _Search:
         if length < 1:
             raise TautError(f"length = {length}: expected at least 1 position")
         if limit and length > limit and any(stack.position == "learned" for stack in self.family.stacks):
-            raise TautError(f"length = {length}: this {self.name} model has {limit} learned positions")
+            raise TautError(f"length = {length}: this {self.name} model has only {limit} learned positions")
         return length
 
     # Sites -----------------------------------------------------------------------------------------------------------
@@ -149,7 +154,7 @@ class _Search:
         )
 
     def _tied_to(self, path: str) -> list[str]:
-        """Modules whose weight is the table's: one and the same parameter or, on meta, declared so by the model."""
+        """List the modules tied to the table: they share its parameter or, on meta, the model declares them as tied."""
         weight, key = self.model.get_submodule(path).weight, f"{path}.weight"
         declared = self.model.all_tied_weights_keys if weight.is_meta else {}
         source = declared.get(key, key)
@@ -222,12 +227,12 @@ class _Search:
             length=self.length,
             window=_window(self.config, layer),
             softcap=getattr(self.config, "attn_logit_softcapping", None),
-            positions=tuple(self._path(each) for each in stack.positions),
+            positions=tuple(self._path(position) for position in stack.positions),
         )
 
     def _memory(self, stack: Stack, inside: list[list[Site]]) -> Iterator[MemorySite]:
-        """The cache of a causal stack. It is counted as one, so layers whose keys differ in shape are refused."""
-        layers = [site for found in inside for site in found if isinstance(site, AttentionSite)]
+        """Yield the cache of a causal stack as one site. Raises TautError if keys differ in shape between layers."""
+        layers = [site for layer_sites in inside for site in layer_sites if isinstance(site, AttentionSite)]
         if not layers or not all(site.causal for site in layers):
             return
         shapes = {(site.key_heads, site.head_width) for site in layers}
@@ -250,7 +255,7 @@ class _Search:
     # What is left ----------------------------------------------------------------------------------------------------
 
     def _leftovers(self, sites: list[Site]) -> Iterator[tuple[str, str]]:
-        """One line for each kind of module that owns parameters of no site, alike modules of all layers together."""
+        """List the modules with parameters that belong to no site, one line for the same module in all layers."""
         table = next(site for site in sites if isinstance(site, TableSite))
         owners = [site.path for site in sites if isinstance(site, LinearSite)]
         taken = {
@@ -274,11 +279,11 @@ class _Search:
             if relative and (relative == start or relative.startswith(f"{start}.")):
                 return reason
         if path in table.heads:
-            return "bias of the tied head: stays"
+            return "bias of the tied head: stays unchanged"
         if module is self.model.get_output_embeddings():
             return "untied head: a matrix of its own, not shared with the token table"
         if "Norm" in type(module).__name__:
-            return "normalisation: a handful of numbers"
+            return "normalisation: only a few numbers"
         return "outside the five slots" if inside else "task head: outside the five slots"
 
 
@@ -287,17 +292,19 @@ def _pattern(path: str) -> str:
 
 
 def _scale(table: nn.Module, width: int) -> float:
-    """What the table multiplies its lookups with. A buffer on meta has no value: it always holds the square root of
-    the width (Gemma)."""
-    own, buffers = vars(table), dict(table.named_buffers(recurse=False))
+    """Return the factor by which the table multiplies its lookups.
+
+    A buffer has no value on meta; it always holds the square root of the width (Gemma).
+    """
+    attributes, buffers = vars(table), dict(table.named_buffers(recurse=False))
     for name in ("scalar_embed_scale", "embed_scale"):
-        if own.get(name) is not None:
-            return float(own[name])
+        if attributes.get(name) is not None:
+            return float(attributes[name])
     return float(width) ** 0.5 if "embed_scale" in buffers else 1.0
 
 
 def _window(config: object, layer: int) -> int | None:
-    """The width of the model's own sliding window in this layer, None when it sees everything."""
+    """Return the width of the model's own sliding window in this layer, None if the layer has none."""
     kinds = getattr(config, "layer_types", None)
     if kinds and "sliding" not in kinds[layer]:
         return None

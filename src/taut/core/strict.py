@@ -1,6 +1,7 @@
 """Files that people write: YAML read strictly, and models of it that name what is wrong."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -42,15 +43,20 @@ class Strict(BaseModel):
             raise TautError(f"{source}: {key}{given}: {text}" if key else f"{source}: {text}") from None
 
 
+def check_names(model: type[BaseModel], names: Iterable[str], where: str, owner: str, noun: str) -> None:
+    """Raises TautError for a name that is no field of ``model``; see ``parse_options``."""
+    for name in names:
+        if name not in model.model_fields:
+            raise TautError(f"{where}: {owner} has no {noun} {name!r}: {nearest(name, model.model_fields)}")
+
+
 def parse_options(model: type[Options], values: dict[str, Any], where: str, owner: str, noun: str) -> Options:
     """``values`` as a ``model`` of the choices of ``owner``.
 
     Raises TautError in one line that begins with ``where``. It names the nearest ``noun`` (knob, option) for an unknown
     one, and what was expected for a wrong value.
     """
-    for key in values:
-        if key not in model.model_fields:
-            raise TautError(f"{where}: {owner} has no {noun} {key!r}: {nearest(key, model.model_fields)}")
+    check_names(model, values, where, owner, noun)
     try:
         return model(**values)
     except ValidationError as error:

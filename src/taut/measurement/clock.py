@@ -33,14 +33,6 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.samples)
 
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        """The first and the third quartile; twice the sample itself if there is only one."""
-        if len(self.samples) == 1:
-            return self.samples * 2
-        first, _, third = statistics.quantiles(self.samples, n=4, method="inclusive")
-        return first, third
-
     def quantity(self) -> Quantity:
         """The median in seconds per call, with the 95 % interval of the median."""
         low, high = median_interval(self.samples)

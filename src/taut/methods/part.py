@@ -1,4 +1,4 @@
-"""What takes the place of a table or a linear map."""
+"""The modules that replace a token table or a linear map."""
 
 import itertools
 import math
@@ -14,37 +14,39 @@ from taut.core.site import LinearSite, TableSite
 from taut.methods.store import Store
 
 TokenRanges = Mapping[int, tuple[tuple[int, int], ...]]
-"""By threads, the numbers of tokens, first to last (-1: any more), at which a dense copy is faster."""
+"""By number of threads: the ranges of token counts, first to last (-1: no end), in which a dense copy is faster."""
 
 
 class Part(nn.Module, ABC):
-    """What takes the place of a table or a linear map.
+    """Abstract: a module that replaces a token table or a linear map.
 
-    It keeps one tensor named ``weight`` whose *shape* differs from the original's, so that a checkpoint opened
-    without taut raises. Tensors are parameters (floating, trainable) or persistent buffers (codes, tables,
-    permutations): the skeleton is built on the meta device and nothing else survives loading. Values that must not
-    follow ``.half()`` (scales) live as bytes inside a uint8 buffer.
+    It has a tensor named ``weight`` whose *shape* differs from the original's, so that opening the checkpoint without
+    taut raises an error. Tensors are parameters (floating, trainable) or persistent buffers (codes, tables,
+    permutations): models are loaded into a skeleton on the meta device, and nothing else survives that. Values that
+    must not follow ``.half()`` (scales) are bytes inside a uint8 buffer.
 
     A float tensor that a recipe's ``store:`` may put in fewer bits is declared with ``hold`` and read with ``held``
-    or ``held_rows``. ``loosen`` makes everything that healing may change a float parameter, ``tighten`` puts it back
-    into its stored form; a unpacked part computes what it will compute once tightened, and gradients pass straight
-    through the rounding.
+    or ``held_rows``. ``unpack`` turns everything that healing may change into float parameters; ``repack`` puts it back
+    into its stored form. An unpacked part computes what it will compute once repacked, and for gradients the rounding
+    is the identity.
     """
 
     packed_dtype: ClassVar[torch.dtype] = torch.uint8
-    """What the bytes of a stored tensor call themselves."""
+    """The dtype under which the bytes of a stored tensor are registered."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        """What the part answers in. Follows ``.to()``, ``.half()`` and their like, though codes do not."""
+        """The dtype of outputs. It follows ``.to()``, ``.half()`` and the like, although codes do not."""
         self.random_step = 0
-        """The number of the next random draw of parts that draw in training mode: the same number, the same draw."""
+        """The number of the next random step in training mode. The same step gives the same random numbers."""
         self._held: dict[str, tuple[tuple[int, ...], Store | None]] = {}
 
     def hold(self, name: str, shape: tuple[int, ...], store: Store | None, device: torch.device) -> None:
-        """Declare a float tensor of ``shape``: a parameter, or with ``store`` a buffer of packed rows, where a
-        row is what lies along the last axis. Its values are undefined until ``fill``."""
+        """Declare a float tensor of ``shape``: a parameter, or with ``store`` a buffer of packed rows.
+
+        A row lies along the last axis. The values are undefined until ``fill``.
+        """
         self._held[name] = (shape, store)
         if store is None:
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=self.dtype)))
@@ -53,13 +55,13 @@ class Part(nn.Module, ABC):
 
     @torch.no_grad()
     def fill(self, name: str, value: Tensor) -> None:
-        """Give a held tensor its values, any float dtype, in the shape it was declared with."""
+        """Set the values of a held tensor, in any float dtype and the declared shape."""
         shape, store = self._held[name]
         packed = value.reshape(shape) if store is None else store.pack(value.reshape(shape))
         (self.get_parameter(name) if store is None else self._packed(name)).copy_(packed)
 
     def held(self, name: str) -> Tensor:
-        """A held tensor in its declared shape and the part's dtype, expanded where it is stored in few bits."""
+        """Return a held tensor in its declared shape and the part's dtype, expanded if it is stored in few bits."""
         shape, store = self._held[name]
         unpacked = self._parameters.get(f"{name}_unpacked")
         if unpacked is not None:
@@ -67,8 +69,10 @@ class Part(nn.Module, ABC):
         return self.get_parameter(name) if store is None else store.unpack(self._packed(name), shape, self.dtype)
 
     def held_rows(self, name: str, ids: Tensor, padding: int | None = None) -> Tensor:
-        """Rows of a held tensor, its leading axes seen as one: (...) ids -> (..., width). Expands no other row; the
-        row ``padding`` receives no gradient."""
+        """Look up rows of a held tensor, its leading axes flattened into one: (...) ids -> (..., width).
+
+        Expands no other row. The row ``padding`` receives no gradient.
+        """
         shape, store = self._held[name]
         unpacked = self._parameters.get(f"{name}_unpacked")
         if unpacked is not None:
@@ -81,10 +85,10 @@ class Part(nn.Module, ABC):
         return self.get_buffer(name).view(torch.uint8)
 
     def unpack(self, original: Tensor | None = None) -> None:
-        """Make what is stored in few bits trainable, as float parameters under the names ``<name>_unpacked``.
+        """Make tensors stored in few bits trainable, as float parameters named ``<name>_unpacked``.
 
-        ``original`` is the dense weight the part was fitted to, where it is at hand: a better start for parts that
-        keep a row of their own for each row of it. Parts without such tensors have nothing to do.
+        ``original`` is the dense weight the part was fitted to, if available: a better start for parts that store a row
+        for each of its rows. Does nothing in parts without such tensors.
         """
         for name, (shape, store) in self._held.items():
             if store is not None:
@@ -92,21 +96,23 @@ class Part(nn.Module, ABC):
                 self.register_parameter(f"{name}_unpacked", nn.Parameter(dense))
 
     def repack(self) -> None:
-        """Undo ``loosen``: put what was trained into its stored form. Does nothing when the part is tight."""
+        """Undo ``unpack``: put what was trained into its stored form. Does nothing when the part is packed."""
         for name in self._held:
             unpacked = self._parameters.pop(f"{name}_unpacked", None)
             if unpacked is not None:
                 self.fill(name, unpacked.detach())
 
     def numbers(self) -> int:
-        """How many parameters the part stands for: every float it holds, also where it is stored in few bits. Parts
-        whose codes stand for a whole row or map answer with the dense count instead."""
-        held = sum(math.prod(shape) for shape, _ in self._held.values())
-        return held + sum(own.numel() for name, own in self.named_parameters() if name not in self._held)
+        """Count the parameters that the part represents: all its floats, including those stored in few bits.
+
+        Parts whose codes represent a whole row or map return the dense count instead.
+        """
+        count = sum(math.prod(shape) for shape, _ in self._held.values())
+        return count + sum(parameter.numel() for name, parameter in self.named_parameters() if name not in self._held)
 
     @abstractmethod
     def merged(self) -> Tensor:
-        """The dense float equivalent: (V, D) of a table, (outputs, inputs) of a map. Computed, not stored."""
+        """Compute the dense float equivalent: (V, D) of a table, (outputs, inputs) of a map. It is not stored."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Part":
         super()._apply(fn, recurse)
@@ -116,7 +122,7 @@ class Part(nn.Module, ABC):
 
 
 class TablePart(Part):
-    """Abstract token table. ``rows`` V, ``width`` D; ``scale`` multiplies lookups, never logits."""
+    """Abstract: a token table, V x D. ``scale`` multiplies lookups, never logits."""
 
     def __init__(self, site: TableSite, dtype: torch.dtype) -> None:
         super().__init__(dtype)
@@ -125,24 +131,24 @@ class TablePart(Part):
 
     @abstractmethod
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) integer ids -> (..., D) vectors, times ``scale``."""
+        """Look up (...) integer ids -> (..., D) vectors, times ``scale``."""
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) hidden states -> (..., V) scores of the tied head, without its bias."""
+        """Apply the tied head: (..., D) hidden states -> (..., V) logits, without its bias."""
 
 
 class LinearPart(Part):
-    """Abstract linear map, with ``bias`` (outputs,) as a parameter or None.
+    """Abstract: a linear map, with ``bias`` (outputs,) as a parameter or None.
 
-    Where ``premerge`` was told to, a dense copy answers instead of ``product``: only where no gradient is asked for,
-    and only until the part is put into training mode, which drops it.
+    After ``keep_dense_copy``, a dense copy is used instead of ``product`` for the given numbers of tokens, but only
+    while gradients are disabled. Training mode drops the copy.
     """
 
     # T5 casts its hidden states to the dtype of a map's weight unless that is int8.
     packed_dtype = torch.int8
     may_keep_dense_copy: ClassVar[bool] = False
-    """Whether a dense copy can be the faster form: that of a map which is computed from float factors."""
+    """Whether a dense copy can be faster; true of maps computed from float factors."""
 
     def __init__(self, site: LinearSite, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(dtype)
@@ -152,7 +158,7 @@ class LinearPart(Part):
         self.dense_ranges: TokenRanges = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs)."""
+        """Apply the map: (..., inputs) -> (..., outputs)."""
         if self.dense_ranges and not torch.is_grad_enabled():
             tokens = x.numel() // x.shape[-1]
             if self.uses_copy(tokens, _threads()):
@@ -161,11 +167,11 @@ class LinearPart(Part):
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs), bias included, from what the part stores."""
+        """Apply the map, bias included, from the stored form: (..., inputs) -> (..., outputs)."""
 
     @torch.no_grad()
     def keep_dense_copy(self, dense_ranges: TokenRanges) -> None:
-        """Keep a dense copy for the numbers of tokens in ``crossovers``; none at all drops it. It is never saved."""
+        """Keep a dense copy for the numbers of tokens in ``dense_ranges``; empty ones drop it. It is never saved."""
         self.dense_ranges = dense_ranges
         copy = self.merged().detach().to(self.dtype).contiguous() if dense_ranges else None
         self.register_buffer("copy", copy, persistent=False)
@@ -176,12 +182,12 @@ class LinearPart(Part):
         return super().train(mode)
 
     def uses_copy(self, tokens: int, threads: int) -> bool:
-        """Whether the dense copy answers for so many tokens."""
+        """Return whether the dense copy is used for this many tokens."""
         ranges = self.dense_ranges.get(threads, ())
         return any(first <= tokens and (last < 0 or tokens <= last) for first, last in ranges)
 
 
 @torch.compiler.assume_constant_result
 def _threads() -> int:
-    """A compiled model stays with the number of threads that it was compiled under."""
+    """Return the number of threads. A compiled model keeps the number it was compiled with."""
     return torch.get_num_threads()

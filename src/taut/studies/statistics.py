@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtrit
-from scipy.stats import rankdata
 
 from taut.core.errors import TautError
 
@@ -24,9 +23,6 @@ class Interval:
     value: float
     low: float
     high: float
-
-    def contains(self, value: float) -> bool:
-        return self.low <= value <= self.high
 
 
 def difference(variant: np.ndarray, baseline: np.ndarray) -> np.ndarray:
@@ -132,14 +128,6 @@ def pareto_front(points: Sequence[Sequence[float]], lower_is_better: Sequence[bo
         for index, point in enumerate(table)
         if not np.any(np.all(table <= point, axis=1) & np.any(table < point, axis=1))
     ]
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's correlation with ties sharing their mean rank; None when one side has no order at all."""
-    ranks = rankdata(_pairs(first, second), axis=1)
-    ranks = ranks - ranks.mean(axis=1, keepdims=True)
-    lengths = np.sqrt((ranks**2).sum(axis=1))
-    return float((ranks[0] * ranks[1]).sum() / lengths.prod()) if lengths.all() else None
 
 
 def _pairs(first: Sequence[float], second: Sequence[float]) -> np.ndarray:

@@ -83,7 +83,7 @@ def tune(
         part = model.get_submodule(names[next(iter(names))])
         found: list[dict[str, Any]] = []
         for used in threads:
-            found += _measure(part, tokens, used)
+            found += measure_part(part, tokens, used)
             if progress is not None:
                 progress(len(rows) // len(tokens) + len(found) // len(tokens), len(kinds) * len(threads))
         rows += [{"map": label, "sites": len(names), **row} for row in found]
@@ -95,12 +95,6 @@ def tune(
     model.hf_quantizer.quantization_config.tuned = chosen
     install_dense_copies(model, surgery_of(model).steps, chosen)
     return Tuning(tuple(rows), chosen)
-
-
-def calibrate_part(part: LinearPart, threads: Sequence[int], tokens: Sequence[int] = TOKENS) -> None:
-    """The same for one part, in place: what a benchmark of parts needs."""
-    rows = [row for used in threads for row in _measure(part, sorted(tokens), used)]
-    part.keep_dense_copy(dense_ranges(rows, sorted(tokens)))
 
 
 def dense_ranges(rows: Sequence[dict[str, Any]], tried: Sequence[int]) -> TokenRanges:
@@ -141,7 +135,9 @@ def _kinds(model: PreTrainedModel) -> dict[str, dict[str, str]]:
 
 
 @torch.inference_mode()
-def _measure(part: LinearPart, tokens: Sequence[int], threads: int) -> list[dict[str, Any]]:
+def measure_part(part: LinearPart, tokens: Sequence[int], threads: int) -> list[dict[str, Any]]:
+    """A row for each number of ``tokens``: ``threads``, ``tokens`` and ``speed``, how many times faster the part is
+    than its dense copy, a Quantity with its interval."""
     dense = part.merged().to(part.dtype).contiguous()
     rows = []
     for count in tokens:

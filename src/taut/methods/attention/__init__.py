@@ -1,1 +1,1 @@
-"""Methods for the attention kind: one file each."""
+"""Methods for attention: one file or folder for each."""

@@ -1,4 +1,4 @@
-"""The original attention, reached through our function: the difference it shows is our error bar."""
+"""The original attention, computed through our attention function: any difference is the error bar of comparisons."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from taut.ops.attention.masks import Causal, View
 
 
 class Identity(AttentionMethod):
-    """Softmax over all pairs, to the bit what the ``sdpa`` implementation of transformers gives."""
+    """Softmax over all pairs, equal to the bit to transformers' own ``sdpa`` implementation."""
 
     id = "attention.identity"
     summary = "the original attention, unchanged"
@@ -21,7 +21,7 @@ class Identity(AttentionMethod):
     def fits(self, site: Site) -> str | None:
         if not isinstance(site, AttentionSite):
             return "not an attention"
-        return "the model caps its attention scores, which fused kernels cannot do" if site.softcap else None
+        return "the model caps its attention scores (softcap), which fused kernels cannot do" if site.softcap else None
 
     def predict(self, site: AttentionSite) -> Cost:
         return site.dense()

@@ -1,4 +1,4 @@
-"""Window and global attention, exact, in time and memory linear in the length."""
+"""Window and global attention, exact, with time and memory linear in the length."""
 
 from typing import Any
 
@@ -15,30 +15,31 @@ from taut.ops.attention.masks import Causal, View, Window
 
 class LocalGlobalKnobs(Knobs):
     window: int = Field(
-        256, ge=1, description="positions visible to each side, the token itself included (causal: to the left only)"
+        256, ge=1, description="visible positions on each side, including the token itself (causal: on the left only)"
     )
     global_tokens: int = Field(
         1,
         ge=0,
-        description="leading tokens that all see and that, in encoders, see all; the default 1 is the encoder's "
-        "summary token, and the decoder's first token, which trained models use as an attention sink",
+        description="first tokens that all tokens see; in encoders they also see all tokens. The default 1 is an "
+        "encoder's summary token, or a decoder's first token, which trained models use as an attention sink",
     )
 
 
 class LocalGlobal(AttentionMethod):
     """Each token sees its neighbours and the first tokens.
 
-    Allowed pairs: causal 0 <= i - j < window or j < global_tokens; else |i - j| < window or i or j < global_tokens.
-    ``keep`` counts allowed pairs against the dense ones, n (n + 1) / 2 when causal and n^2 when not. Predicted FLOPs
-    count every score that the CPU kernel computes, masked ones in its blocks included, against n^2 as the site does.
+    Allowed pairs: if causal, j <= i and (i - j < window or j < global_tokens); else |i - j| < window, or i or j <
+    global_tokens. ``keep`` is the number of allowed pairs divided by that of dense ones, n (n + 1) / 2 if causal, else
+    n^2. Predicted FLOPs count every score the CPU kernel computes, including masked ones in its blocks; the dense cost
+    counts n^2 scores.
     """
 
     id = "attention.local_global"
-    summary = "sliding window plus global tokens, exact, never n x n"
+    summary = "sliding window plus global tokens; exact, no n x n matrix"
     source = (
         "Beltagy et al. 2020 (2004.05150), Longformer; Zaheer et al. 2020 (2007.14062), BigBird. Changed: one set of "
         "projections for all tokens (no separate global ones), no dilation, no random blocks, global tokens are the "
-        "first ones; computed by a loop of fused calls over contiguous slices"
+        "first ones; computed by a loop of fused attention calls over contiguous slices"
     )
     Knobs = LocalGlobalKnobs
     dial = "window"
@@ -47,10 +48,13 @@ class LocalGlobal(AttentionMethod):
     def fits(self, site: Site) -> str | None:
         if not isinstance(site, AttentionSite):
             return "not an attention"
-        return "the model caps its attention scores, which fused kernels cannot do" if site.softcap else None
+        return "the model caps its attention scores (softcap), which fused kernels cannot do" if site.softcap else None
 
     def solve(self, site: AttentionSite, keep: float) -> "LocalGlobal":
-        """The largest window whose allowed pairs are at most ``keep`` of the dense ones."""
+        """Choose the largest window whose allowed pairs are at most ``keep`` of the dense ones.
+
+        Raises TautError when a window of 1 is more.
+        """
         length = site.length
         budget = keep * (Causal().pairs(length) if site.causal else length**2)
         low, high = 0, length
@@ -60,8 +64,8 @@ class LocalGlobal(AttentionMethod):
         if low == 0:
             least = self._with(1).pairs(site) / (Causal().pairs(length) if site.causal else length**2)
             raise TautError(
-                f"{self.id}: keep = {keep} at length {length} is less than a window of 1 with "
-                f"{self.knobs.global_tokens} global tokens needs; the least keep is {least:.4f}"
+                f"{self.id}: keep = {keep} at length {length} is too little for a window of 1 with "
+                f"{self.knobs.global_tokens} global tokens; the least keep is {least:.4f}"
             )
         return self._with(low)
 
@@ -77,7 +81,7 @@ class LocalGlobal(AttentionMethod):
         )
 
     def pairs(self, site: AttentionSite) -> int:
-        """The closed form: the window, and each global token's pairs beyond it, twice when not causal."""
+        """Count the allowed pairs: those of the window, and those of global tokens beyond it (twice if not causal)."""
         window, first = self.knobs.window, self.knobs.global_tokens
         beyond = blocked.local(window, first, causal=True).beyond(site.length)
         return Window(window, site.causal).pairs(site.length) + beyond * (1 if site.causal else 2)

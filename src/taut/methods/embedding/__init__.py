@@ -1,1 +1,1 @@
-"""Methods for the embedding kind: one file each."""
+"""Methods of the kind ``embedding``, one file or folder each."""

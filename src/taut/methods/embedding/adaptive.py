@@ -1,4 +1,4 @@
-"""A token table in bands by frequency: the rarer the tokens, the narrower their rows, each band with a map to D."""
+"""A token table in bands by frequency: rarer tokens have narrower rows, and each band has a projection to width D."""
 
 import math
 from functools import partial
@@ -20,19 +20,21 @@ from taut.ops.tables.bands import banded, map_bytes, pack_classes
 from taut.ops.tables.row_map import RowMap, RowPlaces
 
 STANDARD_DEVIATION = 0.02
-"""Of the entries of the table when it is trained from scratch."""
+"""Standard deviation of the entries of a table that is trained from scratch."""
 
 
 class AdaptiveKnobs(Knobs):
-    rank: int | None = Field(None, ge=1, description="R, the width of the first band's rows, at most D; or give keep")
+    rank: int | None = Field(None, ge=1, description="R, the row width of the first band, at most D; or give keep")
     bands: tuple[float, ...] = Field(
-        (0.1, 0.3, 0.6), min_length=1, description="share of the rows in each band, most frequent first; the sum is 1"
+        (0.1, 0.3, 0.6),
+        min_length=1,
+        description="share of the rows in each band, most frequent tokens first; the sum is 1",
     )
     factor: float = Field(4.0, ge=1, description="how many times narrower each band is than the one before")
     weighting: float = Field(
-        0.5, ge=0, le=1, description="power of a token's frequency that its error is weighed by; 0: all tokens alike"
+        0.5, ge=0, le=1, description="power of a token's frequency that weights its error; 0: all tokens alike"
     )
-    store: Store | None = Field(None, description="keep the bands and their maps in fewer bits")
+    store: Store | None = Field(None, description="keep the bands and their projections in fewer bits")
 
     @field_validator("bands")
     @classmethod
@@ -43,12 +45,14 @@ class AdaptiveKnobs(Knobs):
 
 
 class AdaptiveTable(TablePart):
-    """Band b is ``weight`` (1, n_0, R_0) or ``band_b`` (n_b, R_b); ``projection`` (R_0 + R_1 + ..., D) has the maps of
-    the bands one below the other, each with orthonormal rows after a fit. ``classes`` is which band a row belongs to,
-    packed in whole bits.
+    """A token table with narrower rows for rarer tokens.
 
-    So a row is z P with z zero outside its band's columns: the product has the same shape whatever bands a batch
-    touches, and a token's vector does not depend on its neighbours to the last bit.
+    Band 0 is ``weight`` (1, n_0, R_0), band b is ``band_b`` (n_b, R_b). ``projection`` (R_0 + R_1 + ..., D) stacks the
+    projections of the bands, each with orthonormal rows after a fit. ``classes`` holds the band of every row, packed
+    in whole bits.
+
+    A row is z P, and z is zero outside its band's columns. So the product has the same shape for any batch, and every
+    bit of a token's vector is independent of its neighbours.
     """
 
     def __init__(
@@ -71,35 +75,35 @@ class AdaptiveTable(TablePart):
 
     @property
     def names(self) -> list[str]:
-        """The bands' tensors."""
+        """The names of the bands' tensors."""
         return [f"band_{band}" if band else "weight" for band in range(len(self.shapes))]
 
     @property
     def places(self) -> RowPlaces:
-        """Band of every row, its place there, and the rows band after band."""
+        """The band of every row, its place in the band, and all rows in the order of the bands."""
         return self._map(self.classes)
 
     def padding(self, band: int) -> int | None:
-        """The place of the padding row, if it is in this band."""
-        own = self.padding_idx is not None and int(self.places.classes[self.padding_idx]) == band
-        return int(self.places.offsets[self.padding_idx]) if own else None
+        """The place of the padding row in this band, or None if it is in another."""
+        here = self.padding_idx is not None and int(self.places.classes[self.padding_idx]) == band
+        return int(self.places.offsets[self.padding_idx]) if here else None
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) ids -> (..., D), times ``scale``. Raises IndexError for an id outside the table."""
-        where, width = self.places, self.edges[-1][1]
+        """Look up vectors: (...) ids -> (..., D), times ``scale``. Raises IndexError for an id outside the table."""
+        places, width = self.places, self.edges[-1][1]
         readers = [partial(self._read, band) for band in range(len(self.shapes))]
-        coordinates = banded(ids, where.classes, where.offsets, readers, width, self.dtype)
+        coordinates = banded(ids, places.classes, places.offsets, readers, width, self.dtype)
         vectors = coordinates @ self.held("projection")
         return vectors if self.scale == 1.0 else vectors * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V): the hidden state through all maps, then scored band by band."""
+        """Scores of the tied head: (..., D) -> (..., V). Projects the hidden state, then scores it band by band."""
         rotated = F.linear(hidden, self.held("projection"))
         scores = [F.linear(rotated[..., slice(*self.edges[band])], self._rows(band)) for band in range(len(self.names))]
         return self.places.undo(torch.cat(scores, dim=-1), dim=-1)
 
     def merged(self) -> Tensor:
-        """(V, D), without ``scale``."""
+        """The dense table (V, D), without ``scale``."""
         maps = self.held("projection")
         rows = [self._rows(band) @ maps[slice(*self.edges[band])] for band in range(len(self.names))]
         return self.places.undo(torch.cat(rows), dim=0)
@@ -112,17 +116,17 @@ class AdaptiveTable(TablePart):
         return self.held(self.names[band]).view(self.shapes[band])
 
     def _read(self, band: int, offsets: Tensor) -> Tensor:
-        """(n,) places in a band -> (n, R_0 + R_1 + ...), zero outside the band's columns."""
+        """Read (n,) places in a band: (n, R_0 + R_1 + ...), zero outside the band's columns."""
         start, stop = self.edges[band]
         rows = self.held_rows(self.names[band], offsets, self.padding(band))
         return F.pad(rows, (start, self.edges[-1][1] - stop))
 
 
 class AdaptiveEmbedding(EmbeddingMethod):
-    """A truncated SVD for each band of frequency. ``keep`` counts the stored bytes of the table."""
+    """Fits a truncated SVD to each frequency band. ``keep`` counts the stored bytes of the table."""
 
     id = "embedding.adaptive"
-    summary = "bands by frequency, each with narrower rows and a map of its own to full width; the tied head per band"
+    summary = "bands by frequency: rarer tokens have narrower rows, each band has its own projection to full width"
     source = (
         "Baevski and Auli 2019, Adaptive Input Representations (arXiv 1809.10853); Grave et al. 2017 (arXiv "
         "1609.04309). Changed: fitted to a trained table by an SVD of each band; bands are shares of the rows; a tied "
@@ -145,25 +149,25 @@ class AdaptiveEmbedding(EmbeddingMethod):
             return f"rank {self.rank} is above the width of {site.rows} x {site.width}: it may be at most {site.width}"
         shapes = self._shapes(site)
         if not all(rows for rows, _ in shapes):
-            return f"bands {list(self.knobs.bands)} leave one of {len(shapes)} bands of {site.rows} rows empty"
+            return f"bands {list(self.knobs.bands)} of {site.rows} rows leave at least one of {len(shapes)} bands empty"
         numbers = self._numbers(site)
         if numbers >= site.rows * site.width:
             return (
-                f"rank {self.rank} is no reduction of {site.rows} x {site.width}: the bands and their maps have "
+                f"rank {self.rank} does not reduce {site.rows} x {site.width}: bands and projections have "
                 f"{numbers} numbers, the table {site.rows * site.width}"
             )
         return None
 
     def solve(self, site: TableSite, keep: float) -> "AdaptiveEmbedding":
-        """The greatest R whose bands, maps and map of rows take at most ``keep`` of the dense table's bytes."""
+        """Choose the greatest R whose bands, projections and row map take at most ``keep`` of the dense bytes."""
         return self.greatest(site, keep, range(1, site.width + 1))
 
     def predict(self, site: TableSite) -> Cost:
-        """A lookup multiplies by all maps, whatever the token's band."""
+        """The exact cost. A lookup multiplies by the projections of all bands."""
         shapes = self._shapes(site)
         total = sum(rank for _, rank in shapes)
-        maps = (total, site.width)
-        stored = sum(stored_bytes(shape, self.knobs.store, site.width_in_bytes) for shape in (*shapes, maps))
+        projection = (total, site.width)
+        stored = sum(stored_bytes(shape, self.knobs.store, site.width_in_bytes) for shape in (*shapes, projection))
         flops = 2.0 * total * site.width + 2.0 * self._numbers(site) * len(site.heads)
         return Cost(self._numbers(site), stored + map_bytes(site.rows, len(shapes)), flops)
 
@@ -171,7 +175,7 @@ class AdaptiveEmbedding(EmbeddingMethod):
         return sum(rank * (rows + site.width) for rows, rank in self._shapes(site))
 
     def _shapes(self, site: TableSite) -> list[tuple[int, int]]:
-        """Rows and width of every band."""
+        """The (rows, width) of every band."""
         edges = [round(share * site.rows) for share in accumulate(self.knobs.bands)]
         edges[-1] = site.rows
         return [
@@ -181,13 +185,13 @@ class AdaptiveEmbedding(EmbeddingMethod):
 
     @torch.no_grad()
     def build(self, site: TableSite, device: torch.device, dtype: torch.dtype) -> AdaptiveTable:
-        """From scratch the bands follow the given order of the rows."""
+        """Build the part. The bands of a part trained from scratch follow the original order of the rows."""
         part = AdaptiveTable(site, self._shapes(site), self.knobs.store, device, dtype)
         if device.type != "meta":
             self._place(part, torch.arange(site.rows, device=device))
             maps = []
             for band, (rows, rank) in enumerate(part.shapes):
-                # Orthonormal rows of the map scale the variance of what is stored by R / D.
+                # The projection has orthonormal rows, so the vectors have R / D times the variance of the stored rows.
                 table = torch.randn(rows, rank, device=device) * STANDARD_DEVIATION * math.sqrt(site.width / rank)
                 if (padding := part.padding(band)) is not None:
                     table[padding] = 0
@@ -198,9 +202,11 @@ class AdaptiveEmbedding(EmbeddingMethod):
 
     @torch.no_grad()
     def fit(self, part: AdaptiveTable, weight: Tensor, calibration: Calibration) -> None:
-        """Each band's map spans the R_b directions with most of the weighted energy of its rows. Without frequencies
-        the bands follow the given order of the rows, which in WordPiece and BPE vocabularies falls roughly with
-        frequency, and all rows weigh the same."""
+        """Fit each band's projection to the R_b directions with most of the weighted energy of its rows.
+
+        Without frequencies all rows weigh the same, and the bands follow the original order of the rows. In WordPiece
+        and BPE vocabularies that order roughly descends by frequency.
+        """
         table, frequency = weight.double(), calibration.frequency
         order = torch.arange(len(table), device=table.device)
         share = torch.ones(len(table), dtype=table.dtype, device=table.device)
@@ -210,19 +216,19 @@ class AdaptiveEmbedding(EmbeddingMethod):
         self._place(part, order)
         maps = []
         for band, (rows, (_, rank)) in enumerate(zip(self._members(part), part.shapes, strict=True)):
-            own = table[rows]
-            _, directions = leading_directions(own.T @ (own * share[rows, None]), rank)
-            part.fill(part.names[band], own @ directions)
+            band_rows = table[rows]
+            _, directions = leading_directions(band_rows.T @ (band_rows * share[rows, None]), rank)
+            part.fill(part.names[band], band_rows @ directions)
             maps.append(directions.T)
         part.fill("projection", torch.cat(maps))
 
     def _place(self, part: AdaptiveTable, order: Tensor) -> None:
-        """Rows into bands, those first in ``order`` (V,) into the first."""
+        """Assign rows to bands: the first rows of ``order`` (V,) to band 0, and so on."""
         sizes = torch.tensor([rows for rows, _ in part.shapes], device=order.device)
         bands = torch.arange(len(sizes), device=order.device).repeat_interleave(sizes)
         classes = torch.empty_like(order).index_copy_(0, order, bands)
         part.classes.copy_(pack_classes(classes, len(sizes)))
 
     def _members(self, part: AdaptiveTable) -> tuple[Tensor, ...]:
-        """The rows of every band, in the order they are stored in."""
+        """The rows of every band, in the order in which they are stored."""
         return part.places.order.split([rows for rows, _ in part.shapes])

@@ -1,4 +1,4 @@
-"""The token table left as it is: the error bar of every comparison."""
+"""The original token table, unchanged: the control of every comparison."""
 
 from taut.core.cost import Cost
 from taut.core.site import Site
@@ -6,10 +6,10 @@ from taut.methods.base import Method
 
 
 class IdentityEmbedding(Method):
-    """Changes nothing; what a study measures on it is noise."""
+    """Changes nothing, so that a study measures its noise."""
 
     id = "embedding.identity"
-    summary = "leaves the table in place, as the error bar of a comparison"
+    summary = "leaves the table unchanged, to measure the noise of a comparison"
     source = "none: the control of every study"
 
     def fits(self, site: Site) -> str | None:

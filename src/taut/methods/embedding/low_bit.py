@@ -1,4 +1,4 @@
-"""A token table in 8, 6, 4, 3 or 2 bits a number, integers or 4-bit floats, packed in memory and on disk."""
+"""A token table in 8, 6, 4, 3 or 2 bits per number, integers or 4-bit floats, packed in memory and on disk."""
 
 from typing import Literal
 
@@ -17,36 +17,37 @@ from taut.ops.quantization.rowwise import RowFormat, lookup, pack, unpack
 from taut.ops.quantization.tied_head import logits
 
 STANDARD_DEVIATION = 0.02
-"""Of the table that a part built from scratch starts as."""
+"""Standard deviation of the entries of a table that is trained from scratch."""
 
 
 class LowBitKnobs(Knobs):
-    bits: Literal[8, 6, 4, 3, 2] = Field(8, description="bits of a number")
+    bits: Literal[8, 6, 4, 3, 2] = Field(8, description="bits per number")
     number: Literal["int", "nf4", "fp4", "mxfp4", "nvfp4"] = Field(
-        "int", description="how a number is rounded: an integer between two ends, or with bits: 4 one of these floats"
+        "int", description="number format: an integer between two ends, or with bits: 4 one of these floats"
     )
     symmetric: bool = Field(
-        False, description="centre the range of each group of integers on zero, which is then exact; floats always do"
+        False,
+        description="centre the range of each group of integers on zero, which is then exact; floats always do so",
     )
     group: int | None = Field(
         None,
         ge=2,
-        description="how many columns share a scale, the last group may be short; none: the row for int, 64 for nf4 "
-        "and fp4, and by definition 32 for mxfp4 and 16 for nvfp4",
+        description="how many columns share a scale; the last group may be shorter. None: the whole row for int, 64 "
+        "for nf4 and fp4, and by definition 32 for mxfp4 and 16 for nvfp4",
     )
     clip: bool = Field(
-        False, description="search each group's scale for the least squared error (for fp4 the search of LLM-FP4)"
+        False, description="search the scale of each group for the least squared error (for fp4 as in LLM-FP4)"
     )
 
 
 class LowBitTable(TablePart):
-    """``weight`` is (V, groups, bytes of a group) uint8: codes and scales (see ops.quantization.rowwise).
+    """A token table of packed codes with a scale for each group of columns.
 
-    NVFP4 has a scale of the whole table as well: ``tensor_scale``, the four bytes of a float32.
+    ``weight`` (V, groups, bytes of a group) uint8 holds codes and scales (see ops.quantization.rowwise). NVFP4 also has
+    a scale of the whole table, ``tensor_scale``: the four bytes of a float32.
 
-    Nothing is trainable, except between ``loosen`` and ``tighten``, when ``weight_unpacked`` (V, D) float32 is what the
-    codes are chosen from. Lookups come in ``dtype``, which follows ``.to()``, ``.half()`` and their like although no
-    floating tensor is here.
+    Only while unpacked is something trainable: ``weight_unpacked`` (V, D) float32, from which codes are chosen.
+    Lookups return ``dtype``. It follows ``.to()``, ``.half()`` and similar calls although the part has no float tensor.
     """
 
     def __init__(
@@ -61,7 +62,10 @@ class LowBitTable(TablePart):
         self.register_parameter("weight_unpacked", None)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) ids -> (..., D) of ``dtype``, times ``scale``. Raises IndexError for an id outside the table."""
+        """Look up vectors: (...) ids -> (..., D) of ``dtype``, times ``scale``.
+
+        Raises IndexError for an id outside the table.
+        """
         if self.weight_unpacked is not None:
             vectors = self._straight_through(F.embedding(ids, self.weight_unpacked, self.padding_idx)).to(self.dtype)
         elif self.tensor_scale is not None:
@@ -71,32 +75,37 @@ class LowBitTable(TablePart):
         return vectors if self.scale == 1.0 else vectors * self.scale
 
     def reference(self, ids: Tensor) -> Tensor:
-        """What ``forward`` computes, by the plain formula on the whole table."""
+        """The same as ``forward``, computed from the whole dense table."""
         return self.merged()[ids] * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V), exact up to rounding, without ever holding the dense table (but while unpacked)."""
+        """Scores of the tied head: (..., D) -> (..., V), exact up to rounding.
+
+        Never expands the whole table, except while unpacked.
+        """
         if self.weight_unpacked is not None:
             return F.linear(hidden, self.merged())
         if self.tensor_scale is not None:
-            # In float32, since what a half-precision model computes with may not reach so far without the scale.
+            # In float32: without the scale of the table, scores may exceed the range of half precision.
             scores = logits(hidden.float(), self.weight, self.layout)
             return (scores * self._stored_scale).to(hidden.dtype)
         return logits(hidden, self.weight, self.layout)
 
     def numbers(self) -> int:
-        """V D: a code stands for a number."""
+        """Returns V D, the dense count, because each code stands for one number."""
         return self.num_embeddings * self.embedding_dim
 
     def merged(self) -> Tensor:
-        """(V, D) of ``dtype``, without ``scale``."""
+        """The dense table (V, D) of ``dtype``, without ``scale``."""
         table = self._expanded() if self.weight_unpacked is None else self._straight_through(self.weight_unpacked)
         return table.to(self.dtype)
 
     @torch.no_grad()
     def assign(self, table: Tensor) -> None:
-        """Choose codes and scales for ``table``, (V, D) of any float dtype. Raises TautError for numbers that are not
-        finite or beyond what a scale can hold."""
+        """Choose codes and scales for ``table`` (V, D) of any float dtype.
+
+        Raises TautError for numbers that are not finite or beyond the range of a scale.
+        """
         scale = self._tensor_scale(table)
         self.weight.copy_(pack(table if scale is None else table.float() / scale, *self._rounding()))
         if scale is not None:
@@ -128,23 +137,23 @@ class LowBitTable(TablePart):
 
     @property
     def _stored_scale(self) -> Tensor:
-        # A copy, since a view as floats needs an aligned start.
+        # A copy, because a view as float32 needs an aligned start.
         return self.tensor_scale.clone().view(torch.float32)
 
     def _straight_through(self, rows: Tensor) -> Tensor:
-        """(..., D) of ``weight_unpacked`` as they will be stored; the gradient passes as if nothing were rounded."""
+        """Round ``rows`` (..., D) of ``weight_unpacked`` as storing would; gradients pass straight through."""
         with torch.no_grad():
             scale = self._tensor_scale(self.weight_unpacked)
             flat = rows.reshape(-1, self.layout.width)
-            back = unpack(pack(flat if scale is None else flat / scale, *self._rounding()), self.layout)
-            rounding = (back if scale is None else back * scale).view(rows.shape) - rows
+            rounded = unpack(pack(flat if scale is None else flat / scale, *self._rounding()), self.layout)
+            rounding = (rounded if scale is None else rounded * scale).view(rows.shape) - rows
         return rows + rounding
 
     def _rounding(self) -> tuple[RowFormat, bool, bool]:
         return self.layout, self.symmetric, self.clip
 
     def _tensor_scale(self, table: Tensor) -> Tensor | None:
-        """(1,) float32 that brings NVFP4's blocks in reach of their own scales; None for other formats."""
+        """Scale of the whole table, (1,) float32, that puts NVFP4's blocks in the range of their scales; else None."""
         if self.tensor_scale is None:
             return None
         largest = table.detach().float().abs().amax().view(1)
@@ -152,10 +161,10 @@ class LowBitTable(TablePart):
 
 
 class LowBitEmbedding(EmbeddingMethod):
-    """Round to nearest, a scale for each row or group. ``keep`` counts stored bytes."""
+    """Rounds to nearest, with a scale for each row or group. ``keep`` counts stored bytes."""
 
     id = "embedding.low_bit"
-    summary = "2 to 8 bits a number, integer or float, a scale for each row or group; lookups beat dense ones"
+    summary = "2 to 8 bits per number, integer or float, a scale for each row or group; lookups beat dense ones"
     source = (
         "Guan et al. 2019, Post-Training 4-bit Quantization on Embedding Tables (arXiv 1911.02079); nf4: Dettmers et "
         "al. 2023, QLoRA (arXiv 2305.14314); fp4: Liu et al. 2023, LLM-FP4 (arXiv 2310.16836); mxfp4: OCP "
@@ -173,15 +182,18 @@ class LowBitEmbedding(EmbeddingMethod):
             return f"number: {knobs.number} needs bits: {BITS[knobs.number][0]}, not {knobs.bits}"
         form = number_format(knobs.number, knobs.bits)
         if knobs.symmetric and knobs.number != "int":
-            return f"number: {knobs.number} is centred on zero by itself; drop symmetric"
+            return f"number: {knobs.number} is always centred on zero; drop symmetric"
         if knobs.group and form.fixed_group and knobs.group != form.usual_group:
             return f"number: {knobs.number} has groups of {form.usual_group} by definition, not {knobs.group}"
         if (knobs.group or 0) > site.width:
-            return f"group {knobs.group} is wider than the table, {site.width}; drop it for a scale a row"
+            return f"group {knobs.group} is wider than the table, {site.width}; drop it for one scale per row"
         return None
 
     def solve(self, site: TableSite, keep: float) -> "LowBitEmbedding":
-        """The most bits whose bytes, scales included, are at most ``keep`` of the dense table's."""
+        """Choose the most bits whose bytes, scales included, are at most ``keep`` of the dense table's.
+
+        Raises TautError if none are.
+        """
         for bits in BITS[self.knobs.number]:
             method = type(self)(self.knobs.model_copy(update={"bits": bits}))
             share = method.predict(site).bytes / site.dense().bytes

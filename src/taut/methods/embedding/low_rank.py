@@ -16,21 +16,20 @@ from taut.methods.store import Store, stored_bytes
 from taut.ops.factors.svd import leading_directions
 
 STANDARD_DEVIATION = 0.02
-"""Of the entries of A B when the table is trained from scratch."""
+"""Standard deviation of the entries of A B when the table is trained from scratch."""
 
 
 class LowRankKnobs(Knobs):
     rank: int | None = Field(None, ge=1, description="R, the width of the stored rows; below V and D; or give keep")
-    weighted: bool = Field(
-        False, description="weigh each row's error by one more than how often calibration text uses it"
-    )
+    weighted: bool = Field(False, description="weight each row's error by (its count in calibration text + 1)")
     store: Store | None = Field(None, description="keep both factors in fewer bits")
 
 
 class LowRankTable(TablePart):
-    """``weight`` is A (V, R), ``projection`` is B (R, D) with orthonormal rows after a fit.
+    """A token table as the product of two factors.
 
-    So a row of A is as long as the part of the embedding it stands for, and a tied head never leaves R dimensions.
+    ``weight`` is A (V, R). ``projection`` is B (R, D), whose rows are orthonormal after a fit. So a row of A has the
+    length of its row of A B, and a tied head compares vectors in R dimensions.
     """
 
     def __init__(
@@ -41,16 +40,16 @@ class LowRankTable(TablePart):
         self.hold("projection", (rank, site.width), store, device)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) ids -> (..., D): rows of A times B, times ``scale``."""
+        """Look up vectors: (...) ids -> (..., D), rows of A times B, times ``scale``."""
         vectors = self.held_rows("weight", ids, self.padding_idx) @ self.held("projection")
         return vectors if self.scale == 1.0 else vectors * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V): (h B^T) A^T, which is R (V + D) multiplications a token instead of V D."""
+        """Scores of the tied head: (..., D) -> (..., V), (h B^T) A^T. R (V + D) multiplications per token, not V D."""
         return F.linear(F.linear(hidden, self.held("projection")), self.held("weight"))
 
     def merged(self) -> Tensor:
-        """A B, (V, D), without ``scale``."""
+        """The dense table A B, (V, D), without ``scale``."""
         return self.held("weight") @ self.held("projection")
 
 
@@ -58,10 +57,10 @@ class LowRankEmbedding(EmbeddingMethod):
     """Truncated SVD of the table. ``keep`` counts its stored bytes."""
 
     id = "embedding.low_rank"
-    summary = "a narrow table and a shared map back to full width (SVD); a tied head uses both factors"
+    summary = "a narrow table and a shared map to full width (SVD); a tied head uses both factors"
     source = (
         "Lan et al. 2020, ALBERT (arXiv 1909.11942), section 3.1: the factorised table; fitted by Eckart and Young, "
-        "1936. Changed: tied heads go through the factors, and rows may be weighted by use"
+        "1936. Changed: a tied head multiplies by both factors, and rows may be weighted by use"
     )
     Knobs = LowRankKnobs
     dial = "rank"
@@ -80,10 +79,10 @@ class LowRankEmbedding(EmbeddingMethod):
         limit = min(site.rows, site.width)
         if self.rank < limit:
             return None
-        return f"rank {self.rank} is no reduction of {site.rows} x {site.width}: it must be below {limit}"
+        return f"rank {self.rank} does not reduce {site.rows} x {site.width}: it must be below {limit}"
 
     def solve(self, site: TableSite, keep: float) -> "LowRankEmbedding":
-        """The greatest R whose two factors, as they are stored, take at most ``keep`` of the dense table's bytes."""
+        """Choose the greatest R whose two stored factors take at most ``keep`` of the dense table's bytes."""
         return self.greatest(site, keep, range(1, min(site.rows, site.width)))
 
     def predict(self, site: TableSite) -> Cost:
@@ -99,7 +98,7 @@ class LowRankEmbedding(EmbeddingMethod):
     def build(self, site: TableSite, device: torch.device, dtype: torch.dtype) -> LowRankTable:
         part = LowRankTable(site, self.rank, self.knobs.store, device, dtype)
         if device.type != "meta":
-            # Orthonormal rows of B scale the variance of A's entries by R / D.
+            # B has orthonormal rows, so the variance of A B is R / D times that of A.
             deviation = STANDARD_DEVIATION * math.sqrt(site.width / self.rank)
             table = torch.randn(site.rows, self.rank, device=device) * deviation
             if site.padding_row is not None:
@@ -110,9 +109,11 @@ class LowRankEmbedding(EmbeddingMethod):
 
     @torch.no_grad()
     def fit(self, part: LowRankTable, weight: Tensor, calibration: Calibration) -> None:
-        """B spans the R directions that hold most of the (weighted) energy of the rows, A = E B^T: exact, since with
-        B given each row's best coefficients do not depend on its weight. Raises TautError when ``weighted`` is set
-        and no frequencies were given."""
+        """Fit B to the R directions with most of the (weighted) energy of the rows, and set A = E B^T.
+
+        This is exact: for a given B, a row's best coefficients do not depend on its weight. Raises TautError when
+        ``weighted`` is set and there are no frequencies.
+        """
         table = weight.double()
         rows = table
         if self.knobs.weighted:

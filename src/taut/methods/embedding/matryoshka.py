@@ -1,4 +1,4 @@
-"""A token table whose leading columns are smaller tables: rotated so that the first columns carry the most."""
+"""A token table whose leading columns are usable as smaller tables: a rotation puts the most energy into them."""
 
 import math
 from itertools import pairwise
@@ -17,34 +17,33 @@ from taut.methods.store import Store, stored_bytes
 from taut.ops.factors.svd import leading_directions
 
 STANDARD_DEVIATION = 0.02
-"""Of the entries of the table when it is trained from scratch."""
+"""Standard deviation of the entries of a table that is trained from scratch."""
 
 
 class MatryoshkaKnobs(Knobs):
     width: int | None = Field(None, ge=1, description="R, how many rotated columns are stored; or give keep")
     prefixes: tuple[float, ...] = Field(
-        (0.25, 0.5, 1.0), description="shares of R that are tables of their own; rising, the last is 1"
+        (0.25, 0.5, 1.0), description="shares of R usable as smaller tables; ascending, the last is 1"
     )
-    nested: bool = Field(False, description="in training, healing included, every lookup draws one of the prefixes")
-    weighted: bool = Field(
-        False, description="weigh each row's error by one more than how often calibration text uses it"
-    )
+    nested: bool = Field(False, description="in training and healing, each lookup uses a random prefix")
+    weighted: bool = Field(False, description="weight each row's error by (its count in calibration text + 1)")
     store: Store | None = Field(None, description="keep the columns and the rotation in fewer bits")
 
     @field_validator("prefixes")
     @classmethod
     def _rising(cls, prefixes: tuple[float, ...]) -> tuple[float, ...]:
         if not prefixes or prefixes[0] <= 0 or prefixes[-1] != 1 or any(a >= b for a, b in pairwise(prefixes)):
-            raise ValueError("expected rising shares above 0 that end with 1, such as [0.25, 0.5, 1.0]")
+            raise ValueError("expected ascending shares above 0 that end with 1, such as [0.25, 0.5, 1.0]")
         return prefixes
 
 
 class MatryoshkaTable(TablePart):
-    """``widths``: how many columns each prefix has, rising to R. ``used``: how many are read now, one of them.
+    """A rotated token table whose first columns can be used alone.
 
-    The columns are stored in bands, from one width to the next: ``weight`` (V, first width) and ``band_1`` (V,
-    second - first), ..., so that a prefix reads nothing beyond itself, and a ``store`` gives every band scales of its
-    own. ``projection`` (R, D) rotates back; its rows are orthonormal after a fit.
+    ``widths`` are the numbers of columns of the prefixes, ascending to R. ``used`` is the one in use.
+    The columns are stored in bands from one width to the next: ``weight`` (V, first width), ``band_1`` (V, second -
+    first), and so on. So a prefix reads only its own columns, and with ``store`` each band has its own scales.
+    ``projection`` (R, D) rotates back; its rows are orthonormal after a fit.
     """
 
     def __init__(
@@ -64,22 +63,24 @@ class MatryoshkaTable(TablePart):
         self.hold("projection", (widths[-1], site.width), store, device)
 
     def bands(self) -> dict[str, tuple[int, int]]:
-        """Tensor name and columns (first, behind the last) of every band."""
+        """Map the tensor name of each band to its columns (start, stop)."""
         edges = pairwise((0, *self.widths))
         return {f"band_{band}" if band else "weight": edge for band, edge in enumerate(edges)}
 
     def use(self, width: int) -> None:
-        """From now on read the first ``width`` columns alone: cheaper and coarser, and nothing stored changes.
+        """From now on read only the first ``width`` columns, which is cheaper and coarser. No stored value changes.
 
-        Raises TautError for a width that is no prefix.
+        Raises TautError for a width that is not one of ``widths``.
         """
         if width not in self.widths:
-            nearest = min(self.widths, key=lambda known: abs(known - width))
-            raise TautError(f"width {width} is no prefix of this table: {list(self.widths)}; the nearest is {nearest}")
+            nearest = min(self.widths, key=lambda prefix: abs(prefix - width))
+            raise TautError(
+                f"width {width} is not a prefix of this table {list(self.widths)}; the nearest is {nearest}"
+            )
         self.used = width
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) ids -> (..., D), times ``scale``: the coordinates of the prefix in use, rotated back."""
+        """Look up vectors: (...) ids -> (..., D), times ``scale``. Rotates the columns of the prefix in use back."""
         if self.training and self.nested:
             self._draw()
         columns = [self.held_rows(name, ids, self.padding_idx) for name in self._read()]
@@ -87,8 +88,10 @@ class MatryoshkaTable(TablePart):
         return vectors if self.scale == 1.0 else vectors * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V): the hidden state rotated, then scored band by band. In nested training the prefix is
-        that of the lookup before."""
+        """Scores of the tied head: (..., D) -> (..., V). Rotates the hidden state, then scores it band by band.
+
+        In training with ``nested`` it uses the same prefix as the lookup before it.
+        """
         rotated = self._prefix(F.linear(hidden, self.held("projection")[: self.used])).flatten(0, -2)
         scores = None
         for name, (start, stop) in self._read().items():
@@ -97,34 +100,34 @@ class MatryoshkaTable(TablePart):
         return scores.view(*hidden.shape[:-1], self.num_embeddings)
 
     def merged(self) -> Tensor:
-        """(V, D), without ``scale``, of the prefix in use."""
+        """The dense table (V, D) of the prefix in use, without ``scale``."""
         return torch.cat([self.held(name) for name in self._read()], dim=1) @ self.held("projection")[: self.used]
 
     def _read(self) -> dict[str, tuple[int, int]]:
         return {name: edge for name, edge in self.bands().items() if edge[1] <= self.used}
 
     def _draw(self) -> None:
-        """The prefix of this lookup and of the logits that follow: the same sequence in every run and every copy."""
+        """Choose the prefix of this lookup and of the logits that follow. Every run and copy has the same sequence."""
         generator = torch.Generator().manual_seed(self.random_step)
         self.drawn = self.widths[int(torch.randint(len(self.widths), (), generator=generator))]
         self.random_step += 1
 
     def _prefix(self, coordinates: Tensor) -> Tensor:
-        """(..., R), those behind the drawn prefix zero; a product, so that every parameter still gets a gradient."""
+        """Zero the coordinates (..., R) beyond the random prefix, by a product so that all parameters get gradients."""
         if not (self.training and self.nested) or self.drawn >= self.used:
             return coordinates
         return coordinates * (torch.arange(self.used, device=coordinates.device) < self.drawn)
 
 
 class MatryoshkaEmbedding(EmbeddingMethod):
-    """The table in the basis of its principal directions. ``keep`` counts its stored bytes."""
+    """Rotates the table to its principal directions. ``keep`` counts its stored bytes."""
 
     id = "embedding.matryoshka"
-    summary = "a rotated table whose leading columns are tables themselves: shorter prefixes can be used at run time"
+    summary = "a rotated table whose leading columns work as smaller tables: choose a shorter prefix at run time"
     source = (
         "Kusupati et al. 2022, Matryoshka Representation Learning (arXiv 2205.13147). Changed: applied to the table "
-        "instead of the sentence vector; fitted after training by principal directions; one prefix is drawn for each "
-        "call instead of summing the loss over all (the same in expectation; cf. Rippel et al. 2014, nested dropout)"
+        "instead of the sentence vector; fitted after training by principal directions; each call uses one random "
+        "prefix instead of summing the loss over all (the same in expectation; cf. Rippel et al. 2014, nested dropout)"
     )
     Knobs = MatryoshkaKnobs
     dial = "width"
@@ -141,7 +144,7 @@ class MatryoshkaEmbedding(EmbeddingMethod):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The prefixes in columns; those that round to the same number count once."""
+        """The prefixes as numbers of columns, without duplicates from rounding."""
         return tuple(sorted({max(1, round(share * self.width)) for share in self.knobs.prefixes}))
 
     def fits(self, site: Site) -> str | None:
@@ -150,15 +153,15 @@ class MatryoshkaEmbedding(EmbeddingMethod):
         limit = math.ceil(site.rows * site.width / (site.rows + site.width)) - 1
         if self.width <= limit:
             return None
-        return f"width {self.width} is no reduction of {site.rows} x {site.width}: with its rotation at most {limit} is"
+        return f"width {self.width} and its rotation do not reduce {site.rows} x {site.width}: give at most {limit}"
 
     def solve(self, site: TableSite, keep: float) -> "MatryoshkaEmbedding":
-        """The greatest R whose columns and rotation, as they are stored, take at most ``keep`` of the dense bytes."""
-        # Rounding may move one column between bands, so that the bytes of neighbours are not strictly in order.
+        """Choose the greatest R whose stored columns and rotation take at most ``keep`` of the dense bytes."""
+        # Rounding may move one column between bands, so the bytes of neighbouring widths need not ascend strictly.
         return self.greatest(site, keep, range(1, min(site.rows, site.width)))
 
     def predict(self, site: TableSite) -> Cost:
-        """At full width; a shorter prefix in use costs its share."""
+        """The cost at full width. A shorter prefix costs its share."""
         shapes = [(site.rows, stop - start) for start, stop in pairwise((0, *self.widths))]
         shapes.append((self.width, site.width))
         numbers = self.width * (site.rows + site.width)
@@ -170,7 +173,7 @@ class MatryoshkaEmbedding(EmbeddingMethod):
     def build(self, site: TableSite, device: torch.device, dtype: torch.dtype) -> MatryoshkaTable:
         part = MatryoshkaTable(site, self.widths, self.knobs.nested, self.knobs.store, device, dtype)
         if device.type != "meta":
-            # Orthonormal rows of the rotation scale the variance of what is stored by R / D.
+            # The rotation has orthonormal rows, so the variance of the table is R / D times that of the columns.
             deviation = STANDARD_DEVIATION * math.sqrt(site.width / self.width)
             columns = torch.randn(site.rows, self.width, device=device) * deviation
             if site.padding_row is not None:
@@ -181,8 +184,11 @@ class MatryoshkaEmbedding(EmbeddingMethod):
 
     @torch.no_grad()
     def fit(self, part: MatryoshkaTable, weight: Tensor, calibration: Calibration) -> None:
-        """The R directions with the most (weighted) energy, most first; so every prefix is the best of its width.
-        Raises TautError when ``weighted`` is set and no frequencies were given."""
+        """Project the rows onto the R directions with the most (weighted) energy, in descending order.
+
+        So every prefix is the best one of its width. Raises TautError when ``weighted`` is set and there are no
+        frequencies.
+        """
         table = weight.double()
         rows = table
         if self.knobs.weighted:

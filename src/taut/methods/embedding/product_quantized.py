@@ -1,4 +1,4 @@
-"""A token table of codes: each row is cut into subvectors, each of which names one of few shared vectors."""
+"""Product-quantised token table: each row is cut into subvectors, and a code names a shared vector for each of them."""
 
 import math
 from typing import Literal
@@ -19,37 +19,40 @@ from taut.ops.codebooks.product_codes import CodeLayout, decode_lengths, encode_
 from taut.ops.codebooks.search import assign, decode, refine, search, weighted_error
 
 STANDARD_DEVIATION = 0.02
-"""Of the entries of a table that starts at random."""
+"""Standard deviation of the entries of a table that starts at random."""
 FREQUENCY_POWER, UNSEEN = 0.75, 0.5
-"""A row's weight is (frequency + UNSEEN) ** FREQUENCY_POWER: an occurrence of a rare token says more than one of a
-common token (the gradient by its vector is larger), and words that the text lacks exist."""
+"""A row's weight is (frequency + UNSEEN) ** FREQUENCY_POWER. The power is below 1 because one occurrence of a rare
+token has a larger gradient than one of a common token. UNSEEN gives some weight to tokens that the text lacks."""
 DAMPING = 0.1
-"""Share of the plain squared error in the metric: gradients tell about small errors, and these are not small."""
+"""Share of the plain squared error in the metric. Gradients describe small errors, but these errors are not small."""
 EXPANDED_AT_ONCE = 1 << 19
-"""Numbers of the table held expanded for the tied head."""
+"""How many numbers of the table the tied head expands at a time."""
 FEW_TOKENS, FEW_CODES = 32, 8
-"""A head with more than FEW_TOKENS tokens is faster by expanded rows, unless a code stands for FEW_CODES columns."""
+"""With more than FEW_TOKENS tokens a head is faster with expanded rows, unless a code stands for FEW_CODES columns."""
 
 
 class ProductQuantizedKnobs(Knobs):
-    subvector: int | None = Field(None, ge=1, description="w, columns that share a code, a divisor of D; or give keep")
-    stages: int = Field(1, ge=1, le=4, description="codes of a subvector, whose centroids add up")
-    centroids: Literal[256, 16] = Field(256, description="vectors to choose from: codes of 8 bits or 4")
+    subvector: int | None = Field(None, ge=1, description="w, columns per code, a divisor of D; or give keep")
+    stages: int = Field(1, ge=1, le=4, description="codes per subvector; their centroids are added")
+    centroids: Literal[256, 16] = Field(256, description="vectors a code chooses from; 256 take 8 bits, 16 take 4")
     shared: bool = Field(False, description="one codebook for all subvectors instead of one for each")
-    norms: bool = Field(True, description="keep the length of each row apart, in a byte")
-    weighted: bool = Field(True, description="weigh rows by how often calibration text uses them, to the power .75")
-    metric: bool = Field(True, description="weigh directions by the gradients that calibration text shows")
+    norms: bool = Field(True, description="store the length of each row separately, in one byte")
+    weighted: bool = Field(True, description="weight rows by how often calibration text uses them, to the power 0.75")
+    metric: bool = Field(True, description="weight directions by their gradients on calibration text")
     relearn: Literal["codebooks", "codes"] = Field(
         "codebooks",
-        description="what healing trains beside the lengths: the codebooks alone, or the choice of codes too",
+        description="what healing trains besides the lengths: only the codebooks, or also the choice of codes",
     )
     store: Store | None = Field(None, description="keep the codebooks in fewer bits")
 
 
 class ProductTable(TablePart):
-    """``weight`` (V, S, bytes) uint8 holds codes, ``norms`` (V,) uint8 lengths on a logarithmic scale (if kept apart),
-    ``codebooks`` (S x codebooks of a stage, C x w) what the codes name. A row is its length times the sum of S rows
-    of codebooks, subvector by subvector."""
+    """A token table whose rows are stored as codes into shared codebooks.
+
+    ``weight`` (V, S, bytes) uint8 holds the codes. ``norms`` (V,) uint8 holds the lengths on a logarithmic scale, or is
+    None if they are not stored separately. ``codebooks`` (S x codebooks of a stage, C x w) holds the centroids. A
+    subvector is the sum of its S centroids, times the row's length.
+    """
 
     def __init__(
         self,
@@ -77,34 +80,40 @@ class ProductTable(TablePart):
         return vectors if self.scale == 1.0 else vectors * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V). By products with the centroids, or piece by piece with expanded rows: whichever is
-        faster, and the latter wherever a gradient is asked for. Both are exact up to rounding."""
+        """Scores of the tied head: (..., D) -> (..., V), exact up to rounding.
+
+        Multiplies by the centroids or, piece by piece, by expanded rows, whichever is faster. Gradients need the
+        expanded rows.
+        """
         flat = hidden.reshape(-1, self.embedding_dim)
         training = torch.is_grad_enabled() and (
-            hidden.requires_grad or any(one.requires_grad for one in self.parameters())
+            hidden.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
         )
         few = flat.shape[0] <= FEW_TOKENS or self.layout.subvector >= FEW_CODES * self.layout.stages
         plain = flat.device.type != "cpu" or flat.dtype not in (torch.float32, torch.float64)
         if training or plain or not few or torch.compiler.is_compiling() or "weight_unpacked" in self._parameters:
-            answer = self._expanded(flat, training)
+            logits = self._expanded(flat, training)
         else:
-            answer = scores(flat, self.weight, self._books().to(flat.dtype), self.layout)
+            logits = scores(flat, self.weight, self._books().to(flat.dtype), self.layout)
             if self.norms is not None:
-                answer = answer * self._lengths(None)
-        return answer.view(*hidden.shape[:-1], self.num_embeddings)
+                logits = logits * self._lengths(None)
+        return logits.view(*hidden.shape[:-1], self.num_embeddings)
 
     def merged(self) -> Tensor:
-        """(V, D) of ``dtype``, without ``scale``."""
+        """The dense table (V, D) of ``dtype``, without ``scale``."""
         return self._rows(torch.arange(self.num_embeddings, device=self.weight.device))
 
     def numbers(self) -> int:
-        """V D: codes and lengths stand for all rows."""
+        """Returns V D, the dense count, because codes and lengths stand for all rows."""
         return self.num_embeddings * self.embedding_dim
 
     def unpack(self, original: Tensor | None = None) -> None:
-        """Lengths and stored codebooks become float parameters. To choose codes anew, so do the rows, (V, D), and a
-        lookup gives the nearest centroids. Subvectors start from ``original`` where their codes are those nearest to
-        it, else from what they stand for, so that at first no code changes."""
+        """Turn lengths and stored codebooks into float parameters.
+
+        With ``relearn: codes`` the rows (V, D) become a parameter too, and a lookup returns their nearest centroids.
+        A subvector starts from ``original`` if its codes are the nearest ones to it, else from its decoded value. So
+        no code changes at first.
+        """
         start = self._start(original) if self.relearn == "codes" else None
         super().unpack(original)
         if self.norms is not None:
@@ -114,7 +123,7 @@ class ProductTable(TablePart):
 
     @torch.no_grad()
     def repack(self) -> None:
-        """Back to codes, bytes and stored codebooks."""
+        """Turn the trained parameters back into codes, bytes and stored codebooks."""
         if "weight_unpacked" in self._parameters:
             chosen = self._chosen(self.weight_unpacked, self.weight, self._lengths(None), self._books())
             self.weight.copy_(chosen)
@@ -133,27 +142,27 @@ class ProductTable(TablePart):
         with torch.no_grad():
             packed = self._chosen(rows, self.weight.index_select(0, ids), lengths, books)
         chosen = lookup(packed, torch.arange(ids.numel(), device=ids.device), books, self.layout, lengths)
-        # The value of what was chosen; the gradient reaches the centroids, and the rows as if none had been chosen.
+        # The value is that of the centroids. The gradient reaches the centroids, and passes straight through to rows.
         return chosen + (rows - rows.detach())
 
     def _chosen(self, rows: Tensor, packed: Tensor, lengths: Tensor | None, books: Tensor) -> Tensor:
-        """Codes for ``rows`` (n, D), packed: the nearest, or those of ``packed`` wherever they are as near."""
+        """Packed nearest codes for ``rows`` (n, D). A code of ``packed`` stays unless another is strictly nearer."""
         rows = rows.to(books.dtype)
         if lengths is not None:
             rows = rows / torch.where(lengths == 0, 1.0, lengths)[:, None]
-        stored, found = self.layout.codes(packed), assign(rows, books, self.layout)
-        distances = [self._parts(rows - decode(codes, books)).square().sum(2) for codes in (stored, found)]
-        return self.layout.pack(torch.where((distances[1] < distances[0])[:, None], found, stored))
+        stored, nearest = self.layout.codes(packed), assign(rows, books, self.layout)
+        distances = [self._parts(rows - decode(codes, books)).square().sum(2) for codes in (stored, nearest)]
+        return self.layout.pack(torch.where((distances[1] < distances[0])[:, None], nearest, stored))
 
     @torch.no_grad()
     def _start(self, original: Tensor | None) -> Tensor:
-        """(V, D) float32: rows whose codes are those stored."""
-        stands = self.merged().float()
+        """(V, D) float32: rows whose nearest codes are the stored ones."""
+        decoded = self.merged().float()
         if original is None:
-            return stands.clone()
+            return decoded.clone()
         chosen = self._chosen(original, self.weight, self._lengths(None), self._books())
         same = (self.layout.codes(chosen) == self.layout.codes(self.weight)).all(1)
-        return torch.where(same[..., None], self._parts(original.float()), self._parts(stands)).flatten(1)
+        return torch.where(same[..., None], self._parts(original.float()), self._parts(decoded)).flatten(1)
 
     def _parts(self, rows: Tensor) -> Tensor:
         """(n, D) -> (n, P, w)."""
@@ -165,7 +174,7 @@ class ProductTable(TablePart):
         return self.held("codebooks").view(layout.stages, layout.books, layout.centroids, layout.subvector)
 
     def _lengths(self, ids: Tensor | None) -> Tensor | None:
-        """Of the rows ``ids`` (n,), None for all: (n,) of ``dtype``, None where none are kept."""
+        """Lengths (n,) of ``dtype`` of the rows ``ids`` (n,); None means all rows. Returns None without lengths."""
         if self.norms is None:
             return None
         unpacked = self._parameters.get("norms_unpacked")
@@ -177,7 +186,7 @@ class ProductTable(TablePart):
         return (unpacked + rounding).to(self.dtype)
 
     def _expanded(self, hidden: Tensor, training: bool) -> Tensor:
-        """(T, D) -> (T, V). In training no expanded row waits for the backward pass: it is expanded once more."""
+        """(T, D) -> (T, V). In training the backward pass expands rows again instead of keeping them in memory."""
 
         def piece(start: int, hidden: Tensor) -> Tensor:
             ids = torch.arange(start, min(start + step, self.num_embeddings), device=hidden.device)
@@ -198,28 +207,28 @@ class ProductTable(TablePart):
 
 
 def book_shape(layout: CodeLayout) -> tuple[int, int]:
-    """A row for each codebook, so that a stored codebook has one scale."""
+    """Shape of ``codebooks``: a row for each codebook, so that a stored codebook has one scale."""
     return layout.stages * layout.books, layout.centroids * layout.subvector
 
 
 class ProductQuantizedEmbedding(EmbeddingMethod):
-    """k-means codes after training, or learned ones (``relearn: codes``). ``keep`` counts stored bytes."""
+    """Product quantisation by k-means, or with learned codes (``relearn: codes``). ``keep`` counts stored bytes."""
 
     id = "embedding.product_quantized"
-    summary = "subvectors named by codes (product and residual quantisation, DPQ): half a bit to two bits a number"
+    summary = "a code for each subvector (product and residual quantisation, DPQ): 0.5 to 2 bits per number"
     source = (
         "Jegou et al. 2011, Product Quantization (TPAMI 33); residual stages after Chen et al. 2010 (Sensors 10); "
-        "learned codes after Chen et al. 2020, DPQ-VQ (arXiv 1908.09756). Changed: lengths are kept apart, rows are "
-        "weighted by use and directions by gradients, codes and codebooks are fitted in rounds, and in training one "
-        "loss reaches rows (straight through) and centroids alike"
+        "learned codes after Chen et al. 2020, DPQ-VQ (arXiv 1908.09756). Changed: lengths are stored separately, rows "
+        "are weighted by use and directions by gradients, codes and codebooks are fitted in rounds, and in training "
+        "the same loss trains both rows (straight through) and centroids"
     )
     Knobs = ProductQuantizedKnobs
     dial = "subvector"
 
     @property
     def needs(self) -> frozenset[str]:
-        wanted = {"frequency": self.knobs.weighted, "metric": self.knobs.metric}
-        return frozenset(name for name, used in wanted.items() if used)
+        statistics = {"frequency": self.knobs.weighted, "metric": self.knobs.metric}
+        return frozenset(name for name, used in statistics.items() if used)
 
     @property
     def subvector(self) -> int:
@@ -231,17 +240,20 @@ class ProductQuantizedEmbedding(EmbeddingMethod):
         if not isinstance(site, TableSite):
             return f"{site.name} is not a token table"
         if site.width % self.subvector:
-            close = min(divisors(site.width), key=lambda one: abs(one - self.subvector))
+            nearest = min(divisors(site.width), key=lambda divisor: abs(divisor - self.subvector))
             return (
-                f"subvector {self.subvector} does not divide the width {site.width}; the nearest that does is {close}"
+                f"subvector {self.subvector} does not divide the width {site.width}; the nearest that does is {nearest}"
             )
         if self.knobs.centroids >= site.rows:
-            less = "; use centroids: 16" if site.rows > 16 else ""
-            return f"{self.knobs.centroids} centroids are no reduction of {site.rows} rows{less}"
+            advice = "; use centroids: 16" if site.rows > 16 else ""
+            return f"{self.knobs.centroids} centroids do not reduce a table of {site.rows} rows{advice}"
         return None
 
     def solve(self, site: TableSite, keep: float) -> "ProductQuantizedEmbedding":
-        """The shortest subvectors whose codes, codebooks and lengths take at most ``keep`` of the dense bytes."""
+        """Choose the shortest subvectors whose codes, codebooks and lengths take at most ``keep`` of the dense bytes.
+
+        Raises TautError if none do.
+        """
         shares = {}
         for subvector in divisors(site.width):
             method = type(self)(self.knobs.model_copy(update={"subvector": subvector}))
@@ -285,8 +297,11 @@ class ProductQuantizedEmbedding(EmbeddingMethod):
 
     @torch.no_grad()
     def fit(self, part: ProductTable, weight: Tensor, calibration: Calibration) -> None:
-        """Without frequencies all rows count alike, without a metric all directions. Raises TautError for numbers
-        that are not finite."""
+        """Fit codes, codebooks and lengths to ``weight`` (V, D).
+
+        All rows weigh the same without frequencies, all directions without a metric. Raises TautError for numbers that
+        are not finite.
+        """
         if not weight.isfinite().all():
             raise TautError(f"{self.id}: the token table holds numbers that are not finite; repair it first")
         table = weight if weight.dtype == torch.float64 else weight.float()
@@ -298,7 +313,7 @@ class ProductQuantizedEmbedding(EmbeddingMethod):
         layout, top, rows = part.layout, 1.0, table
         if part.norms is not None:
             lengths = table.norm(dim=1)
-            # The codebooks take the length of the longest row, so that all others lie on the scale.
+            # The codebooks carry the length of the longest row, so that all lengths lie within the logarithmic scale.
             top = float(lengths.max()) or 1.0
             rows = table / torch.where(lengths == 0, 1.0, lengths)[:, None]
             counts = counts * lengths.square()
@@ -307,14 +322,15 @@ class ProductQuantizedEmbedding(EmbeddingMethod):
         codes, books = search(rows, counts, metric, layout, generator)
         part.fill("codebooks", books * top)
         if self.knobs.store is not None:
-            # Codes for the codebooks as they are stored.
+            # Storing rounds the codebooks, so choose the codes for the rounded ones.
             books = part._books().to(table) / top
             codes, _ = refine(rows, counts, metric, layout, codes, books, update=False)
         part.weight.copy_(layout.pack(codes))
         if part.norms is not None:
-            close = decode(codes, books)
-            pull = close if metric is None else close @ metric
-            lengths = lengths * (rows * pull).sum(1) / weighted_error(close, metric).clamp_min(1e-12)
+            # Least squares: the best length for the decoded row.
+            decoded = decode(codes, books)
+            weighted = decoded if metric is None else decoded @ metric
+            lengths = lengths * (rows * weighted).sum(1) / weighted_error(decoded, metric).clamp_min(1e-12)
             part.norms.copy_(encode_lengths(lengths / top))
 
     def _layout(self, site: TableSite) -> CodeLayout:
@@ -323,12 +339,12 @@ class ProductQuantizedEmbedding(EmbeddingMethod):
 
 
 def damped(metric: Tensor) -> Tensor:
-    """(D, D), of mean 1 on the diagonal and safely positive definite."""
+    """Scale ``metric`` (D, D) to a mean of 1 on the diagonal and make it positive definite."""
     unit = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
     mean = metric.diagonal().mean()
     return unit if mean <= 0 else (metric / mean + DAMPING * unit) / (1 + DAMPING)
 
 
 def divisors(width: int) -> list[int]:
-    """All of them, ascending."""
+    """All divisors of ``width``, ascending."""
     return [size for size in range(1, width + 1) if width % size == 0]

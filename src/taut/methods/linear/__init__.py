@@ -1,1 +1,1 @@
-"""Methods for the linear kind: one file each."""
+"""Methods for linear maps: one file or folder for each."""

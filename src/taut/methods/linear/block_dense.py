@@ -1,4 +1,4 @@
-"""A linear map as a block-diagonal one and a dense one: W ~ U blockdiag(V), U (outputs, R), V (B, R/B, inputs/B)."""
+"""A block-diagonal map followed by a dense one: W ~ U blockdiag(V), with U (outputs, R) and V (B, R/B, inputs/B)."""
 
 import torch
 from pydantic import Field
@@ -16,21 +16,25 @@ from taut.ops.factors.block_matmul import block_product
 from taut.ops.factors.svd import DAMPING
 
 ALIGNMENT = 8
-"""From 16 times this on, the rank of a block derived from ``keep`` is a multiple of it: matrix kernels are faster."""
+"""A block's rank derived from ``keep`` is a multiple of this once it is at least 16 times this: matrix kernels are
+faster then."""
 
 
 class BlockDenseKnobs(Knobs):
-    blocks: int = Field(2, ge=1, description="B, a divisor of the inputs; the paper uses 2 or 4")
-    rank: int | None = Field(None, ge=1, description="R, the inner width, a multiple of B; or give keep")
+    blocks: int = Field(2, ge=1, description="B, the number of blocks, a divisor of the inputs; the paper uses 2 or 4")
+    rank: int | None = Field(None, ge=1, description="R, the inner width, a multiple of B; give this or keep")
     activation_aware: bool = Field(
-        True, description="minimise the error on calibration inputs where there are any, not that of the weight"
+        True,
+        description="minimise the error on calibration inputs, if there are any, instead of the error of the weight",
     )
-    store: Store | None = Field(None, description="keep both factors in fewer bits; smaller, and slower")
+    store: Store | None = Field(None, description="store both factors in fewer bits: smaller, but slower")
 
 
 class BlockDensePart(LinearPart):
-    """y = U (blockdiag(V) x) + b. ``weight`` is U transposed (R, outputs), ``projection`` is V (B, R/B, inputs/B): both
-    with their long side contiguous, which is how one token reads them fastest."""
+    """y = U (blockdiag(V) x) + b. ``weight`` is U transposed (R, outputs), ``projection`` is V (B, R/B, inputs/B).
+
+    Both are stored with their long side contiguous: for a single token they are read fastest that way.
+    """
 
     may_keep_dense_copy = True
 
@@ -42,25 +46,28 @@ class BlockDensePart(LinearPart):
         self.hold("projection", (blocks, rank // blocks, site.inputs // blocks), store, device)
 
     def product(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs)."""
+        """Apply the map, bias included: (..., inputs) -> (..., outputs)."""
         hidden = block_product(x.reshape(-1, self.in_features), self.held("projection").transpose(1, 2))
         return F.linear(hidden, self.held("weight").T, self.bias).view(*x.shape[:-1], self.out_features)
 
     def merged(self) -> Tensor:
-        """U blockdiag(V), (outputs, inputs)."""
+        """Return U blockdiag(V), (outputs, inputs)."""
         return self.held("weight").T @ torch.block_diag(*self.held("projection"))
 
 
 class BlockDenseLinear(LinearMethod):
-    """``keep`` counts parameters, the bias included on both sides of the comparison, whatever ``store`` makes of their
-    bytes."""
+    """``keep`` counts parameters, whatever number of bytes ``store`` keeps them in. The bias counts in the part and in
+    the dense map."""
 
     id = "linear.block_dense"
-    summary = "a block-diagonal map and a dense one; block-wise truncated SVD, aware of the inputs when calibrated"
+    summary = (
+        "a block-diagonal map and a dense one; truncated SVD of each block, weighted by the inputs when calibrated"
+    )
     source = (
         "Wei et al. 2024, Building on Efficient Foundations: Effective Training of LLMs with Structured Feedforward "
-        "Layers (arXiv 2406.16450): factors and orthonormal start. Changed: trained weights are converted, block by "
-        "block in turns (reduced-rank regression); keep sets the rank of each map, not one for both maps of a block"
+        "Layers (arXiv 2406.16450): factors and orthonormal start. Changed: trained weights are converted, one block "
+        "after another in turns (reduced-rank regression); keep sets a rank for each map, not one for both maps of "
+        "a feed-forward block"
     )
     Knobs = BlockDenseKnobs
     dial = "rank"
@@ -89,19 +96,22 @@ class BlockDenseLinear(LinearMethod):
         return f"rank {self.rank} is no reduction of {site.outputs} x {site.inputs}: it must be at most {limit}"
 
     def solve(self, site: LinearSite, keep: float) -> "BlockDenseLinear":
-        """R / B = floor((keep (M N + b) - b) / (N + B M)), with b = M when there is a bias, else 0; from 128 on rounded
-        down to a multiple of 8."""
+        """Choose the rank: R / B = floor((keep (M N + b) - b) / (N + B M)), with b = M when there is a bias, else 0.
+
+        From 128 on, R / B is rounded down to a multiple of 8. Raises TautError when ``keep`` leaves no rank, or when
+        the blocks do not divide the inputs.
+        """
         if (reason := self._blocks_fit(site)) is not None:
             raise TautError(reason)
         bias = site.outputs if site.bias else 0
         dense, blocks = site.dense().parameters, self.knobs.blocks
-        # Each number of a block's rank costs a row of V in every block, and as many columns of U.
-        each = self._factors(blocks, site)
-        share = int((keep * dense - bias) // each)
+        # A rank of one more in every block costs a row of V in each block, and a column of U for each block.
+        rank_parameters = self._factors(blocks, site)
+        share = int((keep * dense - bias) // rank_parameters)
         if share < 1:
             raise TautError(
                 f"{self.id}: keep = {keep} leaves no rank at {site.name} ({site.outputs} x {site.inputs}): "
-                f"the least is {(each + bias) / dense:.2g}"
+                f"the least is {(rank_parameters + bias) / dense:.2g}"
             )
         if share >= 16 * ALIGNMENT:
             share -= share % ALIGNMENT
@@ -117,7 +127,7 @@ class BlockDenseLinear(LinearMethod):
     def build(self, site: LinearSite, device: torch.device, dtype: torch.dtype) -> BlockDensePart:
         part = BlockDensePart(site, self.knobs.blocks, self.rank, self.knobs.store, device, dtype)
         if device.type != "meta":
-            # Orthonormal, as in the paper: there the polar factor of a Gaussian matrix, which is the same draw.
+            # Orthonormal, as in the paper, which takes the polar factor of a Gaussian matrix: the same distribution.
             outer = nn.init.orthogonal_(torch.empty(self.rank, site.outputs, device=device))
             shape = self.rank // self.knobs.blocks, site.inputs // self.knobs.blocks
             inner = [nn.init.orthogonal_(torch.empty(shape, device=device)) for _ in range(self.knobs.blocks)]
@@ -127,7 +137,8 @@ class BlockDenseLinear(LinearMethod):
 
     @torch.no_grad()
     def fit(self, part: BlockDensePart, weight: Tensor, calibration: Calibration) -> None:
-        """Without ``calibration.gram``, or with ``activation_aware`` off, the best approximation of the weight."""
+        """Fit the map on the calibration inputs. Without ``calibration.gram``, or with ``activation_aware`` off, the
+        result is the best approximation of the weight."""
         ranks = [self.rank // self.knobs.blocks] * self.knobs.blocks
         if self.knobs.activation_aware and calibration.gram is not None:
             factors = block_factors_for(weight, calibration.gram, ranks, DAMPING)
@@ -143,5 +154,5 @@ class BlockDenseLinear(LinearMethod):
         return f"{self.knobs.blocks} blocks do not divide the {site.inputs} inputs: try {possible or 'low_rank'}"
 
     def _factors(self, rank: int, site: LinearSite) -> int:
-        """Numbers of both factors: R (N / B + M)."""
+        """Count the parameters of both factors: R (N / B + M)."""
         return rank * (site.inputs // self.knobs.blocks + site.outputs)

@@ -1,4 +1,4 @@
-"""A linear map as two block-diagonal ones with a shuffle after each: W ~ P_out blockdiag(b2) P_mid blockdiag(b1)."""
+"""Two block-diagonal maps with a shuffle after each: W ~ P_out blockdiag(b2) P_mid blockdiag(b1)."""
 
 import math
 
@@ -19,22 +19,24 @@ from taut.ops.factors.svd import DAMPING
 
 class BlockShuffleKnobs(Knobs):
     blocks: int | None = Field(
-        None, ge=1, description="B, a divisor of both sides, B squared at most the shorter; or give keep"
+        None, ge=1, description="B, a divisor of both sides; B squared is at most the shorter side; give this or keep"
     )
     activation_aware: bool = Field(
-        True, description="minimise the error on calibration inputs where there are any, not that of the weight"
+        True,
+        description="minimise the error on calibration inputs, if there are any, instead of the error of the weight",
     )
-    store: Store | None = Field(None, description="keep both factors in fewer bits; smaller, and slower")
+    store: Store | None = Field(None, description="store both factors in fewer bits: smaller, but slower")
 
 
 class BlockShufflePart(LinearPart):
-    """The K = min(inputs, outputs) hidden numbers come from B runs of inputs and go to B interleaved shares of outputs:
-    hidden t = k K/B + q is made by block k of ``projection`` (B, inputs/B, K/B), read by block t mod B of ``weight``
-    (B, K/B, outputs/B), and number s of that block is output s B + (t mod B). Both are transposed, b1 and b2 of the
-    paper: that is how one token reads them fastest.
+    """Two block-diagonal maps with K = min(inputs, outputs) hidden numbers between them.
 
-    In a feed-forward block the answer of a widening map is laid out feature by feature, as it was computed: what
-    follows is elementwise.
+    ``projection`` (B, inputs/B, K/B): its block k reads the k-th run of inputs and computes hidden t = k K/B + q.
+    ``weight`` (B, K/B, outputs/B): its block t mod B reads hidden t, and its number s is output s B + (t mod B). They
+    are b1 and b2 of the paper, both transposed: for a single token they are read fastest that way.
+
+    In a feed-forward block the result of a widening map keeps the layout it was computed in, feature by feature. The
+    operations that follow are elementwise.
     """
 
     may_keep_dense_copy = True
@@ -49,13 +51,13 @@ class BlockShufflePart(LinearPart):
         self.feature_major = site.slot == "feedforward" and site.outputs > site.inputs
 
     def product(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs)."""
+        """Apply the map, bias included: (..., inputs) -> (..., outputs)."""
         hidden = block_product(x.reshape(-1, self.in_features), self.held("projection"), feature_major=True)
         y = block_product(hidden, self.held("weight"), self.bias, interleaved=True, feature_major=self.feature_major)
         return y.view(*x.shape[:-1], self.out_features)
 
     def merged(self) -> Tensor:
-        """Both permutations included, (outputs, inputs)."""
+        """Return the dense weight (outputs, inputs), both shuffles included."""
         outer = self.held("weight")
         hidden = torch.block_diag(*self.held("projection").transpose(1, 2))
         shares = hidden.unflatten(0, (-1, len(outer))).transpose(0, 1)
@@ -63,16 +65,19 @@ class BlockShufflePart(LinearPart):
 
 
 class BlockShuffleLinear(LinearMethod):
-    """``keep`` counts parameters, the bias included on both sides of the comparison, whatever ``store`` makes of their
-    bytes. The dial is coarse: only divisors of both sides are possible."""
+    """``keep`` counts parameters, whatever number of bytes ``store`` keeps them in. The bias counts in the part and in
+    the dense map. The dial is coarse: the number of blocks
+    must divide both sides."""
 
     id = "linear.block_shuffle"
-    summary = "two block-diagonal maps with a shuffle between (Monarch); block-wise truncated SVD, aware of the inputs"
+    summary = (
+        "two block-diagonal maps with a shuffle between (Monarch); truncated SVD of each block, weighted by the inputs"
+    )
     source = (
         "Wei et al. 2024, Building on Efficient Foundations: Effective Training of LLMs with Structured Feedforward "
         "Layers (arXiv 2406.16450): factors, shuffles and orthonormal start; Dao et al. 2022, Monarch (arXiv "
-        "2204.00595): projection of a trained weight. Changed: the projection may weigh errors by calibration inputs, "
-        "and the merged weight includes both shuffles, which the published code forgets"
+        "2204.00595): projection of a trained weight. Changed: the projection can weight errors by calibration inputs; "
+        "the merged weight includes both shuffles, which the published code leaves out"
     )
     Knobs = BlockShuffleKnobs
     dial = "blocks"
@@ -93,10 +98,15 @@ class BlockShuffleLinear(LinearMethod):
         if self.blocks in legal:
             return None
         possible = f"possible: {', '.join(map(str, legal))}" if legal else "no number of blocks is possible"
-        return f"{self.blocks} blocks do not divide {site.outputs} x {site.inputs}, or add to it: {possible}"
+        return (
+            f"{self.blocks} blocks do not divide {site.outputs} x {site.inputs}, or do not make it smaller: {possible}"
+        )
 
     def solve(self, site: LinearSite, keep: float) -> "BlockShuffleLinear":
-        """The fewest legal blocks whose parameters, bias included, are at most ``keep`` of the dense map's."""
+        """Choose the fewest legal blocks whose parameters, bias included, are at most ``keep`` of the dense map's.
+
+        Raises TautError when no number of blocks is that small.
+        """
         dense = site.dense().parameters
         share = None
         for blocks in _legal(site):
@@ -118,15 +128,16 @@ class BlockShuffleLinear(LinearMethod):
     def build(self, site: LinearSite, device: torch.device, dtype: torch.dtype) -> BlockShufflePart:
         part = BlockShufflePart(site, self.blocks, self.knobs.store, device, dtype)
         if device.type != "meta":
-            # Orthonormal, as in the paper: there the polar factor of a Gaussian matrix, which is the same draw.
+            # Orthonormal, as in the paper, which takes the polar factor of a Gaussian matrix: the same distribution.
             for name, (blocks, *shape) in zip(("projection", "weight"), _shapes(site, self.blocks), strict=True):
-                drawn = [nn.init.orthogonal_(torch.empty(shape, device=device)) for _ in range(blocks)]
-                part.fill(name, torch.stack(drawn))
+                matrices = [nn.init.orthogonal_(torch.empty(shape, device=device)) for _ in range(blocks)]
+                part.fill(name, torch.stack(matrices))
         return part
 
     @torch.no_grad()
     def fit(self, part: BlockShufflePart, weight: Tensor, calibration: Calibration) -> None:
-        """Without ``calibration.gram``, or with ``activation_aware`` off, the best approximation of the weight."""
+        """Fit the map on the calibration inputs. Without ``calibration.gram``, or with ``activation_aware`` off, the
+        result is the best approximation of the weight."""
         gram = calibration.gram if self.knobs.activation_aware else None
         inner, outer = shuffled_factors(weight, self.blocks, gram, DAMPING)
         part.fill("projection", inner)
@@ -134,13 +145,13 @@ class BlockShuffleLinear(LinearMethod):
 
 
 def _shapes(site: LinearSite, blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of b1 and b2, both transposed."""
+    """Return the shapes of b1 and b2, both transposed."""
     run = min(site.inputs, site.outputs) // blocks
     return (blocks, site.inputs // blocks, run), (blocks, run, site.outputs // blocks)
 
 
 def _legal(site: LinearSite) -> list[int]:
-    """The numbers of blocks that divide both sides, let every input reach every output, and add nothing."""
+    """List the numbers of blocks that divide both sides, let every input reach every output, and add no parameters."""
     narrow, wide = sorted((site.inputs, site.outputs))
     return [
         blocks

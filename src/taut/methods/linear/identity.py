@@ -1,4 +1,4 @@
-"""A linear map left as it is: the error bar of every comparison."""
+"""The unchanged linear map: its differences from the original are the error bar of a comparison."""
 
 from taut.core.cost import Cost
 from taut.core.site import Site
@@ -6,10 +6,10 @@ from taut.methods.base import Method
 
 
 class IdentityLinear(Method):
-    """Changes nothing; what a study measures on it is noise."""
+    """Changes nothing. Any difference a study measures here is noise."""
 
     id = "linear.identity"
-    summary = "leaves the map in place, as the error bar of a comparison"
+    summary = "leaves the map unchanged; shows the noise of a comparison"
     source = "none: the control of every study"
 
     def fits(self, site: Site) -> str | None:

@@ -1,4 +1,4 @@
-"""A linear map as the product of two thin ones: W ~ U V, with U (outputs, R) and V (R, inputs)."""
+"""The product of two thin maps: W ~ U V, with U (outputs, R) and V (R, inputs)."""
 
 import torch
 from pydantic import Field
@@ -14,24 +14,29 @@ from taut.methods.store import Store, stored_bytes
 from taut.ops.factors.svd import DAMPING, balanced_factors, balanced_factors_for
 
 STANDARD_DEVIATION = 0.02
-"""Of the dense weight whose best approximation a part trained from scratch starts as."""
+"""For training from scratch: a part starts as the best approximation of a random dense weight with this standard
+deviation."""
 ALIGNMENT = 8
-"""From 16 times this on, a rank derived from ``keep`` is a multiple of it: matrix kernels are some 10 % faster."""
+"""A rank derived from ``keep`` is a multiple of this once it is at least 16 times this: matrix kernels are about 10 %
+faster then."""
 
 
 class LowRankKnobs(Knobs):
-    rank: int | None = Field(None, ge=1, description="R, the inner width; below both sides of the map; or give keep")
-    activation_aware: bool = Field(
-        True, description="minimise the error on calibration inputs where there are any, not that of the weight"
+    rank: int | None = Field(
+        None, ge=1, description="R, the inner width, below both sides of the map; give this or keep"
     )
-    store: Store | None = Field(None, description="keep both factors in fewer bits; smaller, and slower")
+    activation_aware: bool = Field(
+        True,
+        description="minimise the error on calibration inputs, if there are any, instead of the error of the weight",
+    )
+    store: Store | None = Field(None, description="store both factors in fewer bits: smaller, but slower")
 
 
 class LowRankLinearPart(LinearPart):
     """y = U (V x) + b. ``weight`` is U transposed (R, outputs), ``projection`` is V (R, inputs).
 
-    Both are stored with their long side contiguous: for one token a product with U stored row by row, R numbers at
-    a time, reads memory at half the speed.
+    Both are stored with their long side contiguous. For a single token, a product with U stored as rows of R numbers
+    reads memory at half the speed.
     """
 
     may_keep_dense_copy = True
@@ -44,29 +49,32 @@ class LowRankLinearPart(LinearPart):
         self.hold("projection", (rank, site.inputs), store, device)
 
     def set_factors(self, outer: Tensor, inner: Tensor) -> None:
-        """Take U (outputs, R) and V (R, inputs), in any floating dtype."""
+        """Store U (outputs, R) and V (R, inputs), in any floating dtype."""
         self.fill("weight", outer.T)
         self.fill("projection", inner)
 
     def product(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs)."""
+        """Apply the map, bias included: (..., inputs) -> (..., outputs)."""
         return F.linear(F.linear(x, self.held("projection")), self.held("weight").T, self.bias)
 
     def merged(self) -> Tensor:
-        """U V, (outputs, inputs)."""
+        """Return U V, (outputs, inputs)."""
         return self.held("weight").T @ self.held("projection")
 
 
 class LowRankLinear(LinearMethod):
-    """Balanced truncated SVD. ``keep`` counts parameters, the bias included on both sides of the comparison, whatever
-    ``store`` makes of their bytes."""
+    """Balanced truncated SVD.
+
+    ``keep`` counts parameters, whatever number of bytes ``store`` keeps them in. The bias counts in the part and in the
+    dense map.
+    """
 
     id = "linear.low_rank"
-    summary = "the product of two thin maps; balanced truncated SVD, aware of the inputs when calibrated"
+    summary = "the product of two thin maps; balanced truncated SVD, weighted by the inputs when calibrated"
     source = (
         "Wei et al. 2024, Building on Efficient Foundations: Effective Training of LLMs with Structured Feedforward "
         "Layers (arXiv 2406.16450): factors and start; Wang et al. 2024, SVD-LLM (arXiv 2403.07378): the "
-        "activation-aware fit. Changed: the fit needs no Cholesky factor, so a singular Gram matrix is no obstacle"
+        "activation-aware fit. Changed: the fit needs no Cholesky factor, so the Gram matrix may be singular"
     )
     Knobs = LowRankKnobs
     dial = "rank"
@@ -89,8 +97,10 @@ class LowRankLinear(LinearMethod):
         return f"rank {self.rank} is no reduction of {site.outputs} x {site.inputs}: it must be below {limit}"
 
     def solve(self, site: LinearSite, keep: float) -> "LowRankLinear":
-        """R = floor((keep (M N + b) - b) / (M + N)), with b = M when there is a bias, else 0; from 128 on rounded
-        down to a multiple of 8."""
+        """Choose the rank: R = floor((keep (M N + b) - b) / (M + N)), with b = M when there is a bias, else 0.
+
+        From 128 on, R is rounded down to a multiple of 8. Raises TautError when ``keep`` leaves no rank.
+        """
         bias = site.outputs if site.bias else 0
         dense, sides = site.dense().parameters, site.inputs + site.outputs
         rank = int((keep * dense - bias) // sides)
@@ -118,7 +128,8 @@ class LowRankLinear(LinearMethod):
 
     @torch.no_grad()
     def fit(self, part: LowRankLinearPart, weight: Tensor, calibration: Calibration) -> None:
-        """Without ``calibration.gram``, or with ``activation_aware`` off, the best approximation of the weight."""
+        """Fit the map on the calibration inputs. Without ``calibration.gram``, or with ``activation_aware`` off, the
+        result is the best approximation of the weight."""
         if self.knobs.activation_aware and calibration.gram is not None:
             part.set_factors(*balanced_factors_for(weight, calibration.gram, self.rank, DAMPING))
         else:

@@ -1,1 +1,1 @@
-"""Methods for the memory kind: one file each."""
+"""Methods for the key/value cache: one file or folder for each."""

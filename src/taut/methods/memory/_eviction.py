@@ -1,4 +1,4 @@
-"""What training-free evictions have in common: bounded, each head for itself, whatever they score entries by."""
+"""The base of training-free evictions: bounded caches in which each head drops the entries with the least scores."""
 
 from abc import abstractmethod
 from typing import Self
@@ -14,23 +14,25 @@ from taut.ops.caches.eviction import EvictionCache, Score
 
 
 class EvictionKnobs(Knobs):
-    entries: int = Field(1024, ge=1, description="entries held in each layer and key head, the recent ones included")
-    recent: int | None = Field(None, ge=0, description="latest tokens that are never dropped; none: the method's share")
-    store: CacheStore = Field(None, description="how keys and values are kept; none: as they come")
+    entries: int = Field(1024, ge=1, description="entries kept in each layer and key head, the recent ones included")
+    recent: int | None = Field(
+        None, ge=0, description="latest tokens that are never dropped; default: a share of entries that the method sets"
+    )
+    store: CacheStore = Field(None, description="how keys and values are stored; default: in their own dtype")
 
     @model_validator(mode="after")
     def _room(self) -> Self:
         if self.recent is not None and self.recent > self.entries:
-            raise ValueError(f"recent = {self.recent} is more than the {self.entries} entries held")
+            raise ValueError(f"recent = {self.recent} is more than the {self.entries} entries kept")
         return self
 
 
 class EvictionMethod(MemoryMethod):
-    """Abstract: after each pass that leaves more than ``entries``, every key head of every layer drops those of the
-    least ``score``.
+    """Abstract: after each forward pass, every key head of every layer drops the entries with the least ``score`` until
+    ``entries`` are left.
 
-    A pass without a cache drops nothing: there is no state to bound, and what a head keeps depends on how the text came
-    in pieces. Within a pass, new tokens see each other causally, and all that was held before it.
+    A pass without a cache drops nothing: there is no state to bound, and what a head keeps depends on how the text was
+    cut into pieces. Within a pass, new tokens see each other causally, and all entries kept before the pass.
     """
 
     Knobs = EvictionKnobs
@@ -41,7 +43,7 @@ class EvictionMethod(MemoryMethod):
     @property
     @abstractmethod
     def score(self) -> Score:
-        """What entries are worth."""
+        """How entries are scored."""
 
     @property
     @abstractmethod
@@ -52,24 +54,24 @@ class EvictionMethod(MemoryMethod):
         if (reason := super().fits(site)) is not None:
             return reason
         if site.position == "bias":
-            return "the model biases scores by distance, and every head would hold entries at other distances"
+            return "the model biases scores by distance, but heads would keep entries at different distances"
         if site.window:
-            return f"layers of the model see a window of {site.window}, and heads would hold entries from beyond it"
+            return f"layers of the model see a window of {site.window}, but heads would keep entries from beyond it"
         return None
 
     def solve(self, site: MemorySite, keep: float) -> Self:
-        """At most ``keep`` of ``site.length`` entries. Raises TautError where recent tokens alone are more."""
+        """Keep at most ``keep`` of ``site.length`` entries. Raises TautError when the recent tokens alone are more."""
         entries = int(keep * site.length + 1e-9)
         least = max(1, self.knobs.recent or 0)
         if entries < least:
             raise TautError(
-                f"{self.id}: keep = {keep} of {site.length} entries is {entries}, and {least} must stay; the least "
+                f"{self.id}: keep = {keep} of {site.length} entries is {entries}, but {least} must stay; the least "
                 f"keep is {least / site.length:.4f}"
             )
         return type(self)(self.knobs.model_copy(update={"entries": entries}))
 
     def predict(self, site: MemorySite) -> Cost:
-        """Scores are held beside the entries: one for each key head."""
+        """Count the entries and their scores: one score for each entry of each key head."""
         scores = site.layers * site.key_heads * self.score.dtype.itemsize
         return Cost(cache_bytes_per_token=(self.entry_bytes(site) + scores) * self.entries(site) / site.length)
 
@@ -81,7 +83,7 @@ class EvictionMethod(MemoryMethod):
         return EvictionCache(layers, self.knobs.entries, self.recent, self.score, self.knobs.store)
 
     def pattern(self) -> None:
-        """None: see above."""
+        """Return None: a pass without a cache drops nothing."""
 
     def entries(self, site: MemorySite) -> int:
         return min(site.length, self.knobs.entries)

@@ -1,4 +1,4 @@
-"""A bounded cache that keeps the entries which were attended to most."""
+"""A bounded cache that keeps the entries that received the most attention."""
 
 from typing import Literal
 
@@ -15,16 +15,19 @@ class AttentionScoreKnobs(EvictionKnobs):
 
 
 class AttentionScore(EvictionMethod):
-    """Keeps in each layer and key head the ``entries`` that were given the most attention, and the latest ``recent`` in
-    any case: half of them with accumulated scores, which newcomers do not have yet, none with those of the last query;
-    unless given. Attention weights are computed once more for it, some queries at a time."""
+    """Each layer and key head keeps the ``entries`` that received the most attention.
+
+    The latest ``recent`` of them are always kept. The default of ``recent`` is half of ``entries`` with accumulated
+    scores, which new entries have had no time to gather, and 0 with the scores of the last query. Attention weights are
+    computed a second time for this, some queries at a time.
+    """
 
     id = "memory.attention_score"
-    summary = "bounded; every head keeps the entries that were attended to most"
+    summary = "bounded; every head keeps the entries that received the most attention"
     source = (
         "Zhang et al. 2023, H2O (arXiv 2306.14048), and with score: last, Oren et al. 2024, TOVA (arXiv 2401.06104). "
-        "Changed: a long prompt is scored and cut once, after its pass; query heads that share a key head vote "
-        "together, where TOVA averages over all heads of a layer"
+        "Changed: a long prompt is scored and cut once, after its pass; attention is summed over the query heads "
+        "that share a key head, where TOVA averages over all heads of a layer"
     )
     Knobs = AttentionScoreKnobs
     knobs: AttentionScoreKnobs

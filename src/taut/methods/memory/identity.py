@@ -1,4 +1,4 @@
-"""The original cache: everything, for ever."""
+"""The original cache, unchanged."""
 
 from taut.core.cost import Cost
 from taut.core.site import MemorySite, Site
@@ -6,7 +6,7 @@ from taut.methods.base import MemoryMethod
 
 
 class Identity(MemoryMethod):
-    """Nothing is exchanged: the model keeps whatever cache it would have used."""
+    """Changes nothing: the model keeps the cache it would have used."""
 
     id = "memory.identity"
     summary = "the original cache, unchanged"
@@ -19,10 +19,10 @@ class Identity(MemoryMethod):
         return site.dense()
 
     def cache(self, layers: int) -> None:
-        """None: the model's own."""
+        """Return None: the model uses its own cache."""
 
     def pattern(self) -> None:
-        """None: everybody sees everybody."""
+        """Return None: all entries stay visible."""
 
     def entries(self, site: MemorySite) -> int:
         return site.length

@@ -1,4 +1,4 @@
-"""The whole cache, in few bits."""
+"""The whole cache in few bits."""
 
 from typing import Literal
 
@@ -11,16 +11,16 @@ from taut.ops.caches.quantized import StoredCache
 
 
 class LowBitKnobs(Knobs):
-    bits: Literal[8, 6, 4, 3, 2] = Field(8, description="bits of a number")
-    group: int | None = Field(None, ge=2, description="how many numbers of a key or value share a scale; none: all")
-    clip: bool = Field(False, description="search each scale for the least squared error; slow at every step")
+    bits: Literal[8, 6, 4, 3, 2] = Field(8, description="bits of each number")
+    group: int | None = Field(None, ge=2, description="how many numbers of a key or value share a scale; default: all")
+    clip: bool = Field(False, description="search each scale for the least squared error; slows down every step")
 
 
 class LowBit(MemoryMethod):
-    """Keeps all keys and values as integers, each key and each value of each head with a scale and a bias of its own.
+    """Stores all keys and values as integers. Each key and each value of each head has its own scales and biases.
 
-    They are rounded before attention sees them, new ones too, so what is attended is what is held; passes without a
-    cache round alike. Gradients pass as if nothing had been rounded.
+    All of them, new ones too, are rounded before attention, so attention uses exactly what is stored. Passes without a
+    cache round in the same way. For gradients the rounding is the identity.
     """
 
     id = "memory.low_bit"
@@ -28,7 +28,7 @@ class LowBit(MemoryMethod):
     source = (
         "Sheng et al. 2023, FlexGen (arXiv 2303.06865), group-wise quantised caches; Liu et al. 2024, KIVI (arXiv "
         "2402.02750). Changed: keys share scales within a token, as values do, where KIVI's share them along tokens; "
-        "no recent tokens stay in full precision, so every way to cut the text gives the same"
+        "no recent tokens stay in full precision, so the result does not depend on where the text is cut"
     )
     Knobs = LowBitKnobs
     knobs: LowBitKnobs
@@ -41,7 +41,7 @@ class LowBit(MemoryMethod):
         return StoredCache(layers, self.store)
 
     def pattern(self) -> None:
-        """None: everybody sees everybody."""
+        """Return None: all entries stay visible."""
 
     def entries(self, site: MemorySite) -> int:
         return site.length

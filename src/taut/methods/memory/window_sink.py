@@ -13,18 +13,18 @@ from taut.ops.caches.ring import RingCache
 class WindowSinkKnobs(Knobs):
     sinks: int = Field(4, ge=0, description="first tokens that are never dropped")
     window: int = Field(1024, ge=1, description="latest tokens that are kept, the current one included")
-    store: CacheStore = Field(None, description="how keys and values are kept; none: as they come")
+    store: CacheStore = Field(None, description="how keys and values are stored; default: in their own dtype")
 
 
 class WindowSink(MemoryMethod):
     """Keeps the keys and values of the first ``sinks`` tokens of each row and of its latest ``window``.
 
-    A query at i sees the key at j <= i when j < sinks or i - j < window, positions counted from the row's first real
-    token; a full forward uses the same pattern, so decoding step by step equals it.
+    A query at i sees the key at j <= i when j < sinks or i - j < window. Positions count from the row's first real
+    token. A full forward pass uses the same pattern, so decoding step by step equals it.
     """
 
     id = "memory.window_sink"
-    summary = "first tokens plus sliding window, bounded whatever the length"
+    summary = "bounded; the first tokens and a sliding window"
     source = (
         "Xiao et al. 2023 (2309.17453), StreamingLLM. Changed: tokens keep their true positions instead of their "
         "places in the cache, and a long prompt is read under the same pattern"
@@ -35,11 +35,14 @@ class WindowSink(MemoryMethod):
     knobs: WindowSinkKnobs
 
     def solve(self, site: MemorySite, keep: float) -> "WindowSink":
-        """The largest window for which at most ``keep`` of ``site.length`` entries remain."""
+        """Choose the largest window with which at most ``keep`` of ``site.length`` entries remain.
+
+        Raises TautError when the sinks leave no window.
+        """
         window = int(keep * site.length + 1e-9) - self.knobs.sinks
         if window < 1:
             raise TautError(
-                f"{self.id}: keep = {keep} of {site.length} entries leaves no window beside {self.knobs.sinks} sinks; "
+                f"{self.id}: keep = {keep} of {site.length} entries leaves no window after {self.knobs.sinks} sinks; "
                 f"the least keep is {(self.knobs.sinks + 1) / site.length:.4f}"
             )
         return WindowSink(self.knobs.model_copy(update={"window": window}))

@@ -1,1 +1,1 @@
-"""The method ``attention.relative`` and what it alone needs."""
+"""The method ``attention.relative`` and the code that only it uses."""

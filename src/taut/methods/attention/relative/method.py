@@ -1,4 +1,4 @@
-"""Transformer-XL's attention: scores from contents and from distances, none from positions."""
+"""Transformer-XL's attention: scores from contents and distances, not from absolute positions."""
 
 from typing import Any
 
@@ -13,18 +13,23 @@ from taut.methods.base import LEARNED, AttentionMethod, Knobs
 from taut.ops.attention.masks import Causal, View
 
 STANDARD_DEVIATION = 0.02
-"""What the paper's code starts with."""
+"""The start of the learned tensors, as in the paper's code."""
 
 
 class RelativeKnobs(Knobs):
     clamp: int | None = Field(
-        None, ge=1, description="distances beyond it count as it (the paper's clamp_len); none: all differ"
+        None,
+        ge=1,
+        description="larger distances count as this one (the paper's clamp_len); default: all distances differ",
     )
 
 
 class Distances(nn.Module):
-    """What one attention learns: ``weight`` W (H' K, D = H K), from the sinusoid of a distance to a key for each key
-    head, and what is added to the queries, ``content_bias`` u and ``distance_bias`` v, (H K,)."""
+    """The learned tensors of one attention module.
+
+    ``weight`` W (H' K, D = H K) maps the sinusoid of a distance to a key for each key head. ``content_bias`` u and
+    ``distance_bias`` v, (H K,), are added to the queries.
+    """
 
     def __init__(self, site: AttentionSite, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -35,20 +40,23 @@ class Distances(nn.Module):
 
 
 class Relative(AttentionMethod):
-    """score(i, j) = scaling ((q_i + u).k_j + (q_i + v).(W R_{i-j})), R the sinusoid of a distance.
+    """score(i, j) = scaling ((q_i + u).k_j + (q_i + v).(W R_{i-j})), with R the sinusoid of a distance.
 
-    The model's own positions are taken out of the whole stack: rotary modules turn by nothing, tables of positions add
-    nothing (they stay in the checkpoint, but set no limit to a decoder's text). Causal attention meets distances from
-    0 up, an encoder's both signs, as in XLNet. Predicted FLOPs count what the original counts, all n x n pairs, and for
-    each token n products of queries and distances (in encoders a block of queries more) and W on one distance (two).
+    The model's own positions are removed from the whole stack: rotary modules rotate by zero, and position tables add
+    zero. (The tables stay in the checkpoint, but no longer limit the length of a decoder's text.) Distances are 0 or
+    more if causal; in encoders they have both signs, as in XLNet.
+
+    Predicted FLOPs count all n x n pairs, as for the original. For each token they add n products of queries and
+    distances (in encoders one block of queries more), and W times one distance (in encoders two).
     """
 
     id = "attention.relative"
-    summary = "scores from contents and distances, with the model's own positions taken out; to be trained"
+    summary = "scores from contents and distances, without the model's own positions; must be trained"
     source = (
-        "Dai et al. 2019, Transformer-XL (arXiv 1901.02860). Changed: u and v are each layer's own (untied), query "
-        "heads that share keys share W R too, R is as wide as all heads together (there as wide as the model, the "
-        "same in its models), encoders see distances of both signs (as in XLNet, Yang et al. 2019, arXiv 1906.08237)"
+        "Dai et al. 2019, Transformer-XL (arXiv 1901.02860). Changed: each layer has its own u and v (untied); "
+        "query heads that share keys also share W R; R is as wide as all heads together (in the paper as wide as the "
+        "model, which is the same there); encoders see distances of both signs (XLNet, Yang et al. 2019, arXiv "
+        "1906.08237)"
     )
     Knobs = RelativeKnobs
     own_positions = True
@@ -58,11 +66,11 @@ class Relative(AttentionMethod):
         if not isinstance(site, AttentionSite):
             return "not an attention"
         if site.softcap:
-            return "the model caps its attention scores, which fused kernels cannot do"
+            return "the model caps its attention scores (softcap), which fused kernels cannot do"
         if site.position == "bias":
-            return "the model has a bias for relative positions on its scores already (T5), which is not taken out"
+            return "the model already adds a relative position bias to its scores (T5), which cannot be removed"
         if site.position != "none" and not site.positions:
-            return "where the model's own positions enter was not found, so they cannot be taken out"
+            return "it is unknown where the model's own positions enter, so they cannot be removed"
         return None
 
     def learned(self, site: AttentionSite, device: torch.device, dtype: torch.dtype) -> Distances:
@@ -73,9 +81,7 @@ class Relative(AttentionMethod):
         return learned
 
     def note(self, site: AttentionSite) -> str:
-        return (
-            f"the model's own positions ({site.position}) are taken out: train it from here, trained weights do not fit"
-        )
+        return f"the model's own positions ({site.position}) are removed: train it, trained weights do not fit"
 
     def predict(self, site: AttentionSite) -> Cost:
         width, keys = site.heads * site.head_width, site.key_heads * site.head_width

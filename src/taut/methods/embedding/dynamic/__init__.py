@@ -1,1 +1,1 @@
-"""The method ``embedding.dynamic`` and what it alone needs."""
+"""The method ``embedding.dynamic`` and the code that only it uses."""

@@ -1,1 +1,1 @@
-"""The method ``embedding.hashed`` and what it alone needs."""
+"""The method ``embedding.hashed`` and the code that only it uses."""

@@ -1,7 +1,7 @@
-"""Hash functions over token ids that give the same numbers everywhere, and the fit of a table of shared buckets.
+"""Hash functions of token ids that are the same on every machine, and the fit of a table of shared buckets.
 
-A row of the table is E(v) = sum_i w[v, i] T[h_i(v)] with k hash functions h_i into B buckets. As a product of
-matrices E = S T, with S (V, B) sparse: k numbers in each row, in places that nobody has to store.
+A row of the table is E(v) = sum_i w[v, i] T[h_i(v)] with k hash functions h_i into B buckets. As a matrix product,
+E = S T. S (V, B) is sparse with k numbers in each row, and their places need not be stored.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from torch.nn import functional as F
 GOLDEN, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 """The odd constants of splitmix64 (Steele, Lea and Flood 2014), as signed numbers."""
 RIDGE = 1e-10
-"""Added to the k x k systems, in units of their mean diagonal: two hash functions may share a bucket."""
+"""Added to the diagonal of the k x k systems, as a share of its mean, because two hash functions may share a bucket."""
 
 
 def mix(numbers: Tensor) -> Tensor:
-    """int64 -> int64 of the same shape: one step of splitmix64, arithmetic modulo 2^64. A bijection."""
+    """One step of splitmix64 modulo 2^64, a bijection: int64 -> int64 of the same shape."""
     numbers = numbers + GOLDEN
     numbers = (numbers ^ _shifted(numbers, 30)) * FIRST
     numbers = (numbers ^ _shifted(numbers, 27)) * SECOND
@@ -25,45 +25,45 @@ def mix(numbers: Tensor) -> Tensor:
 
 
 def hashed(ids: Tensor, hashes: int, buckets: int) -> Tensor:
-    """(...) ids -> (..., k) int64 buckets below ``buckets`` B < 2^31, one for each of the ``hashes`` k functions.
+    """The buckets of tokens: (...) ids -> (..., k) int64 below ``buckets`` B < 2^31, one for each of ``hashes`` k.
 
-    The same on every device and in every process. Multiplying the upper 32 bits by B keeps the buckets equally likely
-    to B / 2^32, without a division.
+    The same on every device and in every process. Multiplying the upper 32 bits by B makes all buckets equally likely
+    up to B / 2^32, without a division.
     """
     functions = torch.arange(hashes, device=ids.device) << 32
     return _shifted(_shifted(mix(ids.long()[..., None] + functions), 32) * buckets, 32)
 
 
 def _shifted(numbers: Tensor, by: int) -> Tensor:
-    """A shift to the right that fills with zeros, where torch repeats the sign."""
+    """Shift right and fill with zeros. torch's own shift repeats the sign bit."""
     return numbers >> by & (1 << 64 - by) - 1
 
 
 def combine(buckets: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """S T: (B, D), (V, k) integers and (V, k) -> (V, D)."""
+    """The product S T: (B, D), (V, k) integers and (V, k) -> (V, D)."""
     return F.embedding_bag(index, buckets, mode="sum", per_sample_weights=weights)
 
 
 def best_weights(table: Tensor, buckets: Tensor, index: Tensor) -> Tensor:
-    """(V, k): the least-squares coefficients of each row of ``table`` (V, D) on its own buckets, ``index`` (V, k)."""
+    """(V, k) least-squares coefficients of each row of ``table`` (V, D) for the row's buckets ``index`` (V, k)."""
     pieces = []
     for rows, places in zip(table.split(4096), index.split(4096), strict=True):
-        own, rows = buckets[places].double(), rows.double()
-        gram = own @ own.transpose(1, 2)
+        vectors, rows = buckets[places].double(), rows.double()
+        gram = vectors @ vectors.transpose(1, 2)
         ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
         gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-        pieces.append(torch.linalg.solve(gram, own @ rows[..., None]).squeeze(-1))
+        pieces.append(torch.linalg.solve(gram, vectors @ rows[..., None]).squeeze(-1))
     return torch.cat(pieces).to(table)
 
 
 def fit_buckets(
     table: Tensor, index: Tensor, count: int, importance: Tensor | None, rounds: int, steps: int, seed: int
 ) -> tuple[Tensor, Tensor, list[float]]:
-    """Buckets (B, D) and weights (V, k) for ``table`` (V, D), and the error after each round, which never rises.
+    """Fit buckets (B, D) and weights (V, k) to ``table`` (V, D); also returns the error after each round.
 
-    The error is the sum over rows of ``importance`` (V,), or one, times the squared distance. Each round first
-    improves the buckets, by ``steps`` of conjugate gradients on their sparse normal equations, then gives every row
-    its best weights. Starts from random signs, so that rows that share a bucket need not be alike.
+    The error is the sum over rows of ``importance`` (V,), or one, times the squared distance; it never rises. Each
+    round first improves the buckets by ``steps`` of conjugate gradients on their sparse normal equations, then
+    computes the best weights of every row. Weights start as random signs, so that rows in one bucket may differ.
     """
     order = index.flatten().argsort(stable=True)
     tokens, starts = order // index.shape[1], _starts(index, count)
@@ -72,7 +72,7 @@ def fit_buckets(
     weights = torch.randint(0, 2, index.shape, generator=generator).to(table) * 2 - 1
     buckets, errors = table.new_zeros(count, table.shape[1]), []
     for _ in range(rounds):
-        # S^T F, F the importances on a diagonal, as sums over the tokens of each bucket.
+        # S^T F, with F the diagonal of importances, as sums over the tokens of each bucket.
         shares = (weights * importance[:, None]).flatten()[order]
 
         def collect(rows: Tensor, shares: Tensor = shares) -> Tensor:
@@ -90,13 +90,13 @@ def fit_buckets(
 
 
 def _starts(index: Tensor, count: int) -> Tensor:
-    """(B,): where the tokens of each bucket begin, once all are sorted by bucket."""
+    """(B,) positions at which each bucket's tokens begin when all are sorted by bucket."""
     sizes = torch.bincount(index.flatten(), minlength=count)
     return sizes.cumsum(0) - sizes
 
 
 def _conjugate_gradients(product: Callable[[Tensor], Tensor], residual: Tensor, solution: Tensor, steps: int) -> Tensor:
-    """Improves ``solution`` (B, D) of a positive semi-definite system, every column for itself."""
+    """Improve ``solution`` (B, D) of a positive semi-definite system, each column separately."""
     direction, power = residual, residual.square().sum(0)
     for _ in range(steps):
         image = product(direction)

@@ -1,4 +1,4 @@
-"""A token table of shared buckets: every row a weighted sum of the few that its token's hash functions point to."""
+"""A token table of shared buckets: each row is a weighted sum of the few buckets that hash functions choose for it."""
 
 import math
 
@@ -16,30 +16,33 @@ from taut.methods.part import TablePart
 from taut.methods.store import Store, stored_bytes
 
 STANDARD_DEVIATION = 0.02
-"""Of the entries of the table when it is trained from scratch."""
+"""Standard deviation of the entries of a table that is trained from scratch."""
 TOKENS = 32
-"""Tokens whose importance weights share a row, and so a scale, where they are stored in few bits."""
+"""With a store, the importance weights of this many tokens share a row, and so a scale."""
 IMPORTANCE_BITS = 6
-"""At least so many for an importance weight: rounding it moves a whole row."""
+"""The fewest bits of a stored importance weight, because rounding one moves a whole row."""
 STEPS = 3
-"""Of conjugate gradients in each round of the fit."""
+"""Steps of conjugate gradients in each round of the fit."""
 
 
 class HashedKnobs(Knobs):
     buckets: int | None = Field(None, ge=1, lt=2**31, description="B, rows of the shared table; below V; or give keep")
-    hashes: int = Field(4, ge=1, le=16, description="k, hash functions, and importance weights of a token")
-    rounds: int = Field(20, ge=1, description="of the fit: buckets given weights, then weights given buckets")
+    hashes: int = Field(4, ge=1, le=16, description="k, hash functions and importance weights per token")
+    rounds: int = Field(20, ge=1, description="rounds of the fit: buckets for given weights, then weights for buckets")
     weighted: bool = Field(
-        False, description="weigh each row's error by the root of one more than how often calibration text uses it"
+        False, description="weight each row's error by the root of (its count in calibration text + 1)"
     )
     store: Store | None = Field(
-        None, description="keep buckets in fewer bits, and importance weights, these in 6 at least"
+        None, description="keep buckets and importance weights in fewer bits, the weights in at least 6"
     )
 
 
 class HashedTable(TablePart):
-    """``weight`` is the buckets (B, D), ``importance`` the weights, k for each token: (V, k), or with a store
-    (ceil(V / 32), 32 k), so that 32 tokens share a scale. Which buckets are a token's own is computed, not stored."""
+    """A token table whose rows are weighted sums of shared buckets.
+
+    ``weight`` (B, D) holds the buckets. ``importance`` holds k weights per token: (V, k), or (ceil(V / 32), 32 k) with
+    a store, so that 32 tokens share a scale. The buckets of a token are computed, not stored.
+    """
 
     def __init__(
         self, site: TableSite, buckets: int, hashes: int, store: Store | None, device: torch.device, dtype: torch.dtype
@@ -50,8 +53,10 @@ class HashedTable(TablePart):
         self.hold("importance", _importance_shape(site, hashes, store), _importance_store(store), device)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) ids -> (..., D): the sum of k buckets, each times its weight, and times ``scale``. Raises IndexError
-        for an id outside the table (on CUDA the device asserts)."""
+        """Look up vectors: (...) ids -> (..., D), weighted sums of k buckets, times ``scale``.
+
+        Raises IndexError for an id outside the table (on CUDA the device asserts).
+        """
         rows = self.held_rows("weight", hashed(ids, self.hashes, self.buckets))
         vectors = (rows * self._importance(ids)[..., None]).sum(-2)
         if self.padding_idx is not None and torch.is_grad_enabled():
@@ -59,8 +64,11 @@ class HashedTable(TablePart):
         return vectors if self.scale == 1.0 else vectors * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V): the scores of the B buckets, then for every token the weighted sum of its own: B D
-        multiplications a hidden state instead of V D."""
+        """Scores of the tied head: (..., D) -> (..., V).
+
+        Scores the B buckets, then sums the weighted scores of each token's buckets: B D multiplications per hidden
+        state instead of V D.
+        """
         scores = F.linear(hidden, self.held("weight"))
         index, weights = self._index(hidden.device), self._weights()
         total = scores.index_select(-1, index[:, 0]) * weights[:, 0]
@@ -69,39 +77,39 @@ class HashedTable(TablePart):
         return total
 
     def merged(self) -> Tensor:
-        """(V, D), without ``scale``."""
+        """The dense table (V, D), without ``scale``."""
         weights, buckets = self._weights(), self.held("weight")
         index = self._index(buckets.device)
         return sum(buckets[index[:, place]] * weights[:, place, None] for place in range(self.hashes))
 
     def _importance(self, ids: Tensor) -> Tensor:
-        """(...) ids -> (..., k)."""
+        """The importance weights of tokens: (...) ids -> (..., k)."""
         if self.together == 1:
             return self.held_rows("importance", ids)
-        # The last row is filled up beyond V: an id there must not be found.
-        known = torch.where(ids < self.num_embeddings, ids, -1).long()
-        rows = self.held_rows("importance", known // self.together).unflatten(-1, (self.together, self.hashes))
-        within = (known % self.together)[..., None, None].expand(*ids.shape, 1, self.hashes)
+        # The last row is padded beyond V, so an id from V on must become invalid here.
+        checked = torch.where(ids < self.num_embeddings, ids, -1).long()
+        rows = self.held_rows("importance", checked // self.together).unflatten(-1, (self.together, self.hashes))
+        within = (checked % self.together)[..., None, None].expand(*ids.shape, 1, self.hashes)
         return rows.gather(-2, within).squeeze(-2)
 
     def _index(self, device: torch.device) -> Tensor:
-        """(V, k) int64."""
+        """The buckets of all tokens, (V, k) int64."""
         return hashed(torch.arange(self.num_embeddings, device=device), self.hashes, self.buckets)
 
     def _weights(self) -> Tensor:
-        """(V, k)."""
+        """The importance weights of all tokens, (V, k)."""
         return self.held("importance").reshape(-1, self.hashes)[: self.num_embeddings]
 
 
 class HashedEmbedding(EmbeddingMethod):
-    """Hash embeddings. ``keep`` counts stored bytes."""
+    """Hash embeddings fitted to a trained table. ``keep`` counts stored bytes."""
 
     id = "embedding.hashed"
-    summary = "buckets shared through hash functions, a few importance weights for each token; a tied head gets cheaper"
+    summary = "shared buckets chosen by hash functions, a few importance weights per token; a tied head gets cheaper"
     source = (
         "Svenstrup, Hansen and Winther 2017, Hash Embeddings for Efficient Word Representations (arXiv 1709.03933). "
-        "Changed: fitted to a trained table by alternating least squares; importance weights are never shared between "
-        "tokens nor appended to the vector; a tied head scores the buckets"
+        "Changed: fitted to a trained table by alternating least squares; importance weights are neither shared "
+        "between tokens nor appended to the vector; a tied head scores the buckets"
     )
     Knobs = HashedKnobs
     dial = "buckets"
@@ -121,27 +129,26 @@ class HashedEmbedding(EmbeddingMethod):
             return f"{site.name} is not a token table"
         limit = self._limit(site)
         if limit < 1:
-            return f"{self.knobs.hashes} weights a token are no reduction of rows of {site.width}"
+            return f"{self.knobs.hashes} weights per token do not reduce rows of {site.width} numbers"
         if self.buckets > limit:
             return (
-                f"{self.buckets} buckets and {self.knobs.hashes} weights a token are no reduction of "
-                f"{site.rows} x {site.width}: at most {limit} buckets are"
+                f"{self.buckets} buckets and {self.knobs.hashes} weights per token do not reduce "
+                f"{site.rows} x {site.width}: give at most {limit} buckets"
             )
         return None
 
     def solve(self, site: TableSite, keep: float) -> "HashedEmbedding":
-        """The most buckets that, with the importance weights and as they are stored, take at most ``keep`` of the
-        dense table's bytes."""
+        """Choose the most buckets that, stored with their weights, take at most ``keep`` of the dense table's bytes."""
         return self.greatest(site, keep, range(1, self._limit(site) + 1))
 
     def predict(self, site: TableSite) -> Cost:
         numbers = self.buckets * site.width + math.prod(self._importance_shape(site))
-        # Sums of gathered rows are no matrix products: like the dense lookup they count nothing.
+        # Sums of gathered rows are not matrix products. Like the dense lookup they count as zero FLOPs.
         flops = 2.0 * self.buckets * site.width * len(site.heads)
         return Cost(numbers, self._bytes(site, self.buckets), flops)
 
     def _limit(self, site: TableSite) -> int:
-        """The most buckets with fewer numbers than the dense table has."""
+        """The most buckets with which the part has fewer numbers than the dense table."""
         return (site.rows * site.width - math.prod(self._importance_shape(site)) - 1) // site.width
 
     def _importance_shape(self, site: TableSite) -> tuple[int, int]:
@@ -156,7 +163,7 @@ class HashedEmbedding(EmbeddingMethod):
     def build(self, site: TableSite, device: torch.device, dtype: torch.dtype) -> HashedTable:
         part = HashedTable(site, self.buckets, self.knobs.hashes, self.knobs.store, device, dtype)
         if device.type != "meta":
-            # A row is the sum of k independent products, the weights of variance one.
+            # A row is the sum of k independent products, and the weights have variance one.
             deviation = STANDARD_DEVIATION / math.sqrt(self.knobs.hashes)
             part.fill("weight", torch.randn(self.buckets, site.width, device=device) * deviation)
             weights = torch.randn(site.rows, self.knobs.hashes, device=device)
@@ -167,8 +174,10 @@ class HashedEmbedding(EmbeddingMethod):
 
     @torch.no_grad()
     def fit(self, part: HashedTable, weight: Tensor, calibration: Calibration) -> None:
-        """Buckets and weights by alternating least squares, and the weights once more for the buckets as stored.
-        Raises TautError when ``weighted`` is set and no frequencies were given."""
+        """Fit buckets and weights by alternating least squares, then the weights again for the buckets as stored.
+
+        Raises TautError when ``weighted`` is set and there are no frequencies.
+        """
         importance = None
         if self.knobs.weighted:
             if calibration.frequency is None:
@@ -181,7 +190,7 @@ class HashedEmbedding(EmbeddingMethod):
         self._fill_importance(part, best_weights(table, part.held("weight").to(table), index))
 
     def _fill_importance(self, part: HashedTable, weights: Tensor) -> None:
-        """(V, k); what fills up the last stored row repeats the last token, so as not to widen its range."""
+        """Store the weights (V, k). Padding of the last row repeats the last token, so as not to widen its range."""
         missing = -len(weights) % part.together
         part.fill("importance", torch.cat([weights, weights[-1:].expand(missing, -1)]))
 

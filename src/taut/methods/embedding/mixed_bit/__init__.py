@@ -1,1 +1,1 @@
-"""The method ``embedding.mixed_bit`` and what it alone needs."""
+"""The method ``embedding.mixed_bit`` and the code that only it uses."""

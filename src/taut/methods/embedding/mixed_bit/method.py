@@ -1,4 +1,4 @@
-"""A token table whose rows have 2, 3, 4, 6 or 8 bits a number: more where text says that it matters."""
+"""A token table whose rows have 2, 3, 4, 6 or 8 bits per number: more for rows that matter more on text."""
 
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,41 +22,45 @@ from taut.ops.tables.allocation import allocate
 from taut.ops.tables.bands import banded, map_bytes, pack_classes, places
 
 STANDARD_DEVIATION = 0.02
-"""Of the table that a part built from scratch starts as."""
+"""Standard deviation of the entries of a table that is trained from scratch."""
 SPLIT, SPLIT_BITS = 0.3, (4, 8)
-"""``bits: split``: this share of the rows at 8 bits, the others at 4."""
+"""``bits: split`` keeps this share of the rows at 8 bits and the others at 4."""
 UNSEEN = 0.5
-"""Every row counts as seen so much more often than it was, at the importance that one occurrence has on average."""
+"""This many occurrences of average importance are added to every row, so that unseen rows have some importance."""
 TOKENS_PER_ROW = 0.25
-"""With less calibration text than that, almost every row would be rounded unseen."""
+"""The fewest calibration tokens per row. With fewer, almost all rows would be rounded without having been seen."""
 SCALE_BYTES = 4
 
 
 class MixedBitKnobs(Knobs):
     bits: Annotated[float, Field(gt=0, le=16)] | Literal["split"] | None = Field(
         None,
-        description="average stored bits of a number, scales and row map included; or split: 30 % of the rows at 8 "
+        description="average stored bits per number, scales and row map included; or split: 30 % of the rows at 8 "
         "bits, the others at 4 (5.2 on average, without scales and map); or give keep",
     )
     choices: tuple[Literal[2, 3, 4, 6, 8], ...] = Field(
-        (2, 3, 4, 6, 8), min_length=1, description="the bits that a row may have"
+        (2, 3, 4, 6, 8), min_length=1, description="the bits per number that a row may have"
     )
     importance: Literal["sensitivity", "gradient", "frequency", "none"] = Field(
         "sensitivity",
-        description="what a row's rounding error is multiplied by: squared gradients (empirical Fisher), gradient "
-        "norms or occurrences, each summed over calibration text; or nothing",
+        description="what weights a row's rounding error: squared gradients (empirical Fisher), gradient norms or "
+        "occurrences, each summed over calibration text; or nothing",
     )
-    group: int | None = Field(None, ge=2, description="how many columns share a scale; none: the row")
-    clip: bool = Field(True, description="give up a group's largest numbers where that lowers its squared error")
+    group: int | None = Field(None, ge=2, description="how many columns share a scale; none: the whole row")
+    clip: bool = Field(True, description="clip a group's largest numbers if that lowers its squared error")
     compensate: bool = Field(
-        False, description="add to each row below the most bits a multiple of the row with the most bits that fits best"
+        False, description="add to each row with fewer bits the best multiple of one row with the most bits"
     )
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where rows lie: class and rank within the class of every row, the rows of each class, and where in ``weight``
-    each class, each class's compensation, and the scales of compensation begin."""
+    """Where rows are stored.
+
+    ``classes`` (V,) and ``offsets`` (V,) are the class of every row and its rank in the class. ``rows`` lists the rows
+    of each class. ``starts`` are the first bytes of the classes in ``weight``, ``record_starts`` those of their
+    compensation, and last that of the scales of compensation. ``source`` and ``state`` identify the packed classes.
+    """
 
     source: Tensor
     state: tuple[int, int]
@@ -68,12 +72,14 @@ class Blocks:
 
 
 class MixedBitTable(TablePart):
-    """``classes`` is which of ``layouts`` each row has, packed in whole bits; ``weight`` (1, N, 1) uint8 holds the rows
-    class by class, each class packed as in ops.quantization.rowwise, and its end may stay empty.
+    """A token table of packed rows that differ in their bits per number.
 
-    N follows from the budget alone, so that the skeleton can be built before it is known which row has how many bits.
-    Nothing is trainable, except between ``loosen`` and ``tighten``, when ``weight_unpacked`` (V, D) float32 is what the
-    codes are chosen from; which row has how many bits, and what compensation adds, stays.
+    ``classes`` holds the index in ``layouts`` of every row, packed in whole bits. ``weight`` (1, N, 1) uint8 holds the
+    rows class by class, packed as in ops.quantization.rowwise; its end may stay empty. N depends only on the budget, so
+    the skeleton can be built before the bits of each row are chosen.
+
+    Only while unpacked is something trainable: ``weight_unpacked`` (V, D) float32, from which codes are chosen. The
+    bits of each row and what compensation adds do not change.
     """
 
     def __init__(
@@ -96,7 +102,7 @@ class MixedBitTable(TablePart):
 
     @property
     def blocks(self) -> Blocks:
-        """Derived from ``classes`` and kept until these change: 5 bytes a row, not stored."""
+        """The places of all rows, derived from ``classes`` and kept until they change. 13 bytes per row, not stored."""
         source = self.classes
         state = (source.data_ptr(), 0 if source.is_inference() else source._version)
         if self._blocks is None or self._blocks.source is not source or self._blocks.state != state:
@@ -111,7 +117,7 @@ class MixedBitTable(TablePart):
 
     @torch.no_grad()
     def set_rows(self, table: Tensor, levels: Tensor) -> None:
-        """Take the rows of a (V, D) float table, each in the layout that ``levels`` (V,) says."""
+        """Store the rows of ``table`` (V, D) float, each in the layout whose index is in ``levels`` (V,)."""
         self.classes.copy_(pack_classes(levels, len(self.layouts)))
         self.weight.zero_()
         rows = self.blocks.rows
@@ -124,14 +130,20 @@ class MixedBitTable(TablePart):
             stored_scale.copy_(scale)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) ids -> (..., D) of ``dtype``, times ``scale``. Raises IndexError for an id outside the table."""
+        """Look up vectors: (...) ids -> (..., D) of ``dtype``, times ``scale``.
+
+        Raises IndexError for an id outside the table.
+        """
         readers = [partial(self._read, kind) for kind in range(len(self.layouts))]
         blocks = self.blocks
         vectors = banded(ids, blocks.classes, blocks.offsets, readers, self.embedding_dim, self.dtype)
         return vectors if self.scale == 1.0 else vectors * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V), exact up to rounding, one class after the other, never the dense table."""
+        """Scores of the tied head: (..., D) -> (..., V), exact up to rounding.
+
+        Works class by class and never expands the whole table, except while unpacked.
+        """
         if self.weight_unpacked is not None:
             return F.linear(hidden, self.merged())
         scores = {kind: logits(hidden, self._block(kind), self.layouts[kind]) for kind in self._kinds()}
@@ -144,7 +156,7 @@ class MixedBitTable(TablePart):
         return torch.cat([*scores.values()], dim=-1).index_select(-1, place)
 
     def merged(self) -> Tensor:
-        """(V, D) of ``dtype``, without ``scale``."""
+        """The dense table (V, D) of ``dtype``, without ``scale``."""
         table = torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.weight.device)
         for kind in self._kinds():
             rows = self.blocks.rows[kind]
@@ -167,12 +179,15 @@ class MixedBitTable(TablePart):
             self.weight_unpacked = None
 
     def numbers(self) -> int:
-        """V D: a code stands for a number."""
+        """Returns V D, the dense count, because each code stands for one number."""
         return self.num_embeddings * self.embedding_dim
 
     def average_bits(self, frequency: Tensor | None = None) -> float:
-        """Stored bits of a number, everything counted. With ``frequency`` (V,), how often each row is looked up: the
-        bits of a number that lookups read, on average, scales and the row's share of the map included."""
+        """Stored bits per number, everything included.
+
+        With ``frequency`` (V,), how often each row is looked up, it returns the average bits per number that lookups
+        read. These include scales and the row's share of the map.
+        """
         numbers = self.num_embeddings * self.embedding_dim
         if frequency is None:
             return 8 * sum(tensor.nbytes for tensor in (self.weight, self.classes)) / numbers
@@ -192,31 +207,31 @@ class MixedBitTable(TablePart):
         return [kind for kind, rows in enumerate(self.blocks.rows) if len(rows)]
 
     def _compensated(self) -> list[int]:
-        """The classes whose rows borrow from those of the last."""
+        """The classes whose rows are compensated by rows of the last class."""
         kinds = self._kinds() if self.compensate else []
         return kinds[:-1] if len(self.layouts) - 1 in kinds else []
 
     def _block(self, kind: int) -> Tensor:
-        """The packed rows of a class, a view: (n, groups, bytes of a group)."""
+        """The packed rows of a class: a view of (n, groups, bytes of a group)."""
         layout, start, count = self.layouts[kind], self.blocks.starts[kind], len(self.blocks.rows[kind])
         flat = self.weight.view(-1)[start : start + count * layout.row_bytes]
         return flat.view(count, layout.groups, layout.group_bytes)
 
     def _records(self, kind: int) -> tuple[Tensor, Tensor]:
-        """Views: the records of a class (n, bytes), and their scale."""
+        """The records of a class (n, bytes) and their scale, as views."""
         flat, starts = self.weight.view(-1), self.blocks.record_starts
         scale = starts[-1] + kind * SCALE_BYTES
         return flat[starts[kind] : starts[kind + 1]].view(-1, RECORD_BYTES), flat[scale : scale + SCALE_BYTES]
 
     def _rounded(self, kind: int) -> Tensor:
-        """The rows of a class without compensation: (n, D) float32."""
+        """The decoded rows of a class without compensation: (n, D) float32."""
         return unpack(self._block(kind % len(self.layouts)), self.layouts[kind])
 
     def _read(self, kind: int, offsets: Tensor) -> Tensor:
-        """(n,) ranks within a class -> (n, D) of ``dtype``."""
+        """Read rows by their ranks within a class: (n,) -> (n, D) of ``dtype``."""
         if not len(offsets):
             empty = self.weight.new_empty(0, self.embedding_dim, dtype=self.dtype)
-            # A loose table takes part in every graph, as dense tables do.
+            # An unpacked table joins every autograd graph, as dense tables do.
             return empty if self.weight_unpacked is None else empty + self.weight_unpacked[:0].to(self.dtype)
         vectors = self._look_up(kind, offsets)
         if kind in self._compensated():
@@ -227,7 +242,7 @@ class MixedBitTable(TablePart):
         return vectors
 
     def _look_up(self, kind: int, offsets: Tensor) -> Tensor:
-        """``_read`` without compensation. While loose the gradient passes as if nothing had been rounded."""
+        """``_read`` without compensation. While unpacked, gradients pass straight through the rounding."""
         layout, unpacked = self.layouts[kind], self.weight_unpacked
         if unpacked is None:
             return lookup(self._block(kind), offsets, layout, self.dtype)
@@ -238,10 +253,10 @@ class MixedBitTable(TablePart):
 
 
 class MixedBitEmbedding(EmbeddingMethod):
-    """Bits for each row by sensitivity times measured rounding error. ``keep`` counts stored bytes."""
+    """Allocates bits to rows by sensitivity times measured rounding error. ``keep`` counts stored bytes."""
 
     id = "embedding.mixed_bit"
-    summary = "2, 3, 4, 6 or 8 bits for each row, under one budget: by its sensitivity times its rounding error"
+    summary = "2, 3, 4, 6 or 8 bits per number for each row, by its sensitivity times its rounding error, in one budget"
     source = (
         "Shoham and Gersho 1988, Efficient bit allocation for an arbitrary set of quantizers: the allocation; Dong et "
         "al. 2020, HAWQ-V2 (arXiv 1911.03852): sensitivity times squared rounding error; nearest for tables: MPE "
@@ -272,7 +287,10 @@ class MixedBitEmbedding(EmbeddingMethod):
         )
 
     def solve(self, site: TableSite, keep: float) -> "MixedBitEmbedding":
-        """The average bits that ``keep`` pays for, at most those of a table with the most bits in every row."""
+        """Choose the average bits that ``keep`` allows, at most those of a table with the most bits in every row.
+
+        Raises TautError if even the fewest bits need more.
+        """
         numbers, place = site.rows * site.width, map_bytes(site.rows, len(self.choices))
         most = (site.rows * self._prices(site)[-1] + self._fixed() + place) * 8 / numbers
         method = type(self)(self.knobs.model_copy(update={"bits": min(keep * 8 * site.width_in_bytes, most)}))
@@ -289,9 +307,9 @@ class MixedBitEmbedding(EmbeddingMethod):
     def note(self, site: TableSite) -> str:
         stored = self.predict(site).bytes * 8 / (site.rows * site.width)
         if self.knobs.bits != "split" and stored < 0.99 * self.knobs.bits:
-            return f"bits {self.knobs.bits:.4g} cut down to {stored:.4g}: every row has {self.choices[-1]}"
-        by = "rounding error alone" if self.knobs.importance == "none" else f"{self.knobs.importance} on text"
-        return f"{stored:.4g} stored bits a number, scales and row map included; rows get their share by {by}"
+            return f"bits {self.knobs.bits:.4g} reduced to {stored:.4g}: every row has {self.choices[-1]}"
+        basis = "rounding error alone" if self.knobs.importance == "none" else f"{self.knobs.importance} on text"
+        return f"{stored:.4g} stored bits per number, scales and row map included; allocated to rows by {basis}"
 
     @torch.no_grad()
     def build(self, site: TableSite, device: torch.device, dtype: torch.dtype) -> MixedBitTable:
@@ -306,7 +324,10 @@ class MixedBitEmbedding(EmbeddingMethod):
 
     @torch.no_grad()
     def fit(self, part: MixedBitTable, weight: Tensor, calibration: Calibration) -> None:
-        """Raises TautError without calibration text, or with too little of it, unless ``importance`` is none."""
+        """Choose the bits of every row and pack ``weight`` (V, D).
+
+        Raises TautError without calibration text or with too little of it, unless ``importance`` is none.
+        """
         self._fill(part, weight, self._importance(part.num_embeddings, calibration))
 
     def _fill(self, part: MixedBitTable, weight: Tensor, importance: Tensor) -> None:
@@ -321,14 +342,14 @@ class MixedBitEmbedding(EmbeddingMethod):
         part.set_rows(table, levels.to(part.classes.device))
 
     def _importance(self, rows: int, calibration: Calibration) -> Tensor:
-        """(V,) float64, none zero: a row that was not seen counts as seen half a time, at the average importance."""
+        """(V,) float64. An unseen row counts as half an occurrence of average importance, so that none is zero."""
         kind = self.knobs.importance
         if kind == "none":
             return torch.ones(rows, dtype=torch.float64)
-        known = {"sensitivity": calibration.sensitivity, "gradient": calibration.gradient}.get(
+        statistic = {"sensitivity": calibration.sensitivity, "gradient": calibration.gradient}.get(
             kind, calibration.frequency
         )
-        if known is None or calibration.frequency is None:
+        if statistic is None or calibration.frequency is None:
             raise TautError(f"{self.id}: importance: {kind} needs calibration text; give some, or importance: none")
         total, seen = int(calibration.frequency.sum()), calibration.frequency > 0
         if total < TOKENS_PER_ROW * rows:
@@ -336,29 +357,29 @@ class MixedBitEmbedding(EmbeddingMethod):
                 f"{self.id}: {total} tokens of calibration text are too few for {rows} rows; give at least "
                 f"{round(TOKENS_PER_ROW * rows)}, or importance: none"
             )
-        once = (known[seen] / calibration.frequency[seen]).mean()
-        return (known + UNSEEN * once).double().cpu()
+        once = (statistic[seen] / calibration.frequency[seen]).mean()
+        return (statistic + UNSEEN * once).double().cpu()
 
     def _layouts(self, site: TableSite) -> tuple[RowFormat, ...]:
         group = min(self.knobs.group or site.width, site.width)
         return tuple(RowFormat(bits, site.width, group) for bits in self.choices)
 
     def _extra(self, kind: int) -> int:
-        """Bytes of a row's compensation."""
+        """Bytes of the compensation of a row in the class ``kind``."""
         return RECORD_BYTES if self.knobs.compensate and kind < len(self.choices) - 1 else 0
 
     def _fixed(self) -> int:
         return SCALE_BYTES * len(self.choices) if self.knobs.compensate else 0
 
     def _prices(self, site: TableSite) -> list[int]:
-        """Bytes of a row, by choice."""
+        """Bytes of a row for each of ``choices``."""
         return [layout.row_bytes + self._extra(kind) for kind, layout in enumerate(self._layouts(site))]
 
     def _least(self, site: TableSite) -> int:
         return site.rows * self._prices(site)[0] + self._fixed()
 
     def _size(self, site: TableSite) -> int:
-        """Bytes of ``weight``: what the budget leaves beside the map, no more than could be filled."""
+        """Bytes of ``weight``: the budget without the row map, at most what the widest rows fill."""
         if self.knobs.bits is None:
             raise TautError(f"{self.id}: give keep or bits")
         prices = self._prices(site)

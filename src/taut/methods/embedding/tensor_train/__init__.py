@@ -1,1 +1,1 @@
-"""The method ``embedding.tensor_train`` and what it alone needs."""
+"""The method ``embedding.tensor_train`` and the code that only it uses."""

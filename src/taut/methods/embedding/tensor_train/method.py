@@ -1,4 +1,4 @@
-"""A token table as a tensor train: a row is a product of K small matrices, each shared by the rows with one digit."""
+"""A token table as a tensor train: a row is a product of K small matrices, shared by all rows with the same digit."""
 
 import math
 from bisect import bisect_left
@@ -29,46 +29,47 @@ from taut.methods.part import TablePart
 from taut.methods.store import Store, stored_bytes
 
 STANDARD_DEVIATION = 0.02
-"""Of the table's entries when it is trained from scratch."""
+"""Standard deviation of the entries of a table that is trained from scratch."""
 SHARED_FROM = 64
-"""So many ids make it worth finding out which prefixes they share."""
+"""From this many ids on it pays to find the prefixes that they share."""
 TOKENS_IN_A_CALL = 16
-"""Costs per token of a tied head are stated for calls of so many, since the way it is computed depends on that."""
+"""The predicted cost per token of a tied head assumes calls of this many tokens, which decide the cheaper way."""
 
 MOST_TOKENS = 1 << 20
-"""Of a call, for the words about it."""
+"""The most tokens of a call that ``note`` considers."""
 
 
 class TensorTrainKnobs(Knobs):
     rank: int | tuple[int, ...] | None = Field(
-        None, description="r_1 ... r_{K-1}: one number for all, or one each; cut to what they can use; or give keep"
+        None, description="r_1 ... r_{K-1}: one number for all, or one each; reduced to useful ones; or give keep"
     )
     order: int = Field(3, ge=2, le=8, description="K, the number of cores")
     row_factors: tuple[int, ...] | None = Field(
-        None, description="p_1 ... p_K, a product of at least V; none: near equal ones, little padding"
+        None, description="p_1 ... p_K, with a product of at least V; none: nearly equal ones with little padding"
     )
     column_factors: tuple[int, ...] | None = Field(
-        None, description="q_1 ... q_K, a product of exactly D; none: the most equal ones"
+        None, description="q_1 ... q_K, with a product of exactly D; none: the most nearly equal ones"
     )
     columns: Literal["split", "whole"] = Field(
-        "split", description="whole: the last core has all columns and no row digit, the others make a narrow table"
+        "split", description="whole: the last core has all columns and no row digit, the others form a narrow table"
     )
     arrange: Literal["given", "frequency", "principal"] = Field(
-        "given", description="what order the rows are numbered in; any but the given one is stored"
+        "given", description="order in which rows are numbered; any order but the given one is stored"
     )
     weighted: float = Field(
-        0.0, ge=0, le=1, description="power of one more than a token's count that weighs its row's squared error"
+        0.0, ge=0, le=1, description="a row's squared error is weighted by (token count + 1) to this power"
     )
-    hot: int = Field(0, ge=0, description="so many of the most frequent rows are kept dense")
-    sweeps: int = Field(2, ge=0, description="rounds of least squares, core by core, after the decomposition")
+    hot: int = Field(0, ge=0, description="how many of the most frequent rows are kept dense")
+    sweeps: int = Field(2, ge=0, description="rounds of least squares, core by core, after decomposition")
     store: Store | None = Field(None, description="keep cores and hot rows in fewer bits")
 
 
 class TensorTrainTable(TablePart):
-    """``weight``, ``core_2``, ... ``core_K`` of (p_k, 1, r_{k-1} q_k r_k), see methods.embedding.tensor_train.kernel.
+    """A token table whose rows are products of cores (see methods.embedding.tensor_train.kernel).
 
-    ``hot_rows`` (C, D) replaces what the cores give for C of the rows. ``places`` is uint8: where every row stands in
-    the train, hot ones first, or, in the given order, only which rows are hot; ceil(log2 V) bits a number.
+    The cores ``weight``, ``core_2``, ... ``core_K`` are (p_k, 1, r_{k-1} q_k r_k). ``hot_rows`` (C, D) replaces the
+    rows of the cores for C tokens. ``places`` uint8 holds ceil(log2 V) bits per number: the position of every row in
+    the train, hot rows first. In the given order it lists only the hot rows.
     """
 
     def __init__(
@@ -95,18 +96,24 @@ class TensorTrainTable(TablePart):
             self.register_buffer("places", places)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) ids -> (..., D), times ``scale``. Equal ids, and equal prefixes of many ids, are computed once. Raises
-        IndexError for an id outside the table (on CUDA the device asserts)."""
+        """Look up vectors: (...) ids -> (..., D), times ``scale``.
+
+        Computes equal ids once, and equal prefixes of many ids too. Raises IndexError for an id outside the table (on
+        CUDA the device asserts).
+        """
         slots, inverse = torch.unique(self.slots(ids.reshape(-1)), return_inverse=True)
-        found = self.rows(slots, share=ids.numel() >= SHARED_FROM)
-        if self.padding_idx is not None and found.requires_grad:
+        rows = self.rows(slots, share=ids.numel() >= SHARED_FROM)
+        if self.padding_idx is not None and rows.requires_grad:
             padding = slots == self.slots(torch.tensor([self.padding_idx], device=ids.device))
-            found = torch.where(padding[:, None], found.detach(), found)
-        answer = F.embedding(inverse, found).view(*ids.shape, self.embedding_dim)
-        return answer if self.scale == 1.0 else answer * self.scale
+            rows = torch.where(padding[:, None], rows.detach(), rows)
+        vectors = F.embedding(inverse, rows).view(*ids.shape, self.embedding_dim)
+        return vectors if self.scale == 1.0 else vectors * self.scale
 
     def slots(self, ids: Tensor) -> Tensor:
-        """(n,) ids -> (n,) int64: below C a hot row's number, else C more than the row's position in the train."""
+        """(n,) ids -> (n,) int64 slots: the number of a hot row (below C), or the position in the train plus C.
+
+        Raises IndexError for an id outside the table (on a CPU, not compiled).
+        """
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and len(ids):
             low, high = (int(end) for end in ids.aminmax())
             if low < 0 or high >= self.num_embeddings:
@@ -123,36 +130,41 @@ class TensorTrainTable(TablePart):
         return torch.where(listed[number] == ids, number, ids + self.hot)
 
     def rows(self, slots: Tensor, share: bool) -> Tensor:
-        """Sorted distinct slots (n,) -> (n, D), without ``scale``."""
+        """Compute the rows of sorted distinct slots: (n,) -> (n, D), without ``scale``."""
         if not self.hot:
             return self._from_cores(slots, share)
         count = int((slots < self.hot).sum())
         return torch.cat((self.held_rows("hot_rows", slots[:count]), self._from_cores(slots[count:] - self.hot, share)))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V): block by block or core by core, whichever is less work for so many hidden states."""
-        found = scores(hidden, self._cores(), self.shape, self.num_embeddings)
+        """Scores of the tied head: (..., D) -> (..., V).
+
+        Works block by block or core by core, whichever is less work for this number of hidden states.
+        """
+        by_slot = scores(hidden, self._cores(), self.shape, self.num_embeddings)
         if self.hot:
-            found = torch.cat((F.linear(hidden, self.held("hot_rows")), found), dim=-1)
-        return found.index_select(-1, self._all_slots()) if self.hot or self.arranged else found
+            by_slot = torch.cat((F.linear(hidden, self.held("hot_rows")), by_slot), dim=-1)
+        return by_slot.index_select(-1, self._all_slots()) if self.hot or self.arranged else by_slot
 
     def merged(self) -> Tensor:
-        """(V, D), without ``scale``."""
-        found = expand(self._cores())[: self.num_embeddings]
+        """The dense table (V, D), without ``scale``."""
+        rows = expand(self._cores())[: self.num_embeddings]
         if self.hot:
-            found = torch.cat((self.held("hot_rows"), found))
-        return found.index_select(0, self._all_slots()) if self.hot or self.arranged else found
+            rows = torch.cat((self.held("hot_rows"), rows))
+        return rows.index_select(0, self._all_slots()) if self.hot or self.arranged else rows
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Give the hot rows the values that the cores have for them. From there on they are trained on their own."""
+        """Set the hot rows to the values that the cores give them. After that they train independently."""
         if self.hot:
             self.fill("hot_rows", self._from_cores(self._hot_positions(), share=True))
 
     @torch.no_grad()
     def number(self, order: Tensor, hot: Tensor) -> None:
-        """Store which rows stand where: ``order`` (V,), the rows by position, and ``hot`` (C,), in ascending order
-        where the rows stay as given."""
+        """Store the order of the rows: ``order`` (V,) lists the rows by position.
+
+        In the given order it stores only the hot rows ``hot`` (C,), which must be ascending.
+        """
         if self.arranged:
             places = torch.empty_like(order)
             places[order] = torch.arange(len(order), device=order.device)
@@ -177,7 +189,7 @@ class TensorTrainTable(TablePart):
             if self.store is None:
                 core = self.held(name)
             else:
-                # Expand no slice that is not needed.
+                # Expand only the slices in use.
                 used, digits = torch.unique(levels[step].digits, return_inverse=True)
                 levels[step], core = Level(digits, levels[step].parents), self.held_rows(name, used)
             cores.append(core.reshape(-1, *core_shape[1:]))
@@ -188,14 +200,14 @@ class TensorTrainTable(TablePart):
 
 
 class TensorTrainEmbedding(EmbeddingMethod):
-    """TT-SVD of the table. ``keep`` counts its stored bytes: cores, hot rows and the stored order."""
+    """Decomposes the table by TT-SVD. ``keep`` counts its stored bytes: cores, hot rows and the stored order."""
 
     id = "embedding.tensor_train"
-    summary = "a row is a product of small matrices that rows with equal digits share (TT-SVD)"
+    summary = "a row is a product of small matrices, shared by rows with equal index digits (TT-SVD)"
     source = (
         "Hrinchuk et al. 2020 (arXiv 1901.10787): tables as tensor trains; Oseledets 2011: TT-SVD; Yin et al. 2021, "
-        "TT-Rec (arXiv 2101.11714): dense rows beside the cores. Changed: rows may be reordered and weighed, least "
-        "squares follow the decomposition, equal prefixes are computed once, dense rows are chosen by count and fixed"
+        "TT-Rec (arXiv 2101.11714): dense rows beside the cores. Changed: rows may be reordered and weighted, least "
+        "squares follow the decomposition, equal prefixes are computed once, dense rows are chosen once by count"
     )
     Knobs = TensorTrainKnobs
     dial = "rank"
@@ -207,7 +219,7 @@ class TensorTrainEmbedding(EmbeddingMethod):
 
     @property
     def uncounted(self) -> str | None:
-        return "how many of the ids are hot rows depends on the text" if self.knobs.hot else None
+        return "the share of ids with hot rows depends on the text" if self.knobs.hot else None
 
     def fits(self, site: Site) -> str | None:
         if not isinstance(site, TableSite):
@@ -218,51 +230,54 @@ class TensorTrainEmbedding(EmbeddingMethod):
             return str(error).removeprefix(f"{self.id}: ")
         dense = site.dense()
         if cost.parameters > dense.parameters or cost.bytes > dense.bytes:
-            return f"{cost.bytes:,} bytes are no reduction of {dense.bytes:,}: lower the rank or the number of hot rows"
+            return f"{cost.bytes:,} bytes do not reduce {dense.bytes:,}: lower the rank or the number of hot rows"
         return None
 
     def solve(self, site: TableSite, keep: float) -> "TensorTrainEmbedding":
-        """The greatest uniform rank whose cores, hot rows and order take at most ``keep`` of the table's bytes."""
+        """Choose the greatest uniform rank whose cores, hot rows and order take at most ``keep`` of the dense bytes."""
         rows, columns = self._factors(site)
         most = max(clipped(rows, columns, [site.rows * site.width] * (len(rows) - 1)))
         return self.greatest(site, keep, range(1, most + 1))
 
     def predict(self, site: TableSite) -> Cost:
         shape, knobs = self.shape(site), self.knobs
-        held = [(count, rank * width) for count, rank, width in shape.cores]
+        tensors = [(count, rank * width) for count, rank, width in shape.cores]
         if knobs.hot:
-            held.append((knobs.hot, site.width))
-        numbers = sum(math.prod(one) for one in held)
+            tensors.append((knobs.hot, site.width))
+        numbers = sum(math.prod(tensor) for tensor in tensors)
         listed = knobs.hot if knobs.arrange == "given" else site.rows
-        size = sum(stored_bytes(one, knobs.store, site.width_in_bytes) for one in held)
+        size = sum(stored_bytes(tensor, knobs.store, site.width_in_bytes) for tensor in tensors)
         size += packed_bytes(listed, bits_below(site.rows))
         head = shape.head_flops(site.rows, TOKENS_IN_A_CALL) / TOKENS_IN_A_CALL + 2 * knobs.hot * site.width
         return Cost(numbers, size, shape.lookup_flops() + head * len(site.heads))
 
     def note(self, site: TableSite) -> str | None:
-        """The factors and ranks in use, and how a tied head will be computed."""
+        """The factors and ranks in use, and the way a tied head will be computed."""
         shape = self.shape(site)
-        asked = self._ranks(len(shape.rows))
-        words = [
+        requested = self._ranks(len(shape.rows))
+        notes = [
             f"rows {' x '.join(map(str, shape.rows))}, columns {' x '.join(map(str, shape.columns))}, "
             f"ranks {', '.join(map(str, shape.ranks))}"
         ]
-        if shape.ranks != asked:
-            words.append(f"{', '.join(map(str, asked))} asked for, of which no more can be used")
+        if shape.ranks != requested:
+            notes.append(f"{', '.join(map(str, requested))} requested, reduced to the greatest useful ranks")
         if site.heads:
-            words.append(_head_in_words(shape, site.rows))
-        return "; ".join(words)
+            notes.append(_head_in_words(shape, site.rows))
+        return "; ".join(notes)
 
     def shape(self, site: TableSite) -> TrainShape:
-        """Factors and ranks at this site. Raises TautError for factors that do not fit, with the nearest that do."""
+        """Factors and ranks at this site. Raises TautError for factors that do not fit, and suggests some that do."""
         rows, columns = self._factors(site)
         return TrainShape(rows, columns, clipped(rows, columns, self._ranks(len(rows))))
 
     def ranks_within(
         self, site: TableSite, weight: Tensor, tolerance: float, calibration: Calibration
     ) -> tuple[int, ...]:
-        """The least ranks at which TT-SVD alone keeps ||E - TT|| <= ``tolerance`` ||E||, E (V, D) with its hot rows
-        taken out: to be given as ``rank``, because a plan is made from shapes, before any weight is seen."""
+        """The least ranks at which TT-SVD alone keeps ||E - TT|| <= ``tolerance`` ||E||, for E (V, D) without hot rows.
+
+        Pass them as ``rank``: a plan is made from shapes alone, before the weights are read. Raises TautError for a
+        tolerance outside [0, 1), or when token counts are needed and there are none.
+        """
         if not 0 <= tolerance < 1:
             raise TautError(f"{self.id}: tolerance = {tolerance}: expected at least 0 and below 1, such as 0.1")
         rows, columns = self._factors(site)
@@ -273,8 +288,10 @@ class TensorTrainEmbedding(EmbeddingMethod):
 
     @torch.no_grad()
     def build(self, site: TableSite, device: torch.device, dtype: torch.dtype) -> TensorTrainTable:
-        """The padding row starts and is looked up like any other (the cores cannot give one row the value zero); it
-        sends no gradient."""
+        """Build the part. The padding row starts like any other, because the cores cannot make a single row zero.
+
+        Lookups of the padding row pass no gradient.
+        """
         shape, knobs = self.shape(site), self.knobs
         part = TensorTrainTable(site, shape, knobs.hot, knobs.arrange != "given", knobs.store, device, dtype)
         if device.type != "meta":
@@ -282,15 +299,18 @@ class TensorTrainEmbedding(EmbeddingMethod):
             deviation = (STANDARD_DEVIATION**2 / paths) ** (1 / (2 * len(shape.rows)))
             for name, core in zip(part.names, shape.cores, strict=True):
                 part.fill(name, torch.randn(core, device=device) * deviation)
-            every = torch.arange(site.rows, device=device)
-            part.number(every, every[: knobs.hot])
+            order = torch.arange(site.rows, device=device)
+            part.number(order, order[: knobs.hot])
             part.refresh()
         return part
 
     @torch.no_grad()
     def fit(self, part: TensorTrainTable, weight: Tensor, calibration: Calibration) -> None:
-        """Decompose the arranged table, then ``sweeps`` of least squares, in which padding and hot rows do not count.
-        Raises TautError when token counts are needed and none were given."""
+        """Decompose the arranged table, then run ``sweeps`` rounds of least squares.
+
+        Positions beyond V and hot rows have no weight. Raises TautError when token counts are needed and there are
+        none.
+        """
         shape = part.shape
         order, hot = self._arrange(weight, shape.rows, calibration)
         table, weights = self._placed(weight, order, hot, shape.capacity, calibration)
@@ -306,21 +326,21 @@ class TensorTrainEmbedding(EmbeddingMethod):
             part.fill("hot_rows", weight[hot])
 
     def _arrange(self, weight: Tensor, rows: tuple[int, ...], calibration: Calibration) -> tuple[Tensor, Tensor]:
-        """The rows by position (V,), and the hot ones (C,), which come first unless the rows stay as given."""
-        every = torch.arange(len(weight), device=weight.device)
+        """The rows by position (V,), and the hot rows (C,), which come first unless the order is the given one."""
+        original = torch.arange(len(weight), device=weight.device)
         if not self.needs:
-            hot = every[:0]
+            hot = original[:0]
         else:
             by_count = self._counts(weight, calibration).argsort(descending=True, stable=True)
             hot = by_count[: self.knobs.hot]
         if self.knobs.arrange == "given":
-            return every, hot.sort().values
+            return original, hot.sort().values
         return (by_count if self.knobs.arrange == "frequency" else principal_order(weight.float(), rows, hot)), hot
 
     def _placed(
         self, weight: Tensor, order: Tensor, hot: Tensor, capacity: int, calibration: Calibration
     ) -> tuple[Tensor, Tensor]:
-        """The table by position (P, D), zero where nothing has to be met, and the weights of its rows (P,)."""
+        """The table by position (P, D), zero in rows without weight, and the weights of its rows (P,)."""
         table = weight.new_zeros(capacity, weight.shape[1], dtype=torch.promote_types(weight.dtype, torch.float32))
         weights = table.new_zeros(capacity)
         counts = self._counts(weight, calibration).to(table) + 1 if self.knobs.weighted else table.new_ones(len(weight))
@@ -341,10 +361,12 @@ class TensorTrainEmbedding(EmbeddingMethod):
         knobs = self.knobs
         order = len(knobs.row_factors or knobs.column_factors or range(knobs.order))
         if order < 2:
-            raise TautError(f"{self.id}: one factor makes no train: give at least two")
+            raise TautError(f"{self.id}: a tensor train needs at least two factors, not one")
         if knobs.columns == "whole":
             if knobs.row_factors or knobs.column_factors:
-                raise TautError(f"{self.id}: columns: whole leaves no factors to give; drop them or give all by hand")
+                raise TautError(
+                    f"{self.id}: columns: whole sets the factors itself; drop it or row_factors and column_factors"
+                )
             return (*row_factors(site.rows, order - 1), 1), (*(1,) * (order - 1), site.width)
         rows = knobs.row_factors or row_factors(site.rows, order)
         columns = knobs.column_factors or column_factors(site.width, order)
@@ -359,7 +381,7 @@ class TensorTrainEmbedding(EmbeddingMethod):
             raise TautError(f"{self.id}: give keep or rank")
         ranks = (rank,) * (order - 1) if isinstance(rank, int) else rank
         if len(ranks) != order - 1 or min(ranks) < 1:
-            raise TautError(f"{self.id}: rank {list(ranks)}: {order} cores take {order - 1} ranks of at least 1")
+            raise TautError(f"{self.id}: rank {list(ranks)}: {order} cores need {order - 1} ranks of at least 1")
         return ranks
 
 
@@ -372,8 +394,8 @@ def _check(name: str, given: tuple[int, ...], nearest: tuple[int, ...], right: b
 
 
 def _head_in_words(shape: TrainShape, count: int) -> str:
-    """From how many hidden states on a tied head computes the rows first."""
+    """Say from how many hidden states on a tied head computes the rows first."""
     if not shape.expands(count, MOST_TOKENS):
         return "tied head: contracted core by core"
     least = bisect_left(range(1, MOST_TOKENS), True, key=lambda tokens: shape.expands(count, tokens)) + 1
-    return f"tied head: rows computed once per call of {least} or more tokens, fewer are contracted core by core"
+    return f"tied head: rows computed once per call of {least} or more tokens; fewer are contracted core by core"

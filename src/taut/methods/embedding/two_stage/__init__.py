@@ -1,1 +1,1 @@
-"""The method ``embedding.two_stage`` and what it alone needs."""
+"""The method ``embedding.two_stage`` and the code that only it uses."""

@@ -1,4 +1,4 @@
-"""A token table in two stages: a short code for every row, and a finer one of what is left for rows that matter."""
+"""A token table in two stages: a short code for every row, and a finer code of the residual for rows that matter."""
 
 import math
 from bisect import bisect_right
@@ -24,32 +24,32 @@ from taut.ops.tables.bands import map_bytes, pack_classes
 from taut.ops.tables.row_map import RowMap, RowPlaces
 
 STANDARD_DEVIATION = 0.02
-"""Of the entries of the table when it is trained from scratch."""
+"""Standard deviation of the entries of a table that is trained from scratch."""
 FINE_SHARE = 0.5
-"""Length of a random residual, in lengths of what it is added to."""
+"""Length of a random second stage, relative to the first stage."""
 UNSEEN = 0.5
-"""How much oftener than it was every row counts as seen."""
+"""Occurrences added to every row, so that unseen rows have some importance."""
 LENGTH_ROOM = 2.0
-"""Codes are shorter than the rows they stand for; lengths can make up for that and this factor."""
+"""Rows are scaled by this factor before coding. Decoded rows are shorter than the originals; lengths correct both."""
 PIECE = 4096
-"""Rows expanded at a time where all are needed."""
+"""How many rows are expanded at a time when all are needed."""
 
 
 class TwoStageKnobs(Knobs):
     refine: float | None = Field(None, ge=0, le=1, description="share of the rows with a second stage; or give keep")
-    subvector: int = Field(16, ge=1, description="first stage: how many numbers one code stands for, a divisor of R")
-    fine_subvector: int = Field(8, ge=1, description="second stage: how many numbers one code stands for")
+    subvector: int = Field(16, ge=1, description="first stage: numbers per code, a divisor of R")
+    fine_subvector: int = Field(8, ge=1, description="second stage: numbers per code, a divisor of R")
     bits: Literal[2, 3, 4, 6, 8] | None = Field(
-        None, description="second stage: numbers of so many bits in place of codes"
+        None, description="second stage: store numbers of this many bits instead of codes"
     )
     group: int | None = Field(None, ge=2, description="with bits: how many numbers of a row share a scale; none: all")
-    centroids: Literal[256, 16] = Field(256, description="how many a code chooses from: codes of 8 or 4 bits")
+    centroids: Literal[256, 16] = Field(256, description="centroids a code chooses from; 256 take 8 bits, 16 take 4")
     rank: int | None = Field(
-        None, ge=1, description="R: rows are coded by their coordinates in this many principal directions; none: as is"
+        None, ge=1, description="R: code the coordinates of rows in this many principal directions; none: rows as is"
     )
     importance: Literal["frequency", "sensitivity", "error"] = Field(
         "frequency",
-        description="what a row's first-stage error is multiplied by to choose the rows of the second: occurrences or "
+        description="what weights a row's first-stage error when rows of the second stage are chosen: occurrences or "
         "squared gradients, summed over calibration text; or nothing",
     )
     weighting: float = Field(
@@ -60,8 +60,11 @@ class TwoStageKnobs(Knobs):
 
 @dataclass(frozen=True)
 class Layout:
-    """What a part holds: ``count`` of V rows with a second stage; a row has ``rank`` R coordinates, or D of them and
-    no ``projection`` if that is None."""
+    """What a part holds.
+
+    ``first`` and ``fine`` are the formats of the stages, and ``count`` of V rows have a second stage. A row has
+    ``rank`` R coordinates. If ``rank`` is None it has D coordinates, and there is no ``projection``.
+    """
 
     first: RowCodes
     fine: RowCodes
@@ -69,14 +72,14 @@ class Layout:
     rank: int | None
 
     def codes(self, site: TableSite) -> dict[str, tuple[int, ...]]:
-        """Shapes of the uint8 tensors."""
+        """The shapes of the uint8 tensors by name."""
         shapes: dict[str, tuple[int, ...]] = {"weight": self.first.shape(site.rows), "lengths": (site.rows,)}
         if self.count:
             shapes |= {"fine": self.fine.shape(self.count), "refined": (map_bytes(site.rows, 2),)}
         return shapes
 
     def floats(self, site: TableSite) -> dict[str, tuple[int, ...]]:
-        """Shapes of the held tensors."""
+        """The shapes of the float tensors by name."""
         shapes = {"codebook": self.first.book_shape}
         if self.count and self.fine.book_shape is not None:
             shapes["fine_codebook"] = self.fine.book_shape
@@ -86,13 +89,16 @@ class Layout:
 
 
 class TwoStageTable(TablePart):
-    """``weight`` (V, 1, bytes) are the first stage's codes into ``codebook``; ``fine`` the second stage of the rows
-    that ``refined`` (a bit for each row) marks, in their order: (n, 1, bytes) codes into ``fine_codebook``, or packed
-    rows (ops.quantization.rowwise). The stages add up to coordinates, which ``projection`` (R, D), if any, takes to
-    full width; ``lengths`` (V,) multiplies the result, a byte each (ops.codebooks.product_codes).
+    """A token table of first-stage codes for all rows and second-stage codes for some.
 
-    Unpacked with the original at hand, a row's coordinates are the parameter ``points_unpacked`` (V, R), and its codes
-    are chosen anew at every use.
+    ``weight`` (V, 1, bytes) holds the first-stage codes into ``codebook``. ``refined`` (one bit per row) marks the rows
+    with a second stage. ``fine`` holds that stage in the order of those rows: (n, 1, bytes) codes into
+    ``fine_codebook``, or packed rows (ops.quantization.rowwise). The stages add up to coordinates, which
+    ``projection`` (R, D), if any, maps to full width. ``lengths`` (V,) multiplies the result, one byte each
+    (ops.codebooks.product_codes).
+
+    Unpacked with the original, a row's coordinates are the parameter ``points_unpacked`` (V, R), and every use
+    chooses the codes again.
     """
 
     def __init__(
@@ -108,22 +114,25 @@ class TwoStageTable(TablePart):
 
     @property
     def places(self) -> RowPlaces:
-        """Whether every row has a second stage, and its place there."""
+        """Whether each row has a second stage (class 1), and the row's place in its class."""
         return self._map(self.refined)
 
     @property
     def refined_rows(self) -> Tensor:
-        """(n,) rows with a second stage, in the order of ``fine``."""
+        """The rows (n,) with a second stage, in the order of ``fine``."""
         return self.places.order[self.num_embeddings - self.layout.count :]
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) ids -> (..., D), times ``scale``. Raises IndexError for an id outside the table."""
+        """Look up vectors: (...) ids -> (..., D), times ``scale``. Raises IndexError for an id outside the table."""
         vectors = self._rows(ids.reshape(-1)).view(*ids.shape, self.embedding_dim)
         return vectors if self.scale == 1.0 else vectors * self.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V). Without gradients no row is expanded: products with all centroids are added up. With
-        them, or unpacked, rows are expanded to R numbers piece by piece."""
+        """Scores of the tied head: (..., D) -> (..., V).
+
+        Without gradients it expands no row but adds up products with all centroids. With gradients, or unpacked, it
+        expands rows to R numbers piece by piece.
+        """
         flat = hidden.reshape(-1, self.embedding_dim)
         if self.layout.rank is not None:
             flat = F.linear(flat, self.held("projection"))
@@ -138,16 +147,16 @@ class TwoStageTable(TablePart):
         return (scores * self._lengths(ids)).view(*hidden.shape[:-1], self.num_embeddings)
 
     def merged(self) -> Tensor:
-        """(V, D), without ``scale``."""
+        """The dense table (V, D), without ``scale``."""
         ids = torch.arange(self.num_embeddings, device=self.weight.device)
         return torch.cat([self._rows(piece) for piece in ids.split(PIECE)])
 
     def numbers(self) -> int:
-        """V D: a code stands for numbers of a row."""
+        """Returns V D, the dense count, because codes stand for the numbers of all rows."""
         return self.num_embeddings * self.embedding_dim
 
     def unpack(self, original: Tensor | None = None) -> None:
-        """Codebooks, directions and lengths become trainable; with ``original`` (V, D) the choice of codes too."""
+        """Make codebooks, directions and lengths trainable, and with ``original`` (V, D) also the choice of codes."""
         super().unpack(original)
         if original is not None:
             self.register_parameter("points_unpacked", nn.Parameter(self.points(original.to(self.weight.device))))
@@ -165,7 +174,7 @@ class TwoStageTable(TablePart):
 
     @torch.no_grad()
     def points(self, table: Tensor) -> Tensor:
-        """What codes are chosen for: (V, D) float -> (V, R) float32 coordinates of rows brought to one length."""
+        """The vectors to be coded: (V, D) float -> (V, R) float32, coordinates of rows scaled to the same length."""
         table = table.double()
         lengths = table.norm(dim=1, keepdim=True)
         rows = table / torch.where(lengths > 0, lengths, 1.0) * (lengths.max() * LENGTH_ROOM)
@@ -175,22 +184,22 @@ class TwoStageTable(TablePart):
 
     @torch.no_grad()
     def set_codes(self, points: Tensor) -> None:
-        """The nearest code of each row of (V, R), and in the second stage of what the first leaves."""
+        """Store the nearest codes for ``points`` (V, R), and in the second stage those of the residuals."""
         self.weight.copy_(self.layout.first.encode(points, self._book("codebook")))
         if self.layout.count:
             self.fine.copy_(self.layout.fine.encode(self.left(points)[self.refined_rows], self._book("fine_codebook")))
 
     @torch.no_grad()
     def left(self, points: Tensor) -> Tensor:
-        """(V, R) minus what the first stage says."""
+        """The residuals of ``points`` (V, R) after the first stage."""
         return points - self.layout.first.rounded(points, self._book("codebook")).to(points)
 
     @torch.no_grad()
     def set_lengths(self, table: Tensor) -> None:
-        """Every row as long as in ``table`` (V, D)."""
+        """Set ``lengths`` so that every row is as long as in ``table`` (V, D)."""
         self.lengths.fill_(LENGTH_ONE)
-        coded, wanted = self.merged().double().norm(dim=1), table.double().norm(dim=1)
-        self.lengths.copy_(encode_lengths(torch.where(coded > 0, wanted / coded, 0.0)))
+        coded, target = self.merged().double().norm(dim=1), table.double().norm(dim=1)
+        self.lengths.copy_(encode_lengths(torch.where(coded > 0, target / coded, 0.0)))
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, refined={self.layout.count}, dtype={self.dtype}"
@@ -214,7 +223,7 @@ class TwoStageTable(TablePart):
             values = layout.first.rounded(points, book)
         if layout.count:
             chosen = self.places.classes.index_select(0, ids).nonzero().squeeze(1)
-            # While gradients are recorded an empty second stage is read too: its codebook then receives zeros.
+            # While gradients are recorded the second stage is read even for no rows, so that its codebook gets zeros.
             if len(chosen) or torch.is_grad_enabled():
                 book = self._book("fine_codebook")
                 if points is None:
@@ -225,7 +234,7 @@ class TwoStageTable(TablePart):
         return values if points is None else values + (points - points.detach()).to(values)
 
     def _lengths(self, ids: Tensor) -> Tensor:
-        """(n,) ids -> (n,)."""
+        """The lengths of rows: (n,) ids -> (n,)."""
         unpacked = self._parameters.get("lengths_unpacked")
         if unpacked is None:
             return decode_lengths(self.lengths.index_select(0, ids), self.dtype)
@@ -236,15 +245,15 @@ class TwoStageTable(TablePart):
 
 
 class TwoStageEmbedding(EmbeddingMethod):
-    """Residual codes for part of the rows. ``keep`` counts the stored bytes of the table, and sets that part."""
+    """Codes rows, and the residuals of some. ``keep`` counts the table's stored bytes and sets the share refined."""
 
     id = "embedding.two_stage"
-    summary = "a short code for every row and a finer one of the rest for frequent rows: for about half a bit a number"
+    summary = "a short code for every row, a finer code of the residual for frequent rows: about 0.5 bits per number"
     source = (
         "Jegou et al. 2011, Product Quantization for Nearest Neighbor Search (TPAMI 33); Chen et al. 2010, residual "
         "vector quantization (Sensors 10); Ge et al. 2013, Optimized Product Quantization (CVPR): the directions. "
         "Changed: the second stage belongs to rows chosen once by importance times error, not to queries; lengths are "
-        "kept apart, and codes are fitted with weights"
+        "stored separately, and codes are fitted with weights"
     )
     Knobs = TwoStageKnobs
     dial = "refine"
@@ -264,23 +273,31 @@ class TwoStageEmbedding(EmbeddingMethod):
             return f"{site.name} is not a token table"
         knobs, limit, rank = self.knobs, min(site.rows, site.width), self._rank(site)
         if rank > limit and knobs.rank is not None:
-            return f"rank {rank} is above what {site.rows} x {site.width} has: it may be at most {limit}"
+            return f"rank {rank} is above that of {site.rows} x {site.width}: it may be at most {limit}"
         widths = {"subvector": knobs.subvector, "fine_subvector": knobs.fine_subvector if knobs.bits is None else 1}
-        for name, given in widths.items():
-            if rank % given:
-                near = min((one for one in range(1, rank + 1) if rank % one == 0), key=lambda one: abs(one - given))
-                return f"{name} {given} does not divide the {rank} numbers of a row; the nearest that does is {near}"
+        for name, width in widths.items():
+            if rank % width:
+                near = min(
+                    (size for size in range(1, rank + 1) if rank % size == 0), key=lambda size: abs(size - width)
+                )
+                return f"{name} {width} does not divide the {rank} numbers of a row; the nearest that does is {near}"
         if site.rows < knobs.centroids:
             return f"{site.rows} rows are too few for {knobs.centroids} centroids; use centroids: 16, or another method"
         count = self._count(site)
         if knobs.bits is None and 0 < count < knobs.centroids:
             least = math.ceil(1000 * knobs.centroids / site.rows) / 1000
-            return f"refine {self.refine:.3g} is {count} rows, too few for {knobs.centroids} centroids; from {least} on"
+            return (
+                f"refine {self.refine:.3g} is {count} rows, too few for {knobs.centroids} centroids; "
+                f"give at least {least}"
+            )
         return None
 
     def solve(self, site: TableSite, keep: float) -> "TwoStageEmbedding":
-        """The most refined rows with which codes, codebooks and all take at most ``keep`` of the dense table's bytes;
-        none where that is fewer than the second stage can be fitted to."""
+        """Choose the most refined rows whose total stored bytes are at most ``keep`` of the dense table's.
+
+        Refines no row if these are too few to fit the second stage. Raises TautError if the first stage alone is
+        larger.
+        """
         budget = keep * site.dense().bytes
         most = bisect_right(range(site.rows + 1), budget, key=lambda count: self._at(site, count).predict(site).bytes)
         none = self._at(site, 0)
@@ -298,9 +315,9 @@ class TwoStageEmbedding(EmbeddingMethod):
         stored = sum(math.prod(shape) for shape in layout.codes(site).values())
         for shape in layout.floats(site).values():
             stored += stored_bytes(shape, self.knobs.store, site.width_in_bytes)
-        turn = 0 if layout.rank is None else rank * site.width
-        head = turn + layout.first.multiplications(site.rows) + layout.fine.multiplications(layout.count)
-        return Cost(site.rows * site.width, stored, 2.0 * (turn + head * len(site.heads)))
+        rotation = 0 if layout.rank is None else rank * site.width
+        head = rotation + layout.first.multiplications(site.rows) + layout.fine.multiplications(layout.count)
+        return Cost(site.rows * site.width, stored, 2.0 * (rotation + head * len(site.heads)))
 
     def _at(self, site: TableSite, count: int) -> "TwoStageEmbedding":
         return type(self)(self.knobs.model_copy(update={"refine": count / site.rows}))
@@ -322,7 +339,7 @@ class TwoStageEmbedding(EmbeddingMethod):
 
     @torch.no_grad()
     def build(self, site: TableSite, device: torch.device, dtype: torch.dtype) -> TwoStageTable:
-        """From scratch codes and codebooks are random, and the first rows in their given order are refined."""
+        """Build the part. From scratch, codes and codebooks are random, and the first rows of the table are refined."""
         part = TwoStageTable(site, self._layout(site), self.knobs.store, device, dtype)
         if device.type != "meta":
             self._start(part, site, device)
@@ -345,9 +362,11 @@ class TwoStageEmbedding(EmbeddingMethod):
 
     @torch.no_grad()
     def fit(self, part: TwoStageTable, weight: Tensor, calibration: Calibration) -> None:
-        """Directions, codes of all rows, the choice of rows by what these left times their importance, and codes of
-        that; each in view of what was stored before. Raises TautError without calibration text, unless ``importance``
-        is error."""
+        """Fit directions, first-stage codes, the choice of refined rows, and second-stage codes, in that order.
+
+        Rows are chosen by their squared residual times their importance. Each step uses the results of the earlier
+        ones as they are stored. Raises TautError without calibration text, unless ``importance`` is error.
+        """
         generator = torch.Generator().manual_seed(calibration.seed)
         share = self._share(part.num_embeddings, calibration).to(weight.device)
         layout = part.layout
@@ -368,25 +387,25 @@ class TwoStageEmbedding(EmbeddingMethod):
         part.set_lengths(weight)
 
     def _groups(self, rank: int) -> int:
-        """Into how many subvectors the directions are shared out evenly: those of the finer stage."""
+        """The number of groups for the directions: the subvectors of the stage with the shorter ones."""
         fine = self.knobs.fine_subvector if self.knobs.bits is None else self.knobs.subvector
         return rank // min(self.knobs.subvector, fine)
 
     def _refine(self, part: TwoStageTable, worth: Tensor) -> None:
-        """Mark the rows of greatest ``worth`` (V,), the first of equals."""
+        """Mark the ``count`` rows with the greatest ``worth`` (V,); of equal rows the first."""
         if part.layout.count:
             classes = torch.zeros(len(worth), dtype=torch.long, device=worth.device)
             classes[worth.argsort(descending=True, stable=True)[: part.layout.count]] = 1
             part.refined.copy_(pack_classes(classes, 2))
 
     def _share(self, rows: int, calibration: Calibration) -> Tensor:
-        """(V,) float32, what a row's error is multiplied by; their mean is 1."""
+        """The weights of the rows' errors, (V,) float32 with mean 1."""
         kind, seen = self.knobs.importance, calibration.frequency
         if kind == "error":
             return torch.ones(rows)
-        known = seen if kind == "frequency" else calibration.sensitivity
-        if known is None or seen is None:
+        statistic = seen if kind == "frequency" else calibration.sensitivity
+        if statistic is None or seen is None:
             raise TautError(f"{self.id}: importance: {kind} needs calibration text; give some, or importance: error")
-        once = 1.0 if kind == "frequency" else float((known[seen > 0] / seen[seen > 0]).median())
-        share = (known.double() + UNSEEN * once) ** self.knobs.weighting
+        once = 1.0 if kind == "frequency" else float((statistic[seen > 0] / seen[seen > 0]).median())
+        share = (statistic.double() + UNSEEN * once) ** self.knobs.weighting
         return (share / share.mean()).float()

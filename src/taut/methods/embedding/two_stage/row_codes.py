@@ -1,4 +1,4 @@
-"""Two ways to keep rows in few bytes, behind one interface: centroids named by codes, and rounded numbers."""
+"""Two ways to store rows in few bytes, with one interface: codes of centroids, and rounded numbers."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,42 +15,45 @@ from taut.ops.quantization.rowwise import RowFormat
 
 
 class RowCodes(ABC):
-    """Abstract. Rows of R numbers; ``book`` is a float tensor of ``book_shape``, or None where that is None."""
+    """Abstract format of rows of R numbers. ``book`` is a float tensor of ``book_shape``, or None if that is None."""
 
     book_shape: tuple[int, ...] | None
 
     @abstractmethod
     def shape(self, count: int) -> tuple[int, int, int]:
-        """Of the uint8 tensor that keeps ``count`` rows."""
+        """Shape of the uint8 tensor that stores ``count`` rows."""
 
     @abstractmethod
     def multiplications(self, count: int) -> int:
-        """Of ``scores`` against ``count`` rows, for one token."""
+        """Multiplications of ``scores`` against ``count`` rows, for one token."""
 
     @abstractmethod
     def learn(self, rows: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor | None:
-        """The book that fits (n, R) float32 rows best, whose errors count ``weight`` (n,)."""
+        """Fit a book to (n, R) float32 rows whose errors are weighted by ``weight`` (n,). None if there is no book."""
 
     @abstractmethod
     def encode(self, rows: Tensor, book: Tensor | None) -> Tensor:
-        """(n, R) float32 -> packed uint8."""
+        """Pack rows: (n, R) float32 -> uint8 of ``shape(n)``."""
 
     @abstractmethod
     def rounded(self, rows: Tensor, book: Tensor | None) -> Tensor:
-        """(n, R) -> what reading them back would give, differentiable in ``book`` alone."""
+        """The rows as encoding and reading would return them: (n, R) -> (n, R), differentiable in ``book`` only."""
 
     @abstractmethod
     def read(self, packed: Tensor, ids: Tensor, book: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """(n,) ids -> (n, R) of ``dtype``, differentiable in ``book``. Raises IndexError for ids beyond n."""
+        """Read rows: (n,) ids -> (n, R) of ``dtype``, differentiable in ``book``.
+
+        Raises IndexError for an id outside ``packed``.
+        """
 
     @abstractmethod
     def scores(self, hidden: Tensor, packed: Tensor, book: Tensor | None) -> Tensor:
-        """(T, R) times every row -> (T, n), without expanding the rows."""
+        """Products with all rows: (T, R) -> (T, n), without expanding the rows."""
 
 
 @dataclass(frozen=True)
 class Centroids(RowCodes):
-    """Product codes (ops.codebooks.product_codes) in one stage. A book's row is one subvector's codebook."""
+    """Product codes (ops.codebooks.product_codes) of one stage. A row of the book is the codebook of one subvector."""
 
     layout: CodeLayout
 
@@ -82,13 +85,13 @@ class Centroids(RowCodes):
         return product_codes.scores(hidden, packed, self._books(book), self.layout)
 
     def _books(self, book: Tensor) -> Tensor:
-        """(1, R / w, C, w): as ops.codebooks.product_codes wants it."""
+        """The book in the shape that ops.codebooks.product_codes expects: (1, R / w, C, w)."""
         return book.view(1, self.layout.positions, self.layout.centroids, self.layout.subvector)
 
 
 @dataclass(frozen=True)
 class Numbers(RowCodes):
-    """Rounded numbers with scales of their own (ops.quantization.rowwise); there is no book."""
+    """Rounded numbers with scales (ops.quantization.rowwise), without a book."""
 
     layout: RowFormat
     book_shape: ClassVar[None] = None

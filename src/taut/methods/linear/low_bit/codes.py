@@ -1,5 +1,8 @@
-"""Two ways to keep a linear map in few bits, behind one interface: a scale for each output and rounded inputs, for an
-integer product; and scales for groups of outputs at each input, for a product with floats."""
+"""Two ways to store a linear map in few bits, behind one interface.
+
+``OutputScales`` has a scale for each output and rounded inputs, for an integer product. ``GroupScales`` has scales for
+groups of outputs at each input, for a product with floats.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,46 +17,53 @@ from taut.ops.quantization.grouped_linear import GroupFormat
 
 
 class MapCodes(ABC):
-    """Abstract. A map (M, N) is one int8 tensor of ``shape``; what must be known about the inputs beforehand is
-    ``input_bytes`` of uint8, None where that is nothing."""
+    """Abstract: a map (M, N) as one int8 tensor of ``shape``.
+
+    What the product needs to know about the inputs in advance is a uint8 tensor of ``input_bytes`` bytes, called
+    ``known`` below; it is None when nothing is needed.
+    """
 
     shape: tuple[int, ...]
     input_bytes: int
 
     @abstractmethod
     def pack(self, weight: Tensor) -> Tensor:
-        """(M, N) float -> int8 of ``shape``. Deterministic. Raises TautError for numbers that are not finite or beyond
-        what a scale can hold."""
+        """Choose scales and codes: (M, N) float -> int8 of ``shape``. Deterministic.
+
+        Raises TautError for numbers that are not finite or too large for a scale.
+        """
 
     @abstractmethod
     def repack(self, weight: Tensor, packed: Tensor) -> Tensor:
-        """``pack`` under the scales that ``packed`` has, for numbers near those it was made of."""
+        """Pack (M, N) float with the scales of ``packed``. The numbers must be near those ``packed`` was made from."""
 
     @abstractmethod
     def rounder(self, packed: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """What ``repack`` makes of the column of one input: (M,) and its index -> (M,)."""
+        """Return a function that rounds the column of one input as ``repack`` does: (M,) and its index -> (M,)."""
 
     @abstractmethod
     def expand(self, packed: Tensor) -> Tensor:
-        """The dense equivalent, (M, N) float32."""
+        """Return the dense equivalent, (M, N) float32."""
 
     @abstractmethod
     def learn_inputs(self, least: Tensor, greatest: Tensor) -> Tensor:
-        """Each input's least and greatest number, (N,) float -> (``input_bytes``,) uint8."""
+        """Store each input's least and greatest number, (N,) float -> (``input_bytes``,) uint8."""
 
     @abstractmethod
     def rounded(self, x: Tensor, known: Tensor | None) -> Tensor:
-        """(..., N) inputs as the product sees them. ``known`` is what ``learn_inputs`` gave, or None."""
+        """Round inputs (..., N) as the product does. ``known`` is the result of ``learn_inputs``, or None."""
 
     @abstractmethod
     def linear(self, x: Tensor, packed: Tensor, known: Tensor | None, bias: Tensor | None) -> Tensor:
-        """(..., N) -> (..., M) in the dtype of ``x``; the gradient passes straight through the rounding of inputs."""
+        """Multiply: (..., N) -> (..., M) in the dtype of ``x``. For the gradient the rounding is the identity."""
 
 
 @dataclass(frozen=True)
 class OutputScales(MapCodes):
-    """8-bit weights (ops.quantization.int8_linear), inputs rounded to 8 bits: each token by its own range, or, with
-    ``fixed``, all by the one that calibration showed."""
+    """8-bit weights (ops.quantization.int8_linear) and inputs rounded to 8 bits.
+
+    Each token is rounded with its own range; with ``fixed``, all tokens with the one range found in calibration.
+    """
 
     outputs: int
     inputs: int
@@ -97,7 +107,7 @@ class OutputScales(MapCodes):
 
 @dataclass(frozen=True)
 class GroupScales(MapCodes):
-    """2 to 8 bits a weight (ops.quantization.grouped_linear). Inputs stay exact, or ``grid`` rounds them to short
+    """2 to 8 bits a weight (ops.quantization.grouped_linear). Inputs stay exact, unless ``grid`` rounds them to short
     floats."""
 
     form: GroupFormat
@@ -137,6 +147,6 @@ class GroupScales(MapCodes):
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
-    """``rounded``, with the gradient of ``x``."""
-    # The difference is zero, so not a bit changes.
+    """Return ``rounded`` with the gradient of ``x``."""
+    # The difference is zero, so every bit of ``rounded`` stays.
     return rounded.detach() + (x - x.detach()) if rounded is not x and x.requires_grad else rounded

@@ -1,7 +1,8 @@
-"""Error-compensated rounding of a linear map: what rounding an input's column spoils, the columns to come repair.
+"""Error-compensated rounding of a linear map: later columns make up for the rounding error of earlier ones.
 
-Source: Frantar et al. 2022, GPTQ (arXiv 2210.17323), an exact and fast form of Optimal Brain Quantization. Columns go
-by falling energy of their input (the authors' ``act-order``), and all scales are chosen before the first is rounded.
+Source: Frantar et al. 2022, GPTQ (arXiv 2210.17323), an exact and fast form of Optimal Brain Quantization. Columns are
+rounded in falling order of their input's energy (the authors' ``act-order``). All scales are chosen before the first
+column is rounded.
 """
 
 from collections.abc import Callable
@@ -12,25 +13,27 @@ from torch import Tensor
 from taut.core.errors import TautError
 
 DAMPING = 0.01
-"""Share of the mean input energy given to every input, as the authors have it: it keeps the inverse of the Gram matrix
-from following what little text has shown."""
+"""Share of the mean input energy that is added to every input's energy, as in the authors' code. It keeps the inverse
+of the Gram matrix from fitting the little text that was seen."""
 COLUMNS_AT_ONCE = 64
-"""After so many columns the repair of all others is one matrix product."""
+"""After this many columns, one matrix product updates all later columns."""
 
 
 def compensate(weight: Tensor, gram: Tensor, rounded: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """(M, N) float and the mean of x x^T over its inputs, (N, N) -> (M, N) float64: the numbers that, rounded to
-    nearest, give the compensated map.
+    """Return the numbers that, rounded to nearest, give the compensated map.
 
-    ``rounded`` says what becomes of a column: (M,) float64 and its index -> (M,), by the same rule that the caller
-    will round the result by. A singular ``gram`` is no obstacle; one of zeros leaves the weight as it is.
-    Deterministic. Raises TautError for a Gram matrix of another shape or with numbers that are not finite.
+    ``weight`` (M, N) float and ``gram`` (N, N), the mean of x x^T over its inputs -> (M, N) float64. ``rounded`` rounds
+    one column: (M,) float64 and its index -> (M,), by the rule with which the caller will round the result. ``gram``
+    may be singular; a ``gram`` of zeros leaves the weight unchanged. Deterministic. Raises TautError for a Gram matrix
+    of another shape or with numbers that are not finite.
     """
     inputs = weight.shape[1]
     if gram.shape != (inputs, inputs):
         raise TautError(f"the Gram matrix is {tuple(gram.shape)}; a map of {inputs} inputs needs ({inputs}, {inputs})")
     if not gram.isfinite().all():
-        raise TautError("the Gram matrix holds numbers that are not finite: the calibration text broke the model")
+        raise TautError(
+            "the Gram matrix holds numbers that are not finite: the model gave infinity or NaN on the calibration text"
+        )
     gram = gram.to(weight.device)
     energy = gram.diagonal().double()
     if not energy.any():
@@ -40,7 +43,7 @@ def compensate(weight: Tensor, gram: Tensor, rounded: Callable[[Tensor, int], Te
     numbers = weight.detach().double()[:, order]
     for start in range(0, inputs, COLUMNS_AT_ONCE):
         stop = min(start + COLUMNS_AT_ONCE, inputs)
-        # Transposed, so that a column lies side by side in memory.
+        # Transposed, so that each column is contiguous in memory.
         block = numbers[:, start:stop].T.contiguous()
         errors = torch.empty_like(block)
         for place, index in enumerate(order[start:stop].tolist()):
@@ -53,8 +56,11 @@ def compensate(weight: Tensor, gram: Tensor, rounded: Callable[[Tensor, int], Te
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
-    """The upper Cholesky factor U of the damped inverse, (G + d I)^-1 = U^T U, float64. Row j over its diagonal is what
-    the columns after j repair for an error of one in column j, with the columns before it done."""
+    """Return the upper Cholesky factor U of the damped inverse, (G + d I)^-1 = U^T U, float64.
+
+    Row j divided by its diagonal element tells how much to subtract from each later column for an error of one in
+    column j, once the columns before j are rounded.
+    """
     damped = gram.double()
     damped = damped + DAMPING * damped.diagonal().mean() * torch.eye(len(damped), device=damped.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))

@@ -1,4 +1,4 @@
-"""A linear map in 8, 6, 4, 3 or 2 bits a weight; inputs rounded to 8 bits for an integer product, or as they are."""
+"""A linear map in 8, 6, 4, 3 or 2 bits a weight; inputs rounded to 8 bits for an integer product, or exact."""
 
 from typing import Literal
 
@@ -19,17 +19,17 @@ from taut.ops.quantization.formats import BITS, number_format
 from taut.ops.quantization.grouped_linear import GroupFormat
 
 GRIDS = {"fp8": FloatGrid(3, 4), "fp4": FloatGrid(2, 1, cut=True)}
-"""Which floats: E3M4 came twice as near as E4M3 on the inputs of a sentence encoder's maps."""
+"""The formats of short floats. E3M4 had half the error of E4M3 on the inputs of a sentence encoder's maps."""
 WHOLE_BYTES = 8
-"""Codes of any width fill whole bytes in groups that this divides."""
+"""Codes of any number of bits fill whole bytes when this divides the size of a group."""
 ROUNDING = {"float": 0.0, "int8": 0.03, "static": 0.1, "fp8": 0.1, "fp4": 0.4}
-"""How far, relative, an answer may be from that of exact inputs that go a little beyond what calibration showed."""
+"""Tolerated relative error of an output against exact inputs, for inputs slightly beyond the calibrated range."""
 GROUP = {8: 256, 6: 64, 4: 64, 3: 64, 2: 64}
-"""By bits, the outputs that share a scale where neither the knobs nor the format say how many."""
+"""By bits: how many outputs share a scale when neither the knobs nor the format set it."""
 COMPENSATED_BITS = 4
-"""From so few bits on rounding is compensated unless the knobs say otherwise."""
+"""With this many bits or fewer, rounding is compensated unless the knobs say otherwise."""
 USUAL_RANGE = 6.0
-"""Of the inputs of a map built from scratch, which nothing has been calibrated for: six standard deviations."""
+"""Assumed largest input of a map built from scratch, without calibration: six standard deviations."""
 
 
 class LowBitKnobs(Knobs):
@@ -39,35 +39,37 @@ class LowBitKnobs(Knobs):
     )
     activations: Literal["int8", "static", "float", "fp8", "fp4"] | None = Field(
         None,
-        description="int8: inputs rounded token by token; static: all by one range from calibration, both for an "
-        "integer product with 8-bit weights; float: as they are; fp8, fp4: to short floats with an exponent bias for "
-        "each input from calibration, simulated; none: int8 where 8 bits are asked for without groups, else float",
+        description="how inputs are rounded. int8: each token with its own range; static: all tokens with one range "
+        "from calibration; both are for an integer product with 8-bit weights. float: not at all. fp8, fp4: to short "
+        "floats with an exponent bias for each input from calibration, simulated. Default: int8 for 8-bit integers "
+        "without group and clip, else float",
     )
     group: int | None = Field(
         None,
         ge=2,
-        description="how many outputs share a scale, at each input, where inputs are not integers; none: about 256 "
-        "with 8 bits, else 64, and by definition 32 for mxfp4",
+        description="how many outputs share a scale at each input, when inputs are not integers; default: about 256 "
+        "with 8 bits, 32 for mxfp4 (by definition), else about 64",
     )
     symmetric: bool = Field(
-        False, description="centre the range of each group of integers on zero; floats and int8 products always do"
+        False, description="centre the range of each group of integers on zero; floats and integer products always do"
     )
     clip: bool = Field(
         False, description="search each group's scale for the least squared error (for fp4 the search of LLM-FP4)"
     )
     compensate: bool | None = Field(
         None,
-        description="let later weights repair what rounding earlier ones spoils on calibration inputs, where there "
-        "are any (GPTQ); none: with 4 bits and fewer",
+        description="GPTQ: later weights make up for the rounding error of earlier ones on calibration inputs, if "
+        "there are any; default: with 4 bits and fewer",
     )
 
 
 class LowBitLinearPart(LinearPart):
-    """``weight`` is int8, of one dimension for integer products and of three for groups (see codes.py);
-    ``input_range`` uint8 is what calibration showed of the inputs, where ``activations`` ask for it.
+    """``weight`` is int8, with one dimension for integer products and three for groups (see codes.py).
 
-    Only the bias is trainable, and gradients pass through to the input; but between ``loosen`` and ``tighten``
-    ``weight_unpacked`` (outputs, inputs) float32 is what the codes are chosen from, under the scales there are.
+    ``input_range`` uint8 holds the ranges of the inputs from calibration, where ``activations`` need them; else None.
+    While packed, only the bias is trainable, and gradients pass through to the input. Between ``unpack`` and
+    ``repack``, ``weight_unpacked`` (outputs, inputs) float32 is trainable too; codes are chosen from it under the
+    present scales.
     """
 
     def __init__(self, site: LinearSite, codes: MapCodes, device: torch.device, dtype: torch.dtype) -> None:
@@ -75,30 +77,32 @@ class LowBitLinearPart(LinearPart):
         self.codes = codes
         # int8 rather than uint8: T5 casts its hidden states to the dtype of this weight unless that is int8.
         self.register_buffer("weight", torch.empty(codes.shape, dtype=torch.int8, device=device))
-        known = torch.empty(codes.input_bytes, dtype=torch.uint8, device=device) if codes.input_bytes else None
-        self.register_buffer("input_range", known)
+        input_range = torch.empty(codes.input_bytes, dtype=torch.uint8, device=device) if codes.input_bytes else None
+        self.register_buffer("input_range", input_range)
         self.register_parameter("weight_unpacked", None)
 
     def product(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs), in the dtype of ``x``."""
+        """Apply the map, bias included: (..., inputs) -> (..., outputs), in the dtype of ``x``."""
         if self.weight_unpacked is None:
             return self.codes.linear(x, self.weight, self.input_range, self.bias)
         inputs = straight_through(x, self.codes.rounded(x, self.input_range))
         return F.linear(inputs, self._rounded_unpacked().to(x.dtype), self.bias)
 
     def merged(self) -> Tensor:
-        """(outputs, inputs) float32."""
+        """Return the dense weight, (outputs, inputs) float32."""
         return self.codes.expand(self.weight) if self.weight_unpacked is None else self._rounded_unpacked().detach()
 
     def numbers(self) -> int:
-        """The dense count: a code stands for a number."""
+        """Return the dense count: each code stands for one parameter."""
         return self.out_features * self.in_features + (0 if self.bias is None else self.bias.numel())
 
     @torch.no_grad()
     def assign(self, weight: Tensor, gram: Tensor | None = None) -> None:
-        """Choose scales and codes for ``weight``, (outputs, inputs) of any float dtype; with the inputs' ``gram``
-        matrix by compensated rounding. Raises TautError for numbers that are not finite or beyond what a scale can
-        hold."""
+        """Choose scales and codes for ``weight``, (outputs, inputs) of any float dtype.
+
+        With the inputs' ``gram`` matrix, rounding is compensated. Raises TautError for numbers that are not finite or
+        too large for a scale.
+        """
         self.weight.copy_(self.codes.pack(weight))
         if gram is not None:
             target = compensate(weight, gram, self.codes.rounder(self.weight))
@@ -106,12 +110,15 @@ class LowBitLinearPart(LinearPart):
 
     @torch.no_grad()
     def expect(self, least: Tensor, greatest: Tensor) -> None:
-        """Prepare for inputs between these, (inputs,) each; only for activations that need to know."""
+        """Store the range of each input, (inputs,) each; only for activations that need ranges."""
         self.input_range.copy_(self.codes.learn_inputs(least, greatest))
 
     def unpack(self, original: Tensor | None = None) -> None:
-        """Starts at ``original`` where rounding that to nearest gives the codes; compensated codes are a better start
-        than what they were made of."""
+        """Make the weight trainable, in float32.
+
+        It starts at ``original`` if rounding that to nearest gives the codes, else at the codes themselves: compensated
+        codes are a better start than the weight they were made from.
+        """
         super().unpack(original)
         start = self.codes.expand(self.weight)
         if original is not None:
@@ -132,18 +139,18 @@ class LowBitLinearPart(LinearPart):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.codes}"
 
     def _rounded_unpacked(self) -> Tensor:
-        """``weight_unpacked`` as it will be once tight; the gradient passes as if nothing were rounded."""
+        """Return ``weight_unpacked`` as it will be once repacked. For the gradient the rounding is the identity."""
         with torch.no_grad():
             packed = self.codes.expand(self.codes.repack(self.weight_unpacked, self.weight))
         return straight_through(self.weight_unpacked, packed)
 
     def _check_unpacked(self) -> None:
         if not self.weight_unpacked.isfinite().all():
-            raise TautError("the trained weight holds numbers that are not finite; it cannot be stored in few bits")
+            raise TautError("the trained weight holds numbers that are not finite, so it cannot be stored in few bits")
 
 
 class LowBitLinear(LinearMethod):
-    """Weights rounded with scales for outputs or groups of them. ``keep`` counts stored bytes."""
+    """Rounds weights, with scales for single outputs or for groups of outputs. ``keep`` counts stored bytes."""
 
     id = "linear.low_bit"
     summary = "2 to 8 bits a weight: int8 with rounded inputs for an integer product, or groups with exact inputs"
@@ -151,13 +158,13 @@ class LowBitLinear(LinearMethod):
         "int8: Dettmers et al. 2022, LLM.int8() (arXiv 2208.07339), vector-wise quantisation; compensated rounding: "
         "Frantar et al. 2022, GPTQ (arXiv 2210.17323); nf4: Dettmers et al. 2023, QLoRA (arXiv 2305.14314); fp4 and "
         "the short floats of activations: Liu et al. 2023, LLM-FP4 (arXiv 2310.16836); mxfp4: OCP Microscaling "
-        "Formats 1.0. Changed: inputs keep their own least and greatest value (asymmetric), and there is no second "
-        "product for outlier columns; groups lie along the outputs, so that inputs share no scale; GPTQ goes by "
-        "falling energy with scales chosen beforehand; the exponent biases of activations come from their maxima"
+        "Formats 1.0. Changed: inputs are rounded between their own least and greatest value (asymmetric), without a "
+        "second product for outlier columns; groups lie along the outputs, so no two inputs share a scale; GPTQ takes "
+        "columns by falling energy, with scales chosen beforehand; activations' exponent biases come from their maxima"
     )
     Knobs = LowBitKnobs
     dial = "bits"
-    uncounted = "PyTorch's counter does not know the products with codes (aten::_int_mm, FBGEMM's weighted bags)"
+    uncounted = "PyTorch's counter does not count the products with codes (aten::_int_mm, FBGEMM's weighted bags)"
 
     @property
     def activations(self) -> str:
@@ -186,7 +193,7 @@ class LowBitLinear(LinearMethod):
             if knobs.bits != 8:
                 return f"activations: {knobs.activations} needs bits: 8, not {knobs.bits}; use float"
             if knobs.group or knobs.clip:
-                return f"activations: {self.activations} has one scale an output; drop group and clip, or use float"
+                return f"activations: {self.activations} has one scale per output; drop group and clip, or use float"
         if knobs.symmetric and knobs.number != "int":
             return f"number: {knobs.number} is centred on zero by itself; drop symmetric"
         if knobs.group and form.fixed_group and knobs.group != form.usual_group:
@@ -196,7 +203,10 @@ class LowBitLinear(LinearMethod):
         return None
 
     def solve(self, site: LinearSite, keep: float) -> "LowBitLinear":
-        """The most bits whose bytes, scales included, are at most ``keep`` of the dense map's."""
+        """Choose the most bits whose bytes, scales included, are at most ``keep`` of the dense map's.
+
+        Raises TautError when no number of bits is that small.
+        """
         share, reason = None, None
         for bits in BITS[self.knobs.number]:
             method = type(self)(self.knobs.model_copy(update={"bits": bits}))
@@ -225,8 +235,10 @@ class LowBitLinear(LinearMethod):
 
     @torch.no_grad()
     def fit(self, part: LowBitLinearPart, weight: Tensor, calibration: Calibration) -> None:
-        """Without ``calibration.gram`` every weight is rounded to nearest. Raises TautError where ``activations`` need
-        ranges that calibration does not give."""
+        """Round the weight. Without ``calibration.gram`` every weight is rounded to nearest.
+
+        Raises TautError when ``activations`` need the inputs' ranges and ``calibration`` lacks them.
+        """
         part.assign(weight, calibration.gram if "gram" in self.needs else None)
         if part.input_range is not None:
             if calibration.least is None or calibration.greatest is None:
@@ -248,7 +260,10 @@ class LowBitLinear(LinearMethod):
         return GroupScales(form, knobs.symmetric, knobs.clip, GRIDS.get(self.activations))
 
     def _group(self, outputs: int) -> int:
-        """As asked for or defined; else the usual number, or a little less where that leaves no group half empty."""
+        """Return how many outputs share a scale.
+
+        The knobs or the format set it; else it is the usual number, or a little less so that no group is half empty.
+        """
         form = number_format(self.knobs.number, self.knobs.bits)
         if self.knobs.group or form.fixed_group:
             return min(self.knobs.group or form.usual_group, outputs)

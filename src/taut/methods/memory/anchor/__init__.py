@@ -1,1 +1,1 @@
-"""The method ``memory.anchor`` and what it alone needs."""
+"""The method ``memory.anchor`` and the code that only it uses."""

@@ -1,8 +1,8 @@
-"""Segments that end with an anchor: who sees whom, and a cache that keeps of every closed segment its anchor alone.
+"""Segments that end with an anchor: their attention mask, and a cache that keeps only the anchors of closed segments.
 
-A token sees its own segment so far and the anchors of all earlier ones; an anchor sees its own segment only. Nobody
-will look at the rest of a closed segment again, so the cache lets go of it. What a token may see follows from a *mark*
-that the text alone decides, so a full forward pass, a prompt cut into pieces and decoding step by step all agree.
+A token sees its own segment so far and the anchors of all earlier ones. An anchor sees only its own segment. No later
+token sees the rest of a closed segment, so the cache drops it. What a token may see follows from its *mark*, which
+depends on the text alone. So a full forward pass, a prompt cut into pieces and decoding step by step all agree.
 """
 
 import warnings
@@ -18,14 +18,18 @@ from taut.ops.caches.base import Incoming, PositionedCache, gathered
 from taut.ops.caches.quantized import RowStore, StoredLayer
 
 ANCHOR, WHOLE, STEP = 1, 2, 4
-"""A mark is the number of the segment times STEP, plus what the token is: an anchor, one that is kept for good."""
+"""A mark is the segment's number times STEP, plus ANCHOR for an anchor, plus WHOLE for a token of the source, which is
+never dropped."""
 FOREIGN = "this cache drops entries, so it serves only the model whose recipe made it"
-NO_IDS = "anchors follow from token ids: give input_ids, not inputs_embeds"
+NO_IDS = "anchors are found by their token ids: give input_ids, not inputs_embeds"
 
 
 @dataclass(frozen=True)
 class Segments(Marked):
-    """AnSAN (Pang et al. 2024): the same segment, or an entry kept for good seen by a token that is no anchor."""
+    """The mask of AnSAN (Pang et al. 2024): a token sees its own segment.
+
+    Tokens that are no anchors also see all earlier anchors and source tokens.
+    """
 
     def between(self, query: Tensor, key: Tensor) -> Tensor:
         query, key = query[..., :, None], key[..., None, :]
@@ -33,7 +37,7 @@ class Segments(Marked):
         return same | ((key % STEP > 0) & (query & ANCHOR == 0))
 
     def sections(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        # An empty entry has the number of any segment: those before it are lower, or its own.
+        # An empty entry may have any segment's number. The running maximum keeps the numbers sorted for the search.
         numbers = key.div(STEP, rounding_mode="floor").cummax(1).values.contiguous()
         return torch.searchsorted(numbers, query.div(STEP, rounding_mode="floor").contiguous()), key % STEP > 0
 
@@ -44,8 +48,8 @@ class Segments(Marked):
 
 @dataclass(frozen=True)
 class Open:
-    """Where each row of a text stands: (B,) int64 number of its open segment, (B,) int64 tokens in it so far, (B,) bool
-    whether its source is not over yet."""
+    """The state of each row after some tokens: (B,) int64 number of its open segment, (B,) int64 tokens in it so far,
+    (B,) bool whether its source is still open."""
 
     segment: Tensor
     length: Tensor
@@ -57,22 +61,27 @@ class Open:
 
 @dataclass(frozen=True)
 class Anchoring:
-    """Which tokens are anchors: those of ``ids``, and any at which a segment reaches ``longest`` tokens (0: however
-    long). A *source*, all up to and with the first token of ``source_ends``, is kept whole and has no anchors."""
+    """Which tokens are anchors: those of ``ids``, and any at which a segment reaches ``longest`` tokens (0: no limit).
+
+    The *source* is all tokens up to and with the first token of ``source_ends``. It is kept whole and has no anchors.
+    """
 
     ids: tuple[int, ...] = ()
     longest: int = 0
     source_ends: tuple[int, ...] = ()
 
     def start(self, incoming: Incoming) -> Open:
-        """How rows stand before their first tokens. Raises TautError when those came without ids."""
+        """Return the state of rows before their first tokens. Raises TautError when those have no ids."""
         if incoming.ids is None:
             raise TautError(NO_IDS)
         zeros = torch.zeros(len(incoming.ids), dtype=torch.long, device=incoming.device)
         return Open(zeros, zeros, torch.full_like(zeros, bool(self.source_ends), dtype=torch.bool))
 
     def marks(self, incoming: Incoming, before: Open) -> tuple[Tensor, Open]:
-        """(B, T) int64 marks of the new tokens, and how the rows stand after them. Raises TautError without ids."""
+        """Return the (B, T) int64 marks of the new tokens, and the state of the rows after them.
+
+        Raises TautError without ids.
+        """
         ids, real = incoming.ids, incoming.real
         if ids is None:
             raise TautError(NO_IDS)
@@ -80,7 +89,7 @@ class Anchoring:
         first = torch.zeros_like(real) if incoming.restarts is None else incoming.restarts.expand_as(real)
         restarted = first.long().cumsum(1)
         ends = _is_one_of(ids, self.source_ends) & real
-        # How many ends this sequence has had before each token, its own not counted.
+        # How many ends of a source this sequence has had up to and with each token.
         ended = ends.long().cumsum(1)
         ended -= torch.where(first, ended - ends.long(), 0).cummax(1).values
         may = before.source[:, None] | ((restarted > 0) & bool(self.source_ends))
@@ -89,7 +98,7 @@ class Anchoring:
         counted = real & ~in_source
         named = _is_one_of(ids, self.ids) & counted
         place, open_since = counted.long().cumsum(1), -before.length[:, None]
-        # The place of the last named anchor before each token, or of the last token of another sequence.
+        # The place of the last named anchor before each token, or of the last token of the previous packed sequence.
         last = torch.where(named, place, open_since).cummax(1).values
         last = torch.cat([open_since, last[:, :-1]], 1)
         last = torch.maximum(last, torch.where(first, place - counted.long(), open_since).cummax(1).values)
@@ -108,19 +117,19 @@ class Anchoring:
 
 
 class AnchorLayer(StoredLayer):
-    """One layer's entries, oldest first."""
+    """The entries of one layer, oldest first."""
 
     def __init__(self, store: RowStore | None) -> None:
         super().__init__(store)
         self.ready = False
         self.seen = 0
         self.index: Tensor | None = None
-        """The columns (B or 1, C) to keep once the new tokens are in; None keeps all."""
+        """The columns (B or 1, C) to keep once the new tokens are added; None keeps all."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """(B, H', T, K) new keys and values -> (B, H', S, K), all that this pass attends to."""
+        """Add (B, H', T, K) new keys and values -> (B, H', S, K), all that this pass attends to."""
         if not self.ready:
             raise TautError(FOREIGN)
         keys, values = super().update(key_states, value_states)
@@ -129,12 +138,12 @@ class AnchorLayer(StoredLayer):
         return keys, values
 
     def retain(self, index: Tensor | None) -> None:
-        """Keep these columns of what is held."""
+        """Keep only these columns, or all if None."""
         if index is not None:
             self.keys, self.values = gathered(self.keys, index), gathered(self.values, index)
 
     def get_seq_length(self) -> int:
-        """Tokens seen, not entries held: positions stay the true ones."""
+        """Return the number of tokens seen, not of entries: positions stay the true ones."""
         return self.seen
 
     def reset(self) -> None:
@@ -144,7 +153,7 @@ class AnchorLayer(StoredLayer):
 
 @dataclass(frozen=True)
 class Held:
-    """What the columns of every layer hold: (B, S) int64 positions (negative: nothing) and marks."""
+    """The contents of the columns, the same in every layer: (B, S) int64 positions (negative: empty) and marks."""
 
     positions: Tensor
     marks: Tensor
@@ -156,7 +165,7 @@ class Held:
         return Held(torch.cat([self.positions, other.positions], 1), torch.cat([self.marks, other.marks], 1))
 
     def columns(self, index: Tensor) -> "Held":
-        """Column 0 of an index of -1 is nothing."""
+        """Return the columns ``index`` (B, C); an index of -1 gives an empty column."""
         taken = self.positions.gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
         return Held(taken, self.marks.gather(1, index.clamp(min=0)))
 
@@ -168,11 +177,11 @@ class Held:
 
 
 class AnchorCache(PositionedCache):
-    """Entries of the open segments, and before them of anchors and source tokens alone.
+    """Keeps the entries of the open segments, and before them only anchors and source tokens.
 
-    Rows that hold fewer entries than others have empty ones at their end. Assisted decoding takes tokens back: handed
-    to ``generate`` empty, the cache keeps all unconfirmed entries until it is told which stay. Otherwise taking tokens
-    back raises TautError.
+    Rows with fewer entries than others end in empty ones. Assisted decoding takes tokens back: pass the empty cache to
+    ``generate``, and it keeps all unconfirmed entries until ``crop`` confirms them. Otherwise taking tokens back raises
+    TautError.
     """
 
     def __init__(self, layers: int, anchoring: Anchoring, store: RowStore | None = None) -> None:
@@ -181,7 +190,7 @@ class AnchorCache(PositionedCache):
         self.anchoring = anchoring
         self.held: Held | None = None
         self.open: Open | None = None
-        """The rows before the unconfirmed tokens, of which ``self.pending`` are held at the end."""
+        """The state of the rows before the unconfirmed tokens. Those are ``self.pending``, in the last columns."""
         self.pending: list[Incoming] = []
         self.recording = False
 
@@ -221,15 +230,18 @@ class AnchorCache(PositionedCache):
             layer.ready, layer.index = False, None
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Number of keys in this forward pass, and 0."""
+        """Return the number of keys in this forward pass, and 0."""
         if self.held is None:
             raise TautError(FOREIGN)
         return len(self.held), 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens, and let go of what the others closed."""
+        """Take back the last ``abs(tokens_to_remove)`` tokens, confirm the others and drop what they closed.
+
+        Raises TautError when fewer tokens are unconfirmed.
+        """
         count = abs(tokens_to_remove)
-        pending = sum(each.queries for each in self.pending)
+        pending = sum(tokens.queries for tokens in self.pending)
         if count > pending:
             raise TautError(
                 f"crop({tokens_to_remove}): the cache cannot take {count} tokens back, {pending} are unconfirmed. For "
@@ -237,11 +249,11 @@ class AnchorCache(PositionedCache):
             )
         kept = pending - count
         after = self.open
-        for each in self.pending:
-            part = min(kept, each.queries)
+        for tokens in self.pending:
+            part = min(kept, tokens.queries)
             kept -= part
             if part:
-                _, after = self.anchoring.marks(_first(each, part), after)
+                _, after = self.anchoring.marks(_first(tokens, part), after)
         self.held = self.held.until(len(self.held) - count)
         for layer in self.layers:
             layer.seen -= count
@@ -253,8 +265,8 @@ class AnchorCache(PositionedCache):
             layer.retain(index)
 
     def state(self) -> dict[str, Tensor]:
-        held = {"positions": self.held.positions, "marks": self.held.marks}
-        return held | vars(self.open) | {"seen": torch.tensor(self.layers[0].seen)}
+        tensors = {"positions": self.held.positions, "marks": self.held.marks}
+        return tensors | vars(self.open) | {"seen": torch.tensor(self.layers[0].seen)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.held = Held(state["positions"], state["marks"])
@@ -282,22 +294,23 @@ class AnchorCache(PositionedCache):
         self._take(beam_idx)
 
     def _take(self, rows: Tensor) -> None:
-        """Follow the layers: these rows, in this order."""
+        """Select these rows in this order, as the layers do."""
         if self.held is not None:
             rows = rows.to(self.held.positions.device)
             self.held, self.open = self.held.rows(rows), self.open.rows(rows)
             self.pending = [
                 replace(
-                    each,
-                    ids=each.ids[rows],
-                    real=None if each.real is None else each.real[rows],
-                    starts=None if each.starts is None else each.starts[rows],
+                    tokens,
+                    ids=tokens.ids[rows],
+                    real=None if tokens.real is None else tokens.real[rows],
+                    starts=None if tokens.starts is None else tokens.starts[rows],
                 )
-                for each in self.pending
+                for tokens in self.pending
             ]
 
     def _reduced(self, after: Open, old: int) -> Tensor | None:
-        """The columns (B, C) that somebody may still see, or None for all. ``old`` of them are known to be wanted."""
+        """Return the columns (B, C) that a later token may see, or None for all. The first ``old`` columns were already
+        reduced."""
         marks, positions = self.held.marks, self.held.positions
         kind = marks % STEP
         if old and not bool((kind[:, old:] > 0).any()):
@@ -316,22 +329,22 @@ class AnchorCache(PositionedCache):
 
 @cache
 def _warn_of_long_segments(longest: int) -> None:
-    """Once a process for each bound."""
+    """Warn once per process and bound."""
     warnings.warn(
-        f"no anchor for {longest} tokens: the segment ends there, and whenever it happens again. Where that is common, "
-        "name other anchors or another bound (longest)",
+        f"no anchor for {longest} tokens: the segment ends there, and so will later ones, without another warning. If "
+        "this is common, choose other anchors or another bound (longest)",
         stacklevel=2,
     )
 
 
 def _first(incoming: Incoming, queries: int) -> Incoming:
-    """The first ``queries`` of these tokens."""
+    """Return the first ``queries`` of these tokens."""
     real = None if incoming.real is None else incoming.real[:, :queries]
     return replace(incoming, queries=queries, ids=incoming.ids[:, :queries], real=real)
 
 
 def _is_one_of(ids: Tensor, few: tuple[int, ...]) -> Tensor:
     if len(few) < 2:
-        # Without a tensor to look them up in: this runs for every token that is decoded.
+        # Compared directly, without building a tensor: this runs at every decoding step.
         return ids == few[0] if few else torch.zeros_like(ids, dtype=torch.bool)
     return torch.isin(ids, torch.tensor(few, dtype=ids.dtype, device=ids.device))

@@ -1,1 +1,1 @@
-"""The method ``memory.compressive`` and what it alone needs."""
+"""The method ``memory.compressive`` and the code that only it uses."""

@@ -17,44 +17,46 @@ from taut.ops.caches.queues import Compression, QueueCache
 
 
 class CompressiveKnobs(Knobs):
-    segment: int = Field(256, ge=1, description="tokens of a segment; entries are compressed where one ends")
-    memory: int = Field(256, ge=0, description="tokens before the segment that are kept as they are")
-    compressed: int = Field(256, ge=0, description="compressed entries, each of rate tokens before those")
+    segment: int = Field(256, ge=1, description="tokens of a segment; entries are compressed at its end")
+    memory: int = Field(256, ge=0, description="tokens before the segment that are kept uncompressed")
+    compressed: int = Field(256, ge=0, description="compressed entries kept, each made from rate tokens before those")
     rate: int = Field(2, ge=1, description="tokens that become one entry")
     pool: Literal["mean", "max", "conv", "dilated", "most_used"] = Field(
         "mean",
-        description="what becomes of their keys, and of their values: their mean or maximum; what a convolution or "
-        "dilated ones make of them, which learn; or, head by head, the one that was attended to most",
+        description="how the keys and the values of a group become one: their mean or maximum; a learned convolution "
+        "(conv) or learned dilated ones; most_used: each head keeps the entry that received the most attention",
     )
-    store: CacheStore = Field(None, description="how keys and values are kept; none: as they come")
+    store: CacheStore = Field(None, description="how keys and values are stored; default: in their own dtype")
 
     @model_validator(mode="after")
     def _something_to_convolve(self) -> Self:
         if self.pool == "dilated" and self.rate == 1:
-            raise ValueError("pool = 'dilated': a group of one token has no distances; rate is at least 2")
+            raise ValueError("pool = 'dilated' needs rate >= 2: a group of one token has no distances")
         return self
 
 
 class Compressive(MemoryMethod):
-    """Tokens are read in segments. Of those before the segment the latest ``memory`` are kept as they are; older ones
-    are compressed, ``rate`` into one, and the latest ``compressed`` of these are kept.
+    """Keeps the open segment, the latest tokens before it, and older tokens compressed several into one.
+
+    Of the tokens before the segment, the latest ``memory`` are kept uncompressed. Older ones are compressed, ``rate``
+    into one, and the latest ``compressed`` of these entries are kept.
 
     The segment of a query at position i begins at s = floor(i / segment) segment. By then floor(max(0, s - memory) /
-    rate) groups of ``rate`` tokens are compressed; the query sees the latest ``compressed`` of these, and every token
-    behind them as it is. A compressed entry stands where its last token stood.
+    rate) groups of ``rate`` tokens are compressed. The query sees the latest ``compressed`` of these groups, and every
+    token after them uncompressed. A compressed entry has the position of its last token.
 
-    With ``most_used`` that holds between passes alone: who was used shows when a pass is over, so within it queries see
-    all that was held before, and all tokens of the pass up to themselves.
+    With ``most_used`` this holds only between passes: attention is known only after a pass. Within a pass, queries see
+    all entries kept before it, and the tokens of the pass up to themselves.
     """
 
     id = "memory.compressive"
-    summary = "recent entries, and older ones compressed several into one; bounded"
+    summary = "bounded; recent entries, and older ones compressed several into one"
     source = (
         "Rae et al. 2019, Compressive Transformers (arXiv 1911.05507). Changed: cached keys and values are compressed, "
-        "not hidden states, keys with their rotary positions in them; learned pools start as the mean, each key head "
-        "with maps of its own; dilated convolutions, which the paper does not specify, have two taps at distances 1, "
-        "2, 4, ... and end at the group's first token; the most used is chosen in each group, not among all that "
-        "leaves; one optimizer for everything"
+        "not hidden states, and keys after their rotary positions are applied; learned pools start as the mean, and "
+        "each key head has maps of its own; dilated convolutions, which the paper does not specify, have two taps at "
+        "distances 1, 2, 4, ... and end at the group's first token; the most used entry is chosen in each group, not "
+        "among all entries that leave; one optimizer for everything"
     )
     Knobs = CompressiveKnobs
     dial = "memory"
@@ -69,7 +71,7 @@ class Compressive(MemoryMethod):
     def unequal(self) -> str | None:
         if self.knobs.pool != "most_used":
             return None
-        return "what was used most depends on where the text was cut, and a pass without a cache compresses nothing"
+        return "what is used most depends on where the text was cut, and a pass without a cache compresses nothing"
 
     @property
     def reconstructs(self) -> bool:
@@ -88,11 +90,14 @@ class Compressive(MemoryMethod):
         if (reason := super().fits(site)) is not None:
             return reason
         if self.knobs.pool == "most_used" and site.position == "bias":
-            return "the model biases scores by distance, and what is used most would be counted without"
+            return "the model biases scores by distance, but attention to entries would be counted without that bias"
         return None
 
     def solve(self, site: MemorySite, keep: float) -> "Compressive":
-        """The longest memory for which at most ``keep`` of ``site.length`` entries remain."""
+        """Choose the longest memory with which at most ``keep`` of ``site.length`` entries remain.
+
+        Raises TautError when a segment and the compressed entries are already more.
+        """
         others = self.compression.most - self.knobs.memory
         memory = int(keep * site.length + 1e-9) - others
         if memory < 0:
@@ -103,7 +108,7 @@ class Compressive(MemoryMethod):
         return Compressive(self.knobs.model_copy(update={"memory": memory}))
 
     def predict(self, site: MemorySite) -> Cost:
-        """What is learned beside the entries, and what it computes; with ``most_used`` a score beside each entry."""
+        """Count the entries and what is learned and computed for them; with ``most_used``, one score for each entry."""
         cost, knobs = super().predict(site), self.knobs
         if knobs.pool == "most_used":
             scores = site.layers * site.key_heads * MASS.dtype.itemsize
@@ -127,7 +132,7 @@ class Compressive(MemoryMethod):
         return CompressedCache(layers, self.compression, self.knobs.pool, self.knobs.store)
 
     def pattern(self) -> Compression | None:
-        """None with ``most_used``: see above."""
+        """Return the pattern of the entries above; None with ``most_used``, where it depends on the passes."""
         return None if self.knobs.pool == "most_used" else self.compression
 
     def entries(self, site: MemorySite) -> int:

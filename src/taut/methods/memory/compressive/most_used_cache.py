@@ -1,7 +1,7 @@
-"""Of several older entries one stays as it is: in every head the one that was attended to most, on average.
+"""Of a group of older entries only one is kept: in every head the one that received the most attention on average.
 
-Who that is shows only once their queries have been answered, so a pass sees all that was held before it and itself, and
-groups that have left the memory by its end are reduced behind it.
+Attention is known only after a pass. So a pass sees all entries kept before it and its own tokens. Groups that have
+left the memory by the end of the pass are reduced after it.
 """
 
 import torch
@@ -14,12 +14,14 @@ from taut.ops.caches.eviction import Asked, AttentionMass
 from taut.ops.caches.quantized import RowStore
 from taut.ops.caches.queues import Compression, Intake, QueueCache, QueueLayer
 
-NO_WAY_BACK = "pool = 'most_used' cannot take tokens back, as assisted decoding does: what they attended to has counted"
+NO_WAY_BACK = (
+    "pool = 'most_used' cannot take tokens back, as assisted decoding does: their attention is already counted"
+)
 MASS = AttentionMass()
 
 
 class UsedLayer(QueueLayer):
-    """One layer's entries and their ``scores`` (B, H', S): the attention that each was given, summed over queries."""
+    """The entries of one layer and their ``scores`` (B, H', S): the attention each received, summed over queries."""
 
     def __init__(self, rate: int, store: RowStore | None) -> None:
         super().__init__(rate, store)
@@ -31,7 +33,7 @@ class UsedLayer(QueueLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """(B, H', T, K) new keys and values -> (B, H', S, K), all that this pass attends to."""
+        """Add (B, H', T, K) new keys and values -> (B, H', S, K), all that this pass attends to."""
         attended = super().update(key_states, value_states)
         first = MASS.first(key_states)
         self.scores = first if self.scores is None else torch.cat([self.scores, first], 2)
@@ -45,12 +47,14 @@ class UsedLayer(QueueLayer):
         keys, values, scores = self.keys, self.values, self.scores[..., None]
         if kept.members is not None:
             chosen = self._chosen(kept)
-            keys, values, scores = (torch.cat([each, gathered(each, chosen)], 2) for each in (keys, values, scores))
+            keys, values, scores = (
+                torch.cat([tensor, gathered(tensor, chosen)], 2) for tensor in (keys, values, scores)
+            )
         self.scores = (scores if kept.index is None else gathered(scores, kept.index))[..., 0]
         self.keep(kept, keys, values)
 
     def _chosen(self, kept: Intake) -> Tensor:
-        """The columns of the most used of every group, (B, H', G); the first of equals."""
+        """Return the column of the most used entry of every group, (B, H', G); the first of equals."""
         used = gathered(self.scores[..., None], kept.members)[..., 0] / kept.ages[:, None]
         best = used.unflatten(2, (-1, self.rate)).argmax(3, keepdim=True)
         members = kept.members.unflatten(1, (-1, self.rate))[:, None]
@@ -79,7 +83,7 @@ class UsedLayer(QueueLayer):
 
 
 class UsedCache(QueueCache):
-    """Recent entries of ``layers`` layers, and before them the most used of every group."""
+    """Keeps the recent entries of ``layers`` layers, and before them the most used entry of every group."""
 
     layers: list[UsedLayer]
 
@@ -96,10 +100,10 @@ class UsedCache(QueueCache):
             self.key_positions = torch.cat([wholes, places.tokens, places.new], 1)
 
     def attended(self, layer: int, query: Tensor, keys: Tensor, view: View, scaling: float) -> None:
-        """Score what the layer has seen, and reduce the groups that leave."""
-        own = self.layers[layer]
-        own.rescore(keys.detach(), Asked(query.detach(), view, scaling, self.counted))
-        own.absorb(own.turn)
+        """Score the entries of the layer, and reduce the groups that leave the memory."""
+        entries = self.layers[layer]
+        entries.rescore(keys.detach(), Asked(query.detach(), view, scaling, self.counted))
+        entries.absorb(entries.turn)
 
     def finish(self) -> None:
         super().finish()

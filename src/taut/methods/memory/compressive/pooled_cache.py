@@ -1,7 +1,7 @@
-"""Older entries are pooled, several into one: their keys and, by themselves, their values.
+"""Older entries are pooled, several into one: keys with keys, and values with values.
 
-Keys are pooled as they are cached, so with their rotary positions already in them. A group is complete before the first
-query that sees it whole, so a text may be cut anywhere.
+Keys are pooled as they are cached, so after their rotary positions are applied. A group is complete before the first
+query that sees it pooled, so a text may be cut anywhere.
 """
 
 import torch
@@ -16,10 +16,10 @@ from taut.ops.caches.queues import Compression, Intake, QueueCache, QueueLayer, 
 
 
 class CompressedLayer(QueueLayer):
-    """One layer's entries: the pooled ones, then tokens.
+    """The entries of one layer: the pooled ones, then tokens.
 
-    ``pools`` are those of its keys and of its values. Where somebody is ``watching``, ``groups`` are the keys and the
-    values that the pass has pooled, (B, H', G, rate, K).
+    ``pools`` are the functions that pool keys and values. If ``watching``, ``groups`` are the keys and the values that
+    the pass has pooled, (B, H', G, rate, K).
     """
 
     def __init__(self, rate: int, store: RowStore | None) -> None:
@@ -28,19 +28,19 @@ class CompressedLayer(QueueLayer):
         self.watching = False
         self.groups: tuple[Tensor, Tensor] | None = None
         self.like: Tensor | None = None
-        """Nothing, of the width and dtype of what is attended to."""
+        """An empty tensor with the width and dtype of the keys that are attended to."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """(B, H', T, K) new keys and values -> (B, H', S, K), all that this pass attends to."""
+        """Add (B, H', T, K) new keys and values -> (B, H', S, K), all that this pass attends to."""
         attended = super().update(key_states, value_states)
-        held, attended = self._with_groups(self.turn, attended)
+        stored, attended = self._with_groups(self.turn, attended)
         if self.record_past:
             self.pending += key_states.shape[2]
             self.like = key_states.new_empty(0, key_states.shape[-1])
         else:
-            self.keep(self.turn, *held)
+            self.keep(self.turn, *stored)
         return attended
 
     def absorb(self, kept: Intake | None) -> None:
@@ -50,7 +50,7 @@ class CompressedLayer(QueueLayer):
             self.keep(kept, *self._with_groups(kept, attended)[0])
 
     def rest(self) -> None:
-        """The pass is over. What is pending may have to be pooled yet."""
+        """End the pass. The pools stay while tokens are pending, because these may still be pooled."""
         self.groups = None
         if not self.pending:
             self.pools = None
@@ -58,26 +58,29 @@ class CompressedLayer(QueueLayer):
     def _with_groups(
         self, intake: Intake, attended: tuple[Tensor, Tensor]
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """What is held and what that stands for, each with the groups behind it that are complete by now."""
+        """Append the groups that are complete now, pooled, to the stored keys and values and to the ``attended`` ones.
+
+        Returns both pairs. They differ only in a cache with a store.
+        """
         if intake.members is None:
             return (self.keys, self.values), attended
-        keys, values = (gathered(each, intake.members).unflatten(2, (-1, self.rate)) for each in attended)
+        keys, values = (gathered(tensor, intake.members).unflatten(2, (-1, self.rate)) for tensor in attended)
         if self.watching:
             self.groups = keys, values
         pairs = [
-            self._joined(held, seen, pool(groups))
-            for held, seen, pool, groups in zip(
+            self._joined(stored, seen, pool(groups))
+            for stored, seen, pool, groups in zip(
                 (self.keys, self.values), attended, self.pools, (keys, values), strict=True
             )
         ]
         return (pairs[0][0], pairs[1][0]), (pairs[0][1], pairs[1][1])
 
-    def _joined(self, held: Tensor, attended: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Both with (B, H', G, K) more entries behind."""
+    def _joined(self, stored: Tensor, attended: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, H', G, K) pooled entries to both."""
         if self.store is None:
             together = torch.cat([attended, pooled], 2)
             return together, together
-        return torch.cat([held, self.to_hold(pooled)], 2), torch.cat([attended, rounded(pooled, self.store)], 2)
+        return torch.cat([stored, self.to_hold(pooled)], 2), torch.cat([attended, rounded(pooled, self.store)], 2)
 
     def reset(self) -> None:
         super().reset()
@@ -85,8 +88,10 @@ class CompressedLayer(QueueLayer):
 
 
 class CompressedCache(QueueCache):
-    """Recent entries of ``layers`` layers, and before them older ones pooled by the name ``pool``: of POOLS, or else by
-    what the model has learned (ops.caches.pooling.Compressor)."""
+    """Keeps the recent entries of ``layers`` layers, and before them pooled older ones.
+
+    ``pool`` is a name in POOLS, or else of a pool that the model has learned (ops.caches.pooling.Compressor).
+    """
 
     layers: list[CompressedLayer]
 
@@ -95,23 +100,23 @@ class CompressedCache(QueueCache):
         self.pool = pool
         self.learned: Compressor | None = None
         self.seen: Tensor | None = None
-        """(B or 1, T, G): which of the new groups each query is asked about, None where nobody asks."""
+        """(B or 1, T, G) bool: which new groups each query compares. None unless the compressor learns from that."""
 
     def begin(self, incoming: Incoming) -> None:
         if self.pool not in POOLS and incoming.learned is None:
-            raise TautError(f"this cache pools by what its model has learned ({self.pool}), and this one has nothing")
+            raise TautError(f"this cache needs a model with a learned pool ({self.pool}), but this model has none")
         places, queries, rate = self.start(incoming), incoming.queries, self.compression.rate
         self.width = self.columns + places.new.shape[1] + places.formed.shape[1]
         if not places.gapless or places.formed.shape[1]:
-            wholes = [self.compression.last(each) for each in (places.groups, places.formed)]
+            wholes = [self.compression.last(tensor) for tensor in (places.groups, places.formed)]
             self.key_positions = torch.cat([wholes[0], places.tokens, places.new, wholes[1]], 1)
-            parts = [each.div(rate, rounding_mode="floor") * 2 for each in (places.tokens, places.new)]
+            parts = [tensor.div(rate, rounding_mode="floor") * 2 for tensor in (places.tokens, places.new)]
             marks = torch.cat([places.groups * 2 + 1, *parts, places.formed * 2 + 1], 1)
             self.marks = self.compression.groups(places.new[:, -queries:].clamp(min=0)), marks
         self._prepare(incoming, places)
 
     def attended(self, layer: int, query: Tensor, keys: Tensor, view: View, scaling: float) -> None:
-        """Where the compressor learns by it, compare what the queries see of the groups before and after."""
+        """Compare what the queries see of the groups before and after pooling, if the compressor learns from that."""
         groups = self.layers[layer].groups
         if groups is not None:
             self.learned.compare(layer, query, groups, self.seen, scaling)
@@ -123,7 +128,8 @@ class CompressedCache(QueueCache):
             layer.rest()
 
     def _prepare(self, incoming: Incoming, places: QueuePlaces) -> None:
-        """Give the layers their pools, and say who is asked about which of the new groups: who came behind them."""
+        """Give the layers their pools. If the compressor learns, choose for each query the new groups to compare: those
+        that end before it."""
         fixed, self.learned = POOLS.get(self.pool), incoming.learned
         watching = fixed is None and self.learned.errors is not None
         for index, layer in enumerate(self.layers):

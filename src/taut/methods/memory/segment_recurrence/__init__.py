@@ -1,1 +1,1 @@
-"""The method ``memory.segment_recurrence`` and what it alone needs."""
+"""The method ``memory.segment_recurrence`` and the code that only it uses."""

@@ -1,4 +1,4 @@
-"""Segments of equal length that see what came shortly before them: who sees whom."""
+"""The attention mask of segments of equal length that also see a fixed number of earlier tokens."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,12 @@ from taut.ops.attention.masks import Pattern
 
 @dataclass(frozen=True)
 class Recurrence(Pattern):
-    """j <= i, and j >= floor(i / segment) segment - memory: the query's own segment so far, and the ``memory`` tokens
-    before that began. No sliding window: the last token of a segment sees farther back than its first, never less far
-    than the segment's border."""
+    """j <= i and j >= floor(i / segment) segment - memory: a query sees its own segment so far, and the ``memory``
+    tokens before that segment.
+
+    This is no sliding window: the last token of a segment sees more tokens than its first, and all of them see back to
+    the same token.
+    """
 
     segment: int
     memory: int
@@ -22,11 +25,11 @@ class Recurrence(Pattern):
 
     def pairs(self, length: int) -> int:
         whole, rest = divmod(length, self.segment)
-        own = whole * (self.segment * (self.segment + 1) // 2) + rest * (rest + 1) // 2
+        within = whole * (self.segment * (self.segment + 1) // 2) + rest * (rest + 1) // 2
         # Segments whose memory reaches back to the first token.
         early = min(whole, self.memory // self.segment + 1)
         before = self.segment * (early * (early - 1) // 2) + (whole - early) * self.memory
-        return own + self.segment * before + rest * min(whole * self.segment, self.memory)
+        return within + self.segment * before + rest * min(whole * self.segment, self.memory)
 
     @property
     def repeats_from(self) -> int:

@@ -12,25 +12,25 @@ from taut.ops.caches.ring import RingCache
 
 class SegmentRecurrenceKnobs(Knobs):
     segment: int = Field(512, ge=1, description="tokens of a segment")
-    memory: int = Field(512, ge=0, description="tokens before the segment that all of it sees")
-    store: CacheStore = Field(None, description="how keys and values are kept; none: as they come")
+    memory: int = Field(512, ge=0, description="tokens before the segment that all tokens of the segment see")
+    store: CacheStore = Field(None, description="how keys and values are stored; default: in their own dtype")
 
 
 class SegmentRecurrence(MemoryMethod):
     """Text is cut into segments of ``segment`` tokens; each sees itself and the ``memory`` tokens before it.
 
-    A query at i sees the key at j <= i when j >= floor(i / segment) segment - memory, positions counted from the row's
-    first real token; a full forward uses the same pattern, so decoding step by step equals it. The cache is a ring of
-    segment + memory entries: it holds a few more than are seen, and the pattern hides those. ``memory`` may be longer
-    where a model is used than where it was trained: nothing else depends on it.
+    A query at i sees the key at j <= i when j >= floor(i / segment) segment - memory. Positions count from the row's
+    first real token. A full forward pass uses the same pattern, so decoding step by step equals it. The cache is a ring
+    of segment + memory entries; the pattern hides the few that a query may not see. ``memory`` may be longer in use
+    than in training: nothing else depends on it.
     """
 
     id = "memory.segment_recurrence"
-    summary = "the segment being read and a fixed memory before it, reach growing with depth"
+    summary = "bounded; the open segment and a fixed memory before it; the reach grows with depth"
     source = (
-        "Dai et al. 2019, Transformer-XL (arXiv 1901.02860). Changed: keys and values are cached, not hidden states, "
-        "with the model's own positions instead of relative ones (attention.relative has those); several segments are "
-        "read in one pass under the same pattern, and gradients cross the segments within it"
+        "Dai et al. 2019, Transformer-XL (arXiv 1901.02860). Changed: keys and values are cached, not hidden states; "
+        "positions are the model's own, not relative ones (attention.relative has those); one pass may read several "
+        "segments under the same pattern, and gradients cross the segments within it"
     )
     Knobs = SegmentRecurrenceKnobs
     dial = "memory"
@@ -38,7 +38,10 @@ class SegmentRecurrence(MemoryMethod):
     knobs: SegmentRecurrenceKnobs
 
     def solve(self, site: MemorySite, keep: float) -> "SegmentRecurrence":
-        """The longest memory for which at most ``keep`` of ``site.length`` entries remain."""
+        """Choose the longest memory with which at most ``keep`` of ``site.length`` entries remain.
+
+        Raises TautError when a segment alone is more.
+        """
         memory = int(keep * site.length + 1e-9) - self.knobs.segment
         if memory < 0:
             raise TautError(
