@@ -277,5 +277,5 @@ def test_keep_counts_entries() -> None:
     assert KeyNorm.parse({}, 0.5).solve(site, 0.5).entries(site) == LENGTH // 2
     assert AttentionScore.parse({}, 0.5).solve(site, 0.5).recent == LENGTH // 4
     assert KeyNorm.parse({}).entries(site) == LENGTH
-    with pytest.raises(TautError, match="keep = 0.25 of 24 entries is 6, but 8 must stay; the least keep is 0.3333"):
+    with pytest.raises(TautError, match="keep = 0.25 of 24 entries is 6: 8 must stay; the least keep is 0.3333"):
         KeyNorm.parse({"recent": 8}, 0.25).solve(site, 0.25)

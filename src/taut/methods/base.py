@@ -233,6 +233,20 @@ class MemoryMethod(Method):
     def predict(self, site: MemorySite) -> Cost:
         return Cost(cache_bytes_per_token=self.entry_bytes(site) * self.entries(site) / site.length)
 
+    def within(self, site: MemorySite, keep: float, *, besides: int = 0, least: int = 0, problem: str) -> Self:
+        """For ``solve``: this method with the largest value of its dial that keeps at most ``keep`` of the entries.
+
+        ``besides`` entries are held whatever the dial says, and the dial is at least ``least``. Raises TautError when
+        that is too much, with ``problem`` as the reason and the least ``keep``.
+        """
+        entries = int(keep * site.length + 1e-9)
+        if entries - besides < least:
+            raise TautError(
+                f"{self.id}: keep = {keep} of {site.length} entries is {entries}: {problem}; the least keep is "
+                f"{(besides + least) / site.length:.4f}"
+            )
+        return type(self)(self.knobs.model_copy(update={self.dial: entries - besides}))
+
     @abstractmethod
     def cache(self, layers: int) -> Any:
         """Return a new transformers.Cache with one layer object per decoder layer."""

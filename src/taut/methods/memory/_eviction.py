@@ -6,7 +6,6 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from taut.core.cost import Cost
-from taut.core.errors import TautError
 from taut.core.site import MemorySite, Site
 from taut.methods.base import Knobs, MemoryMethod
 from taut.methods.store import CacheStore, Store
@@ -61,14 +60,8 @@ class EvictionMethod(MemoryMethod):
 
     def solve(self, site: MemorySite, keep: float) -> Self:
         """Keep at most ``keep`` of ``site.length`` entries. Raises TautError when the recent tokens alone are more."""
-        entries = int(keep * site.length + 1e-9)
         least = max(1, self.knobs.recent or 0)
-        if entries < least:
-            raise TautError(
-                f"{self.id}: keep = {keep} of {site.length} entries is {entries}, but {least} must stay; the least "
-                f"keep is {least / site.length:.4f}"
-            )
-        return type(self)(self.knobs.model_copy(update={"entries": entries}))
+        return self.within(site, keep, least=least, problem=f"{least} must stay")
 
     def predict(self, site: MemorySite) -> Cost:
         """Count the entries and their scores: one score for each entry of each key head."""

@@ -2,7 +2,6 @@
 
 from pydantic import Field
 
-from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.methods.base import Knobs, MemoryMethod
 from taut.methods.store import CacheStore, Store
@@ -39,13 +38,8 @@ class WindowSink(MemoryMethod):
 
         Raises TautError when the sinks leave no window.
         """
-        window = int(keep * site.length + 1e-9) - self.knobs.sinks
-        if window < 1:
-            raise TautError(
-                f"{self.id}: keep = {keep} of {site.length} entries leaves no window after {self.knobs.sinks} sinks; "
-                f"the least keep is {(self.knobs.sinks + 1) / site.length:.4f}"
-            )
-        return WindowSink(self.knobs.model_copy(update={"window": window}))
+        sinks = self.knobs.sinks
+        return self.within(site, keep, besides=sinks, least=1, problem=f"no window is left after {sinks} sinks")
 
     def cache(self, layers: int) -> RingCache:
         return RingCache(layers, self.knobs.sinks, self.knobs.window, self.knobs.store)

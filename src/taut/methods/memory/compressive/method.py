@@ -6,7 +6,6 @@ import torch
 from pydantic import Field, model_validator
 
 from taut.core.cost import Cost
-from taut.core.errors import TautError
 from taut.core.site import MemorySite, Site
 from taut.methods.base import Knobs, MemoryMethod
 from taut.methods.memory.compressive.most_used_cache import MASS, UsedCache
@@ -98,14 +97,8 @@ class Compressive(MemoryMethod):
 
         Raises TautError when a segment and the compressed entries are already more.
         """
-        others = self.compression.most - self.knobs.memory
-        memory = int(keep * site.length + 1e-9) - others
-        if memory < 0:
-            raise TautError(
-                f"{self.id}: keep = {keep} of {site.length} entries is too little for a segment and compressed ones; "
-                f"the least keep is {others / site.length:.4f}, or choose smaller segment and compressed"
-            )
-        return Compressive(self.knobs.model_copy(update={"memory": memory}))
+        problem = "too few for a segment and the compressed entries, which could be smaller"
+        return self.within(site, keep, besides=self.compression.most - self.knobs.memory, problem=problem)
 
     def predict(self, site: MemorySite) -> Cost:
         """Count the entries and what is learned and computed for them; with ``most_used``, one score for each entry."""

@@ -2,7 +2,6 @@
 
 from pydantic import Field
 
-from taut.core.errors import TautError
 from taut.core.site import MemorySite
 from taut.methods.base import Knobs, MemoryMethod
 from taut.methods.memory.segment_recurrence.mask import Recurrence
@@ -42,13 +41,9 @@ class SegmentRecurrence(MemoryMethod):
 
         Raises TautError when a segment alone is more.
         """
-        memory = int(keep * site.length + 1e-9) - self.knobs.segment
-        if memory < 0:
-            raise TautError(
-                f"{self.id}: keep = {keep} of {site.length} entries is less than a segment of {self.knobs.segment}; "
-                f"the least keep is {self.knobs.segment / site.length:.4f}, or choose a shorter segment"
-            )
-        return SegmentRecurrence(self.knobs.model_copy(update={"memory": memory}))
+        segment = self.knobs.segment
+        problem = f"fewer than a segment of {segment} tokens, which could be shorter"
+        return self.within(site, keep, besides=segment, problem=problem)
 
     def cache(self, layers: int) -> RingCache:
         return RingCache(layers, 0, self.knobs.segment + self.knobs.memory, self.knobs.store)
