@@ -41,6 +41,7 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python docs/generate.py --check
+	@wc -l $$(git ls-files 'src/*.py') | awk '$$1 > 400 && $$2 != "total" {print "advice: over 400 lines: " $$2 " (" $$1 ")"}'
 
 contract: $(VENV)/test  ## run the contract of every method and note it in the docs
 	OMP_NUM_THREADS=1 $(BIN)/python docs/generate.py --contract

@@ -68,6 +68,15 @@ def test_every_room_has_a_row() -> None:
     assert {_room(path) for path in FILES} == set(ALLOWED)
 
 
+def test_the_table_in_the_docs_is_this_one() -> None:
+    lines = (ROOT.parent.parent / "docs" / "architecture.md").read_text().split("## Rooms")[1].split("\n\n```")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines.splitlines() if line.startswith("| `")]
+    table = {name.strip("`").removesuffix(".py"): allowed for name, _, allowed in cells}
+    assert list(table) == [room for room in ALLOWED if room != "__main__"]
+    for room in set(table) - {"api"}:
+        assert set(table[room].split(", ")) - {"nothing of ours"} == ALLOWED[room], room
+
+
 @pytest.mark.parametrize("room", [room for room in ALLOWED if ALLOWED[room]])
 def test_the_table_runs_one_way_and_is_used(room: str) -> None:
     order = list(ALLOWED)
