@@ -66,24 +66,26 @@ def cases(length: int, gradients: bool, device: str) -> dict[str, Callable[[], N
 
 
 def main() -> int:
-    given = options(CLAIM, repeats=11)
+    arguments = options(CLAIM, repeats=11)
     rows = []
-    for length, target in {1024: None}.items() if given.quick else TARGETS.items():
+    for length, target in {1024: None}.items() if arguments.quick else TARGETS.items():
         for gradients in (False, True):
-            tried = cases(length, gradients, given.device)
+            tried = cases(length, gradients, arguments.device)
             if "sections" not in tried:
                 rows.append({"length": length, "gradients": gradients, "against": "not planned: the mask is as fast"})
                 continue
-            times = compare(tried, repeats=3 if given.quick else given.repeats, threads=1, device=given.device)
+            times = compare(
+                tried, repeats=3 if arguments.quick else arguments.repeats, threads=1, device=arguments.device
+            )
             for other in ("mask", "causal"):
-                wanted = target if other == "mask" and given.device == "cpu" else None
+                wanted = target if other == "mask" and arguments.device == "cpu" else None
                 where = {"length": length, "gradients": gradients, "against": other}
                 rows.append(against(times[other], times["sections"], wanted, **where))
-    passed = all(row.get("holds", True) for row in rows) if given.device == "cpu" else None
+    passed = all(row.get("holds", True) for row in rows) if arguments.device == "cpu" else None
     notes = (
         "causal: full attention, which looks at more; nothing is promised against it. Masks and plans are timed, too"
     )
-    return record("anchor_attention", CLAIM, rows, passed, notes, given.quick, given.device)
+    return record("anchor_attention", CLAIM, rows, passed, notes, arguments.quick, arguments.device)
 
 
 if __name__ == "__main__":

@@ -143,11 +143,11 @@ def peak(kind: str, length: int, rows: int, device: str) -> dict[str, Any]:
     return {"cache": held, "extra": watched.extra}
 
 
-def remembered(count: int, given: Namespace) -> dict[str, Any]:
+def remembered(count: int, arguments: Namespace) -> dict[str, Any]:
     """A row of the record that says what each kind of cache takes for ``count`` texts."""
-    length = PREFIXES[0 if given.quick else -1]
-    kinds = [kind for kind in (*TARGETS, "anchors") if kind != INT8 or given.device == "cpu"]
-    asks = [{"kind": kind, "length": length, "rows": count, "device": given.device} for kind in kinds]
+    length = PREFIXES[0 if arguments.quick else -1]
+    kinds = [kind for kind in (*TARGETS, "anchors") if kind != INT8 or arguments.device == "cpu"]
+    asks = [{"kind": kind, "length": length, "rows": count, "device": arguments.device} for kind in kinds]
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(lambda ask: sandbox.call("anchor_cache:peak", ask).result, asks))
     sizes = {
@@ -157,14 +157,14 @@ def remembered(count: int, given: Namespace) -> dict[str, Any]:
     return {"what": f"memory of {STEPS} tokens", "prefix": length, "rows": count} | sizes
 
 
-def decoded(models: dict[str, PreTrainedModel], length: int, rows: int, threads: int, given: Namespace) -> tuple:
+def decoded(models: dict[str, PreTrainedModel], length: int, rows: int, threads: int, arguments: Namespace) -> tuple:
     """Rows of the record that compare a token with each kind of cache; and the times."""
     caches = {kind: fresh(kind, model, prefix_of(length), rows) for kind, model in models.items()}
     held = {kind: cache_bytes(cache_of()) for kind, cache_of in caches.items()}
     calls = {kind: decoding(models[kind], cache_of, length, rows) for kind, cache_of in caches.items()}
-    repeats = 3 if given.quick else given.repeats
-    times = compare(calls, repeats=repeats, threads=threads, device=given.device)
-    wanted = length == PREFIXES[-1] and threads == 2 and given.device == "cpu"
+    repeats = 3 if arguments.quick else arguments.repeats
+    times = compare(calls, repeats=repeats, threads=threads, device=arguments.device)
+    wanted = length == PREFIXES[-1] and threads == 2 and arguments.device == "cpu"
     found = []
     for kind in (each for each in TARGETS if each in models):
         where = {"what": "a token", "prefix": length, "rows": rows, "threads": threads, "against": kind}
@@ -175,12 +175,12 @@ def decoded(models: dict[str, PreTrainedModel], length: int, rows: int, threads:
 
 
 def asked(
-    models: dict[str, PreTrainedModel], length: int, threads: int, token: dict[str, Timing], given: Namespace
+    models: dict[str, PreTrainedModel], length: int, threads: int, token: dict[str, Timing], arguments: Namespace
 ) -> list[dict[str, Any]]:
     """Rows of the record that compare a question behind the prefix; with an answer, at the times of a ``token``."""
-    calls, repeats = scoring(models, prefix_of(length)), 3 if given.quick else 6
-    times = compare(calls, repeats=repeats, threads=threads, device=given.device)
-    wanted = length == PREFIXES[-1] and threads == 2 and given.device == "cpu"
+    calls, repeats = scoring(models, prefix_of(length)), 3 if arguments.quick else 6
+    times = compare(calls, repeats=repeats, threads=threads, device=arguments.device)
+    wanted = length == PREFIXES[-1] and threads == 2 and arguments.device == "cpu"
     found = []
     for name, target in (("read again", SCORING), ("full cache", None)):
         where = {"what": f"a question of {QUESTION}", "prefix": length, "rows": 1, "threads": threads, "against": name}
@@ -193,20 +193,20 @@ def asked(
 
 @torch.inference_mode()
 def main() -> int:
-    given = options(CLAIM, repeats=15, rows=1)
+    arguments = options(CLAIM, repeats=15, rows=1)
     # Before this process takes memory of its own: a GPU's is shared.
-    rows = [remembered(count, given) for count in sorted({1, given.rows})]
-    models = tried(given.device)
-    for length in PREFIXES[:1] if given.quick else PREFIXES:
-        for threads in (1, 2) if given.device == "cpu" else (1,):
-            found, token = decoded(models, length, 1, threads, given)
-            rows += [*found, *asked(models, length, threads, token, given)]
-            if given.rows > 1:
-                rows += decoded(models, length, given.rows, threads, given)[0]
-    if not given.quick and given.device == "cpu":
+    rows = [remembered(count, arguments) for count in sorted({1, arguments.rows})]
+    models = tried(arguments.device)
+    for length in PREFIXES[:1] if arguments.quick else PREFIXES:
+        for threads in (1, 2) if arguments.device == "cpu" else (1,):
+            found, token = decoded(models, length, 1, threads, arguments)
+            rows += [*found, *asked(models, length, threads, token, arguments)]
+            if arguments.rows > 1:
+                rows += decoded(models, length, arguments.rows, threads, arguments)[0]
+    if not arguments.quick and arguments.device == "cpu":
         draw(rows, RECORDS / "anchor_cache.png")
-    passed = all(row.get("holds", True) for row in rows) if given.device == "cpu" else None
-    return record("anchor_cache", CLAIM, rows, passed, NOTES, given.quick, given.device)
+    passed = all(row.get("holds", True) for row in rows) if arguments.device == "cpu" else None
+    return record("anchor_cache", CLAIM, rows, passed, NOTES, arguments.quick, arguments.device)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -43,49 +43,49 @@ HELD = 32
 """One part in so many of every text judges."""
 
 
-def language(folder: Path, given: Namespace) -> tuple[dict[str, Any], Path]:
+def language(folder: Path, arguments: Namespace) -> tuple[dict[str, Any], Path]:
     """The spec of a language model, and the text that it is judged on: the end of each text there is."""
     learned, held_out = folder / "learned.txt", folder / "held_out.txt"
     if not held_out.is_file():
         pieces: list[tuple[str, str]] = []
-        for name in given.text.split(","):
+        for name in arguments.text.split(","):
             whole = "\n\n".join(row[0] for row in data.documents(name).rows)
             cut = whole.rindex("\n", 0, len(whole) * (HELD - 1) // HELD)
             pieces.append((whole[:cut], whole[cut:]))
         for path, texts in zip((learned, held_out), zip(*pieces, strict=True), strict=True):
             path.write_text("\n\n".join(texts))
     spec = {
-        "model": f"llama:hidden_size={given.width},num_hidden_layers={given.layers},"
-        f"intermediate_size={4 * given.width},num_attention_heads={given.width // 32},"
-        f"max_position_embeddings={given.length},tie_word_embeddings=true",
-        "tokenizer": f"bpe:{given.vocabulary}",
+        "model": f"llama:hidden_size={arguments.width},num_hidden_layers={arguments.layers},"
+        f"intermediate_size={4 * arguments.width},num_attention_heads={arguments.width // 32},"
+        f"max_position_embeddings={arguments.length},tie_word_embeddings=true",
+        "tokenizer": f"bpe:{arguments.vocabulary}",
         "text": str(learned),
-        "length": given.length,
-        "batch": given.batch,
-        "learning_rate": given.rate,
-        "precision": given.precision,
-        "budget": {"steps": given.steps},
+        "length": arguments.length,
+        "batch": arguments.batch,
+        "learning_rate": arguments.rate,
+        "precision": arguments.precision,
+        "budget": {"steps": arguments.steps},
         "evaluate": {"text": str(held_out), "every": 0.25, "tokens": 50_000},
     }
     return spec, held_out
 
 
-def recall(folder: Path, given: Namespace) -> dict[str, Any]:
+def recall(folder: Path, arguments: Namespace) -> dict[str, Any]:
     """The spec of learning to find values by keys, from texts of seeds that no evaluation has; it lacks the model."""
     learned = folder / "pairs.txt"
     if not learned.is_file():
         draw = random.Random(1)
         # Looking up one of two is learned soon, and one of eight then.
-        lessons = [documents(given.texts // len(LESSONS), pairs, FILLERS, pairs, between="") for pairs in LESSONS]
+        lessons = [documents(arguments.texts // len(LESSONS), pairs, FILLERS, pairs, between="") for pairs in LESSONS]
         learned.write_text("\n\n".join(_asked(text, draw) for each in zip(*lessons, strict=True) for text, *_ in each))
     return {
         "text": str(learned),
-        "length": min(given.length, 256),
+        "length": min(arguments.length, 256),
         "pack": False,
-        "batch": 4 * given.batch,
-        "learning_rate": given.rate / 2,
-        "precision": given.precision,
-        "budget": {"steps": given.recall_steps},
+        "batch": 4 * arguments.batch,
+        "learning_rate": arguments.rate / 2,
+        "precision": arguments.precision,
+        "budget": {"steps": arguments.recall_steps},
         "evaluate": {"share": 0.01, "every": 0.1, "tokens": 20_000},
     }
 
@@ -131,7 +131,7 @@ def judged(name: str, outs: dict[str, Path], task: str, device: str, **chosen: A
 
 
 def main() -> int:
-    given = options(
+    arguments = options(
         CLAIM,
         folder="runs/anchor_training",
         text="text,builtin",
@@ -147,7 +147,7 @@ def main() -> int:
         recall_steps=500,
         limit=400_000,
     )
-    if given.quick:
+    if arguments.quick:
         small = {
             "width": 32,
             "layers": 1,
@@ -157,27 +157,33 @@ def main() -> int:
             "texts": 800,
             "recall_steps": 4,
         }
-        small |= {"batch": 4, "limit": 20_000, "text": "builtin", "folder": f"{given.folder}-quick"}
-        given = Namespace(**{**vars(given), **small})
-    folder = Path(given.folder).absolute()
+        small |= {"batch": 4, "limit": 20_000, "text": "builtin", "folder": f"{arguments.folder}-quick"}
+        arguments = Namespace(**{**vars(arguments), **small})
+    folder = Path(arguments.folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    spec, held_out = language(folder, given)
+    spec, held_out = language(folder, arguments)
     outs = {kind: folder / f"language-{kind.split()[0]}" for kind in KINDS}
-    runs = trained({kind: spec | {"recipe": recipe} for kind, recipe in KINDS.items()}, outs, given.device)
-    for_text = {"data": str(held_out), "max_length": given.length, "limit": given.limit}
-    rows = [*judged("language", outs, "perplexity", given.device, **for_text)]
+    runs = trained({kind: spec | {"recipe": recipe} for kind, recipe in KINDS.items()}, outs, arguments.device)
+    for_text = {"data": str(held_out), "max_length": arguments.length, "limit": arguments.limit}
+    rows = [*judged("language", outs, "perplexity", arguments.device, **for_text)]
     for kind, row in zip(KINDS, rows, strict=False):
         row |= {name: runs[kind]["spent"][name] for name in ("tokens", "seconds")}
     full, anchored, late = (math.log(row["score"].value) for row in rows)
     rows[1] |= {"target": LOSS, "ratio": anchored / full, "holds": anchored <= LOSS * full}
     rows[2] |= {"ratio": late / full}
 
-    spec = recall(folder, given)
+    spec = recall(folder, arguments)
     specs = {kind: spec | {"model": str(outs[kind])} for kind in KINDS}
     outs = {kind: folder / f"recall-{kind.split()[0]}" for kind in KINDS}
-    runs = trained(specs, outs, given.device)
-    questions = {"limit": 20 if given.quick else 500, "pairs": PAIRS, "fillers": FILLERS, "between": "", "cached": 64}
-    found = [*judged("recall", outs, "key_value_recall", given.device, **questions)]
+    runs = trained(specs, outs, arguments.device)
+    questions = {
+        "limit": 20 if arguments.quick else 500,
+        "pairs": PAIRS,
+        "fillers": FILLERS,
+        "between": "",
+        "cached": 64,
+    }
+    found = [*judged("recall", outs, "key_value_recall", arguments.device, **questions)]
     for kind, row in zip(KINDS, found, strict=False):
         row |= {name: runs[kind]["spent"][name] for name in ("tokens", "seconds")}
     right, kept = found[0]["score"].value, found[1]
@@ -187,10 +193,10 @@ def main() -> int:
         f"language: perplexity, 'ratio' is of losses in nats; recall: accuracy, read through the cache; chance is "
         f"{1 / PAIRS:.3f}, and it holds only where full attention reaches {LEARNED}. cache: entries after one text of "
         f"{PAIRS} segments of {FILLERS + 2} words. tokens and seconds of training, both models at once. Learned from: "
-        f"{given.text}"
+        f"{arguments.text}"
     )
     passed = all(row.get("holds", True) for row in rows + found)
-    return record("anchor_training", CLAIM, rows + found, passed, notes, given.quick, given.device)
+    return record("anchor_training", CLAIM, rows + found, passed, notes, arguments.quick, arguments.device)
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ CALIBRATION = 500
 
 
 def main() -> int:
-    given = options(CLAIM, keep=0.0, done="")
+    arguments = options(CLAIM, keep=0.0, done="")
     source = resolve("minilm")
     tokenizer = open_tokenizer(source)
     judges = [scored_pairs("stsb", "train"), scored_pairs("stsb", "dev"), scored_pairs("sts13")]
-    texts = calibration_texts("builtin" if given.quick else TEXT, judges)
+    texts = calibration_texts("builtin" if arguments.quick else TEXT, judges)
     random.Random(0).shuffle(texts)
     original = taut.load("minilm")
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,7 @@ def main() -> int:
         sts = {"first": str(first), "dev": "stsb", "sts13": "sts13"}
 
         def judged(model: Any) -> dict[str, tuple[float, ...]]:
-            limit = {"limit": 50} if given.quick else {}
+            limit = {"limit": 50} if arguments.quick else {}
             found = {}
             for name, data in sts.items():
                 (score,) = taut.evaluate(model, "sts", tokenizer=tokenizer, data=data, **limit)
@@ -68,11 +68,11 @@ def main() -> int:
         dense = judged(original)
         rows: list[dict[str, Any]] = [{"keep": 1.0, **{name: fmean(samples) for name, samples in dense.items()}}]
         for keep in TARGETS:
-            if given.keep not in (0.0, keep):
+            if arguments.keep not in (0.0, keep):
                 continue
             recipe = {"feedforward": {"method": "low_rank", "keep": keep, "layers": ":"}}
-            for steps in (2,) if given.quick else STEPS:
-                with seen(given.done, f"{recipe} {steps} {CHOICES} {TEXT}") as known:
+            for steps in (2,) if arguments.quick else STEPS:
+                with seen(arguments.done, f"{recipe} {steps} {CHOICES} {TEXT}") as known:
                     if not known:
                         clock = time.process_time()
                         model, plan = compress(source, Recipe.parse(recipe), texts[:CALIBRATION])
@@ -89,7 +89,9 @@ def main() -> int:
         "thread. Change: of Spearman on all of STS-B dev, paired bootstrap over pairs"
     )
     reached = {keep: [each for each in rows if each["keep"] == keep and each["holds"]] for keep in TARGETS}
-    return record("healed_feedforward", CLAIM, rows, all(reached.values()), notes, given.quick or given.keep != 0.0)
+    return record(
+        "healed_feedforward", CLAIM, rows, all(reached.values()), notes, arguments.quick or arguments.keep != 0.0
+    )
 
 
 def row(keep: float, steps: int, known: dict[str, Any], dense: dict[str, tuple[float, ...]]) -> dict[str, Any]:

@@ -25,10 +25,10 @@ def int8(dense: nn.Linear) -> nn.Module:
 
 @torch.inference_mode()
 def main() -> int:
-    given = options(CLAIM, repeats=30)
+    arguments = options(CLAIM, repeats=30)
     torch.manual_seed(0)
     rows = []
-    for narrow, wide in SHAPES[:2] if given.quick else SHAPES:
+    for narrow, wide in SHAPES[:2] if arguments.quick else SHAPES:
         for inputs, outputs in ((narrow, wide), (wide, narrow)):
             dense = nn.Linear(inputs, outputs)
             part = int8(dense)
@@ -36,11 +36,13 @@ def main() -> int:
                 x = torch.randn(1, tokens, inputs)
                 cases = {"dense": lambda x=x, dense=dense: dense(x), "int8": lambda x=x, part=part: part(x)}
                 for threads in (1, 2):
-                    times = compare(cases, repeats=6 if given.quick else given.repeats, threads=threads)
+                    times = compare(cases, repeats=6 if arguments.quick else arguments.repeats, threads=threads)
                     where = {"inputs": inputs, "outputs": outputs, "tokens": tokens, "threads": threads}
                     rows.append(against(times["dense"], times["int8"], 1.0, **where))
     notes = "dense: torch F.linear (oneDNN or MKL). 'holds': the whole 95 % interval of the speed-up is above 1"
-    return record("int8_linear", CLAIM, rows, all(row["holds"] for row in rows if "holds" in row), notes, given.quick)
+    return record(
+        "int8_linear", CLAIM, rows, all(row["holds"] for row in rows if "holds" in row), notes, arguments.quick
+    )
 
 
 if __name__ == "__main__":

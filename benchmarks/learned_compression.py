@@ -32,10 +32,10 @@ FIXED: dict[str, dict[str, Any]] = {
 
 
 def main() -> int:
-    given = options(CLAIM, model="stories260K", data="tinystories", steps=120, batch=4, rate=5e-3)
-    steps, count = (2, 2) if given.quick else (given.steps, HELD)
-    source = resolve(given.model)
-    held, learned = windows(open_tokenizer(source), given.data, count)
+    arguments = options(CLAIM, model="stories260K", data="tinystories", steps=120, batch=4, rate=5e-3)
+    steps, count = (2, 2) if arguments.quick else (arguments.steps, HELD)
+    source = resolve(arguments.model)
+    held, learned = windows(open_tokenizer(source), arguments.data, count)
     rows = []
     for name, pool in FIXED.items():
         model = compressive(source, pool)
@@ -45,12 +45,14 @@ def main() -> int:
         for objective in ("attention", "loss"):
             model = compressive(source, {"pool": pool})
             before = missed(model, held)
-            teach(model, learned, objective, steps, given)
+            teach(model, learned, objective, steps, arguments)
             facts = {"pool": pool, "learned from": objective, "perplexity": perplexity(model, held, LENGTH)}
             rows.append(facts | {"missed before": before, "missed": missed(model, held)})
     mean, conv = rows[1], rows[len(FIXED)]
     passed = conv["missed"] < conv["missed before"] and conv["perplexity"] < mean["perplexity"]
-    return record("learned_compression", CLAIM, rows, passed, f"{steps} steps of {given.batch} windows", given.quick)
+    return record(
+        "learned_compression", CLAIM, rows, passed, f"{steps} steps of {arguments.batch} windows", arguments.quick
+    )
 
 
 def windows(tokenizer: Any, data: str, count: int) -> tuple[Tensor, Tensor]:
@@ -97,13 +99,13 @@ def missed(model: PreTrainedModel, held: Tensor) -> float:
     return sum(float(attention_missed(model, ids)) for ids in held.split(1)) / len(held)
 
 
-def teach(model: PreTrainedModel, learned: Tensor, objective: str, steps: int, given: Any) -> None:
+def teach(model: PreTrainedModel, learned: Tensor, objective: str, steps: int, arguments: Any) -> None:
     tensors = list(compressor_of(model).requires_grad_(True).parameters())
-    adam = torch.optim.Adam(tensors, lr=given.rate)
+    adam = torch.optim.Adam(tensors, lr=arguments.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        ids = learned[torch.randint(len(learned), (given.batch,), generator=generator)]
+        ids = learned[torch.randint(len(learned), (arguments.batch,), generator=generator)]
         adam.zero_grad()
         (attention_missed(model, ids) if objective == "attention" else loss(model, ids)).backward()
         adam.step()

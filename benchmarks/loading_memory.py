@@ -28,10 +28,10 @@ MARGIN = 0.25
 
 
 def main() -> int:
-    given = options(CLAIM)
+    arguments = options(CLAIM)
     table = ROWS * WIDTH * 4
     rows = []
-    for name, recipe in list(RECIPES.items())[: 2 if given.quick else None]:
+    for name, recipe in list(RECIPES.items())[: 2 if arguments.quick else None]:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
             if recipe is None:
@@ -61,7 +61,7 @@ def main() -> int:
         "stand beside, without a promise: float tensors of a file are copied to aligned memory, and until loading ends "
         "the mapped file counts as well as the copy"
     )
-    return record("loading_memory", CLAIM, rows, all(row.get("holds", True) for row in rows), notes, given.quick)
+    return record("loading_memory", CLAIM, rows, all(row.get("holds", True) for row in rows), notes, arguments.quick)
 
 
 if __name__ == "__main__":

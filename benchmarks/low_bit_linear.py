@@ -37,10 +37,10 @@ def part_of(dense: nn.Linear, knobs: dict[str, Any]) -> tuple[LowBitLinearPart, 
 
 @torch.inference_mode()
 def main() -> int:
-    given = options(CLAIM, repeats=30)
+    arguments = options(CLAIM, repeats=30)
     torch.manual_seed(0)
     rows = []
-    for inputs, outputs in SHAPES[:1] if given.quick else SHAPES:
+    for inputs, outputs in SHAPES[:1] if arguments.quick else SHAPES:
         dense = nn.Linear(inputs, outputs)
         parts = {name: part_of(dense, knobs) for name, (knobs, _) in SETTINGS.items()}
         for tokens in TOKENS:
@@ -48,7 +48,7 @@ def main() -> int:
             cases = {"dense": lambda x=x, dense=dense: dense(x)}
             cases |= {name: lambda x=x, part=part: part(x) for name, (part, _) in parts.items()}
             for threads in (1, 2):
-                times = compare(cases, repeats=6 if given.quick else given.repeats, threads=threads)
+                times = compare(cases, repeats=6 if arguments.quick else arguments.repeats, threads=threads)
                 for name, (_, share) in parts.items():
                     promised = threads == 1 and tokens in SETTINGS[name][1]
                     where = {"inputs": inputs, "outputs": outputs, "tokens": tokens, "threads": threads}
@@ -62,7 +62,7 @@ def main() -> int:
         "favours the dense one"
     )
     return record(
-        "low_bit_linear", CLAIM, rows, all(row["holds"] for row in rows if "holds" in row), notes, given.quick
+        "low_bit_linear", CLAIM, rows, all(row["holds"] for row in rows if "holds" in row), notes, arguments.quick
     )
 
 

@@ -26,9 +26,9 @@ RECIPES: dict[str, tuple[Any, float | None]] = {
 
 
 def main() -> int:
-    given = options(CLAIM)
+    arguments = options(CLAIM)
     tokenizer = open_tokenizer(resolve("minilm"))
-    limit = {"limit": 200} if given.quick else {}
+    limit = {"limit": 200} if arguments.quick else {}
 
     def spearman(recipe: Any = None) -> Score:
         model = taut.load("minilm") if recipe is None else taut.apply("minilm", recipe)
@@ -37,7 +37,7 @@ def main() -> int:
     dense = spearman()
     value = dense.quantity.value
     rows = [{"recipe": "dense", "spearman": value, "target": DENSE, "holds": round(value, DECIMALS) == DENSE}]
-    if given.quick:
+    if arguments.quick:
         # The figure is for all 1500 pairs.
         rows[0] |= {"target": None, "holds": True}
     for name, (recipe, within) in RECIPES.items():
@@ -55,7 +55,7 @@ def main() -> int:
         f"'holds': the change of the score itself; the interval says how sure it is. {facts}. Shortcuts: {baselines}"
     )
     passed = all(row.get("holds", True) for row in rows)
-    return record("minilm_sts", CLAIM, rows, passed, notes, given.quick)
+    return record("minilm_sts", CLAIM, rows, passed, notes, arguments.quick)
 
 
 if __name__ == "__main__":

@@ -210,8 +210,8 @@ def halves(name: str, split: str | None = None) -> Iterator[tuple[Path, list[str
 
 
 def main() -> int:
-    given = options(CLAIM, seeds=3)
-    seeds = range(1 if given.quick else given.seeds)
+    arguments = options(CLAIM, seeds=3)
+    seeds = range(1 if arguments.quick else arguments.seeds)
     rows: list[dict[str, Any]] = []
 
     def add(found: Iterator[dict[str, Any]]) -> None:
@@ -222,7 +222,7 @@ def main() -> int:
     stories = Bench(STORIES)
     with halves("tinystories") as (path, texts):
         known = [stories.known(drawn(texts, 40_000, seed), seed) for seed in seeds]
-        task = Perplexity.parse({"data": str(path), "limit": 5_000 if given.quick else 60_000})
+        task = Perplexity.parse({"data": str(path), "limit": 5_000 if arguments.quick else 60_000})
         dense = stories.score(task)
         scores = [
             stories.score(task, stories.made(MixedBitEmbedding.parse({"bits": 4.0}), one).merged()) for one in known
@@ -233,34 +233,34 @@ def main() -> int:
         promise = where | {"bits": 4.0, "uniform": "dense", "uniform score": dense.quantity.value, "mixed score": mixed}
         promise |= {"change": gap, "target": WITHIN, "holds": gap.value <= WITHIN}
         rows.append(promise)
-        budgets = (3.0,) if given.quick else (3.5, 3.0, 2.75, 2.6, 2.5, 2.0)
+        budgets = (3.0,) if arguments.quick else (3.5, 3.0, 2.75, 2.6, 2.5, 2.0)
         add(against_uniform(stories, task, known, budgets, relative, where, "windows"))
         add(
             ablation(
                 stories,
                 task,
                 known,
-                (3.0,) if given.quick else (3.5, 3.0, 2.75),
+                (3.0,) if arguments.quick else (3.5, 3.0, 2.75),
                 where | {"what": "allocation, stories260K"},
             )
         )
 
     minilm = Bench(MINILM)
-    budgets = (2.2,) if given.quick else (3.5, 3.0, 2.5, 2.2, 2.0)
+    budgets = (2.2,) if arguments.quick else (3.5, 3.0, 2.5, 2.2, 2.0)
     # The development split is tokenized otherwise ("<unk>", "@-@"): not the text that one would calibrate for.
     with halves("wikitext2", "train") as (path, texts):
-        size = 120_000 if given.quick else 350_000
+        size = 120_000 if arguments.quick else 350_000
         known = [minilm.known(drawn([text for text in texts if len(text) > 80], size, seed), seed) for seed in seeds]
-        task = Agreement.parse({"data": str(path), "limit": 8_000 if given.quick else 30_000})
+        task = Agreement.parse({"data": str(path), "limit": 8_000 if arguments.quick else 30_000})
         where = {"what": "agreement on wikitext2, minilm"}
         add(against_uniform(minilm, task, known, budgets, difference, where, "paragraphs"))
         where = {"what": "allocation, minilm"}
-        add(ablation(minilm, task, known, (2.2,) if given.quick else (3.0, 2.2), where))
+        add(ablation(minilm, task, known, (2.2,) if arguments.quick else (3.0, 2.2), where))
     # Text of another kind than what was calibrated on.
-    task = Agreement.parse({"limit": 4_000 if given.quick else 20_000})
+    task = Agreement.parse({"limit": 4_000 if arguments.quick else 20_000})
     where = {"what": "agreement on python_topics, minilm"}
     add(against_uniform(minilm, task, known, budgets, difference, where, "paragraphs"))
-    add(classified(minilm, known[0], given.quick))
+    add(classified(minilm, known[0], arguments.quick))
 
     contests = [row for row in rows if "better" in row and "uniform" in row]
     won, lost = (sum(row["better"] is wanted for row in contests) for wanted in (True, False))
@@ -274,7 +274,7 @@ def main() -> int:
         "350,000 of wikitext2:train). "
         "Below 2.55 bits on 64 columns and 2.09 on 384 there is nothing to choose: two bits, scales and the map"
     )
-    return record("mixed_bit", CLAIM, rows, promise["holds"], notes, given.quick)
+    return record("mixed_bit", CLAIM, rows, promise["holds"], notes, arguments.quick)
 
 
 if __name__ == "__main__":

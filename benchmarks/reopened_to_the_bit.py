@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import yaml
 from harness import options, record
+from openers import SENTENCES, answers
 from real_models import MINILM, STORIES, location, recipes
-from stock_openers import SENTENCES, answers
 from transformers import AutoTokenizer, PreTrainedModel
 
 import taut
@@ -25,7 +25,7 @@ SOUND = ("sha256 ", "[-")
 
 
 def main() -> int:
-    given = options(CLAIM)
+    arguments = options(CLAIM)
     torch.set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     rows = []
@@ -33,14 +33,14 @@ def main() -> int:
         root = Path(temporary)
         write_task(root)
         for name in (STORIES, MINILM):
-            rows += rows_of(name, root, given.quick)
+            rows += rows_of(name, root, arguments.quick)
     notes = (
         "yes: the SHA-256 of the output (hidden states, logits, greedy text, vectors, log-likelihoods) equals that of "
         "the model in memory that the folder was saved from; one thread. lm-eval runs as 'taut run -- lm_eval'. loud: "
         "without taut every one of these tools raises. transformers: a tensor has another shape; lm-eval asks no "
         "further than the name of the quantization, so it is tried on the first folder only"
     )
-    return record("reopened_to_the_bit", CLAIM, rows, all(row["holds"] for row in rows), notes, given.quick)
+    return record("reopened_to_the_bit", CLAIM, rows, all(row["holds"] for row in rows), notes, arguments.quick)
 
 
 def rows_of(name: str, root: Path, quick: bool) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def is_error(found: str) -> bool:
 
 def opened(package: str, folders: Iterable[Path]) -> dict[Path, dict[str, str]]:
     """What the stock tools give for each folder in a new process that imports ``package`` first."""
-    code = f"import {package}, runpy; runpy.run_module('stock_openers', run_name='__main__')"
+    code = f"import {package}, runpy; runpy.run_module('openers', run_name='__main__')"
     command = [sys.executable, "-c", code, *map(str, folders)]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")), None)

@@ -21,12 +21,12 @@ def off(reported: float, files: int) -> float:
 
 
 def main() -> int:
-    given = options(CLAIM)
+    arguments = options(CLAIM)
     rows = []
     for name in (MINILM, STORIES):
         where = location(name)
         dense = folder_bytes(resolve(where).folder)
-        for label, recipe in recipes(where, given.quick).items():
+        for label, recipe in recipes(where, arguments.quick).items():
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "light"
                 model = taut.apply(where, recipe, out)
@@ -57,7 +57,7 @@ def main() -> int:
         "trial that compressed and saved by itself, against the files. minilm's own file holds 4096 bytes of "
         "position_ids that transformers no longer saves"
     )
-    return record("reported_size", CLAIM, rows, all(row["holds"] for row in rows), notes, given.quick)
+    return record("reported_size", CLAIM, rows, all(row["holds"] for row in rows), notes, arguments.quick)
 
 
 if __name__ == "__main__":

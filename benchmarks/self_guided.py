@@ -68,17 +68,17 @@ Run = tuple[Setting, str, float, int]
 class Bench:
     """Runs arms, or reads what they gave."""
 
-    def __init__(self, given: Namespace, folder: Path) -> None:
-        self.given, self.folder = given, folder
-        self.rates = [float(rate) for rate in given.rates.split(",")]
-        self.left = given.limit or math.inf
+    def __init__(self, arguments: Namespace, folder: Path) -> None:
+        self.arguments, self.folder = arguments, folder
+        self.rates = [float(rate) for rate in arguments.rates.split(",")]
+        self.left = arguments.limit or math.inf
         self.done: dict[Run, dict[str, Any]] = {}
 
     def best(self, setting: Setting, arms: Sequence[str]) -> dict[str, tuple[float, list[float]]]:
         """Of each arm the rate that served the first seed best, and the final held-out loss of every seed there."""
         self._run([(setting, arm, rate, 0) for arm in arms for rate in self.rates])
         chosen = {arm: min(self.rates, key=lambda rate: self._loss((setting, arm, rate, 0))) for arm in arms}
-        seeds = range(self.given.seeds)
+        seeds = range(self.arguments.seeds)
         self._run([(setting, arm, rate, seed) for arm, rate in chosen.items() for seed in seeds])
         return {arm: (rate, [self._loss((setting, arm, rate, seed)) for seed in seeds]) for arm, rate in chosen.items()}
 
@@ -101,8 +101,8 @@ class Bench:
         allowed = missing if len(new) <= self.left else [run for run in missing if run not in new[int(self.left) :]]
         self.left -= len(new)
         specs = [self._spec(run) for run in allowed]
-        with ProcessPoolExecutor(self.given.processes, mp_context=get_context("spawn")) as pool:
-            found = list(pool.map(train, specs, map(self._folder, allowed), repeat(self.given.device)))
+        with ProcessPoolExecutor(self.arguments.processes, mp_context=get_context("spawn")) as pool:
+            found = list(pool.map(train, specs, map(self._folder, allowed), repeat(self.arguments.device)))
         for run, (status, facts) in zip(allowed, found, strict=True):
             if status == "interrupted":
                 raise Unfinished
@@ -121,16 +121,16 @@ class Bench:
         spec: dict[str, Any] = {
             "model": setting.model,
             "tokenizer": str(self.tokenizer()),
-            "text": self.given.text,
+            "text": self.arguments.text,
             "length": 128,
-            "batch": self.given.batch,
+            "batch": self.arguments.batch,
             "learning_rate": rate,
             "seed": seed,
             "budget": {"steps": setting.steps},
             "evaluate": {"every": 0.25, "tokens": 100_000},
         }
         if arm != "dense":
-            method = {"method": self.given.method, "keep": self.given.keep, "layers": "1:"}
+            method = {"method": self.arguments.method, "keep": self.arguments.keep, "layers": "1:"}
             spec["recipe"] = {"feedforward": method}
         if arm == "low rank, guided":
             spec["guide"] = {"mode": "fixed_steps"}
@@ -146,8 +146,8 @@ class Bench:
         """Trained once, for all runs alike."""
         folder = self.folder / "tokenizer"
         if not (folder / "tokenizer.json").is_file():
-            spec = TrainSpec.load({"model": "llama", "text": self.given.text, "budget": {"steps": 1}})
-            byte_level(self.given.vocabulary, read_corpus(spec).learned).save_pretrained(folder)
+            spec = TrainSpec.load({"model": "llama", "text": self.arguments.text, "budget": {"steps": 1}})
+            byte_level(self.arguments.vocabulary, read_corpus(spec).learned).save_pretrained(folder)
         return folder
 
 
@@ -168,13 +168,13 @@ def ahead(a: list[float], b: list[float]) -> tuple[float, float]:
     return statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
 
 
-def settings(given: Namespace) -> Iterator[Setting]:
+def settings(arguments: Namespace) -> Iterator[Setting]:
     """The first one, and what it grows to."""
-    setting = Setting(given.width, given.layers, given.inner or 4 * given.width, given.steps)
+    setting = Setting(arguments.width, arguments.layers, arguments.inner or 4 * arguments.width, arguments.steps)
     yield setting
-    for _ in range(given.levels):
+    for _ in range(arguments.levels):
         grown = {"inner": setting.inner, "steps": setting.steps}
-        grown[given.grow] *= 2
+        grown[arguments.grow] *= 2
         setting = Setting(setting.width, setting.layers, grown["inner"], grown["steps"])
         yield setting
 
@@ -185,10 +185,10 @@ def tell(arm: str, rate: float, losses: list[float], low_rank: list[float]) -> s
     return f"{arm} at {rate:g}: {statistics.mean(losses):.4f}{against}"
 
 
-def study(bench: Bench, given: Namespace) -> list[str]:
+def study(bench: Bench, arguments: Namespace) -> list[str]:
     """What was found, in sentences."""
     found: list[str] = []
-    for setting in settings(given):
+    for setting in settings(arguments):
         best = bench.best(setting, GATE)
         gap, error = ahead(best["dense"][1], best["low rank"][1])
         verdict = "binds" if gap > CLEAR * error else "does NOT bind"
@@ -209,7 +209,7 @@ def study(bench: Bench, given: Namespace) -> list[str]:
 
 
 def main() -> int:
-    given = options(
+    arguments = options(
         CLAIM,
         folder="runs/self_guided",
         text="text",
@@ -228,20 +228,20 @@ def main() -> int:
         limit=0,
         processes=2,
     )
-    if given.seeds < 2 or given.grow not in ("inner", "steps"):
+    if arguments.seeds < 2 or arguments.grow not in ("inner", "steps"):
         raise SystemExit("--seeds is at least 2 (3 for a record), --grow is inner or steps")
-    if given.quick:
+    if arguments.quick:
         small = {"width": 32, "layers": 2, "steps": 12, "batch": 4, "seeds": 2, "levels": 0}
-        given = Namespace(**{**vars(given), **small, "text": "builtin", "rates": "2e-3", "vocabulary": 300})
-        given.folder += "-quick"
-    bench = Bench(given, Path(given.folder).absolute())
+        arguments = Namespace(**{**vars(arguments), **small, "text": "builtin", "rates": "2e-3", "vocabulary": 300})
+        arguments.folder += "-quick"
+    bench = Bench(arguments, Path(arguments.folder).absolute())
     try:
-        found = study(bench, given)
+        found = study(bench, arguments)
     except (Unfinished, KeyboardInterrupt):
         print(f"{len(bench.done)} runs are kept in {bench.folder}; the same command goes on from there")
         return 130
     notes = "; ".join(found) + f". Loss: nats a token of held-out text; FLOPs: {TRAINING} x forward, guides included"
-    return record("self_guided", CLAIM, bench.rows(), None, notes, given.quick, given.device)
+    return record("self_guided", CLAIM, bench.rows(), None, notes, arguments.quick, arguments.device)
 
 
 if __name__ == "__main__":

@@ -69,17 +69,17 @@ CASES = {
 
 
 def main() -> int:
-    given = options(CLAIM, threads=1)
-    torch.set_num_threads(given.threads)
-    limit = 60 if given.quick else None
+    arguments = options(CLAIM, threads=1)
+    torch.set_num_threads(arguments.threads)
+    limit = 60 if arguments.quick else None
     task = DocsRetrieval.parse({"limit": limit} if limit else {})
     pairs = task.pairs()
     encoder = taut.vectors("minilm")
     queries, passages = (encoder.encode(pairs.column(side)) for side in (0, 1))
-    texts = data.hashed(data.paragraphs("python_docstrings").rows)[: 300 if given.quick else CALIBRATION]
+    texts = data.hashed(data.paragraphs("python_docstrings").rows)[: 300 if arguments.quick else CALIBRATION]
     known = encoder.encode([row[0] for row in texts])
 
-    count = 2_000 if given.quick else DOCUMENTS
+    count = 2_000 if arguments.quick else DOCUMENTS
     generator = torch.Generator().manual_seed(0)
     many = F.normalize(torch.randn(count, encoder.width, generator=generator), dim=1)
     asked = F.normalize(torch.randn(QUERIES, encoder.width, generator=generator), dim=1)
@@ -93,9 +93,9 @@ def main() -> int:
     speeds = {
         label: compare(
             {name: partial(index.search, some, DEPTH, **CASES[name].ask) for name, index in timed.items()},
-            repeats=3 if given.quick else 15,
+            repeats=3 if arguments.quick else 15,
             warmup=1,
-            threads=given.threads,
+            threads=arguments.threads,
         )
         for label, some in (("one", asked[:1]), ("many", asked))
     }
@@ -116,7 +116,7 @@ def main() -> int:
         }
         if name in timed:
             row |= {f"time, {label} / float": ratio(speed[name], speed["float"]) for label, speed in speeds.items()}
-        if case.most is not None and not given.quick:
+        if case.most is not None and not arguments.quick:
             row |= {"may lose": case.most, "holds": change.value >= -case.most}
         rows.append(row)
     fast = ratio(speeds["one"]["float"], speeds["one"]["binary, Hamming"])
@@ -125,10 +125,10 @@ def main() -> int:
     notes = (
         f"{facts}. Ranges, thresholds, codebooks and rotations are fitted on {len(texts)} docstring paragraphs, 'own' "
         f"on the passages. 'change': of the score itself; the interval says how sure it is. Time: the search for "
-        f"{DEPTH} among {count:,} random vectors, for 1 query and for {QUERIES}, {given.threads} thread(s), one run"
+        f"{DEPTH} among {count:,} random vectors, for 1 query and for {QUERIES}, {arguments.threads} thread(s), one run"
     )
-    passed = None if given.quick else faster and all(row.get("holds", True) for row in rows)
-    return record("sentence_vectors", CLAIM, rows, passed, notes, given.quick)
+    passed = None if arguments.quick else faster and all(row.get("holds", True) for row in rows)
+    return record("sentence_vectors", CLAIM, rows, passed, notes, arguments.quick)
 
 
 def found_reciprocals(index: Index, queries: Tensor, ask: dict[str, Any]) -> list[float]:

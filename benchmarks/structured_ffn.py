@@ -177,13 +177,13 @@ def promises(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def main() -> int:
-    given = options(CLAIM, repeats=21)
+    arguments = options(CLAIM, repeats=21)
     torch.manual_seed(0)
-    repeats = 6 if given.quick else given.repeats
-    rows = list(grid(given.quick, repeats))
+    repeats = 6 if arguments.quick else arguments.repeats
+    rows = list(grid(arguments.quick, repeats))
     rows += promises(rows)
-    rows += whole_models(given.quick, repeats)
-    return record("structured_ffn", CLAIM, rows, all(row.get("holds", True) for row in rows), NOTES, given.quick)
+    rows += whole_models(arguments.quick, repeats)
+    return record("structured_ffn", CLAIM, rows, all(row.get("holds", True) for row in rows), NOTES, arguments.quick)
 
 
 if __name__ == "__main__":

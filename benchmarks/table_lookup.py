@@ -87,16 +87,16 @@ def torchao_tables(dense: Tensor) -> dict[str, nn.Module]:
     return made
 
 
-def calls(tables: dict[str, nn.Module], given: Tensor) -> dict[str, Callable[[], Tensor]]:
-    return {name: lambda part=part: part(given) for name, part in tables.items()}
+def calls(tables: dict[str, nn.Module], ids: Tensor) -> dict[str, Callable[[], Tensor]]:
+    return {name: lambda part=part: part(ids) for name, part in tables.items()}
 
 
 @torch.inference_mode()
 def main() -> int:
-    given = options(CLAIM, repeats=30)
+    arguments = options(CLAIM, repeats=30)
     torch.manual_seed(0)
-    repeats = 6 if given.quick else given.repeats
-    device, cpu = given.device, given.device == "cpu"
+    repeats = 6 if arguments.quick else arguments.repeats
+    device, cpu = arguments.device, arguments.device == "cpu"
     rows = []
 
     def add(what: str, shape: str, tokens: int, cases: dict[str, Callable[[], Tensor]], promised: bool) -> None:
@@ -119,14 +119,14 @@ def main() -> int:
         with torch.inference_mode(False), torch.no_grad():
             peers = torchao_tables(torch.randn(*SHAPE))
         ours = tables | code_tables()
-        times = compare(calls(ours | peers, ids), repeats=6 if given.quick else 20, warmup=1, threads=1)
+        times = compare(calls(ours | peers, ids), repeats=6 if arguments.quick else 20, warmup=1, threads=1)
         fastest = min(peers, key=lambda name: times[name].median)
         for name in ours:
             where = {"what": f"lookup; for dense {fastest}", "table": "50000 x 768", "format": name}
             target = PEER if name in PROMISED or name.startswith("product") else None
             rows.append(against(times[fastest], times[name], target, **where, tokens=8192, threads=1))
 
-    for count, width in ((30_000, 384),) if given.quick else ((30_000, 384), (30_000, 768)):
+    for count, width in ((30_000, 384),) if arguments.quick else ((30_000, 384), (30_000, 768)):
         dense = torch.randn(count, width, device=device)
         tables = parts(dense)
         for tokens in (1, 64):
@@ -141,7 +141,13 @@ def main() -> int:
         "tied heads"
     )
     return record(
-        "table_lookup", CLAIM, rows, all(row.get("holds", True) for row in rows), notes, given.quick, given.device
+        "table_lookup",
+        CLAIM,
+        rows,
+        all(row.get("holds", True) for row in rows),
+        notes,
+        arguments.quick,
+        arguments.device,
     )
 
 

@@ -47,13 +47,13 @@ Shares = dict[str, tuple[float, ...]]
 
 
 def main() -> int:
-    given = options(CLAIM, seeds=3, steps=STEPS, only=0.0, done="")
-    seeds, steps = (1, 4) if given.quick else (given.seeds, given.steps)
-    limit = {"limit": 100} if given.quick else {}
+    arguments = options(CLAIM, seeds=3, steps=STEPS, only=0.0, done="")
+    seeds, steps = (1, 4) if arguments.quick else (arguments.seeds, arguments.steps)
+    limit = {"limit": 100} if arguments.quick else {}
     source = resolve("minilm")
     tokenizer = open_tokenizer(source)
     judges = [scored_pairs(name, split) for name, split in JUDGES.items()]
-    texts = calibration_texts("builtin" if given.quick else TEXT, judges)
+    texts = calibration_texts("builtin" if arguments.quick else TEXT, judges)
 
     def spearman(model: Any) -> Shares:
         found = {}
@@ -69,13 +69,13 @@ def main() -> int:
     ]
     for rate, (line, *within) in RATES.items():
         found: dict[str, list[Shares]] = {"as fitted": [], "healed": []}
-        if given.only not in (0.0, rate):
+        if arguments.only not in (0.0, rate):
             continue
         recipe = Recipe.parse({"embedding": line})
         step = make_plan(open_skeleton(source), recipe).steps[0]
         bits = 8 * step.cost.bytes / (step.site.rows * step.site.width)
         for seed in range(seeds):
-            with seen(given.done, f"{step.label} {steps} {seed}") as known:
+            with seen(arguments.done, f"{step.label} {steps} {seed}") as known:
                 if not known:
                     model, _ = compress(source, recipe, texts, seed=seed)
                     known["as fitted"] = spearman(model)
@@ -95,7 +95,7 @@ def main() -> int:
         f"'holds': the mean loss itself; the interval says how sure it is. {len(texts)} texts of {TEXT}, {steps} steps"
     )
     passed = all(row.get("holds", True) for row in rows)
-    return record("table_targets", CLAIM, rows, passed, notes, given.quick or given.only != 0.0)
+    return record("table_targets", CLAIM, rows, passed, notes, arguments.quick or arguments.only != 0.0)
 
 
 def compared(seeds: list[tuple[float, ...]], dense: tuple[float, ...]) -> dict[str, Any]:

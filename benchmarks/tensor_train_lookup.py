@@ -43,14 +43,14 @@ def theirs(rank: int, device: str) -> Callable[[Tensor], Tensor]:
 
 
 def main() -> int:
-    given = options(CLAIM, repeats=20)
+    arguments = options(CLAIM, repeats=20)
     torch.manual_seed(0)
-    repeats = 5 if given.quick else given.repeats
-    dense = torch.randn(ROWS, WIDTH, device=given.device)
-    tables = {f"rank {rank}": train(rank, given.device) for rank in RANKS}
-    lookups = tables | {"dense": lambda ids: F.embedding(ids, dense), "tltorch": theirs(PROMISED, given.device)}
+    repeats = 5 if arguments.quick else arguments.repeats
+    dense = torch.randn(ROWS, WIDTH, device=arguments.device)
+    tables = {f"rank {rank}": train(rank, arguments.device) for rank in RANKS}
+    lookups = tables | {"dense": lambda ids: F.embedding(ids, dense), "tltorch": theirs(PROMISED, arguments.device)}
     rows = []
-    for numbering, ids in zipf(ROWS, TOKENS, given.device).items():
+    for numbering, ids in zipf(ROWS, TOKENS, arguments.device).items():
         where = {"ids": numbering, "distinct": len(ids.unique())}
 
         def inference(table: Callable[[Tensor], Tensor], ids: Tensor = ids) -> Tensor:
@@ -58,12 +58,14 @@ def main() -> int:
                 return table(ids)
 
         cases = {name: lambda table=table: inference(table) for name, table in lookups.items()}
-        times = compare(cases, repeats=repeats, threads=1 if given.device == "cpu" else None, device=given.device)
+        times = compare(
+            cases, repeats=repeats, threads=1 if arguments.device == "cpu" else None, device=arguments.device
+        )
         for rank in RANKS:
-            target = 1 / TIME if rank == PROMISED and given.device == "cpu" else None
+            target = 1 / TIME if rank == PROMISED and arguments.device == "cpu" else None
             row = against(times["dense"], times[f"rank {rank}"], target, **where, rank=rank, against="dense")
             rows.append(row)
-        target = AGAINST_PEER if given.device == "cpu" else None
+        target = AGAINST_PEER if arguments.device == "cpu" else None
         rows.append(against(times["tltorch"], times["rank 16"], target, **where, rank=PROMISED, against="tltorch"))
 
     trained = dense.clone().requires_grad_()
@@ -75,7 +77,7 @@ def main() -> int:
     for rank in RANKS:
         table = tables[f"rank {rank}"]
         cases[f"rank {rank}"] = lambda table=table: learn(table, list(table.parameters()))
-    times = compare(cases, repeats=repeats, threads=1 if given.device == "cpu" else None, device=given.device)
+    times = compare(cases, repeats=repeats, threads=1 if arguments.device == "cpu" else None, device=arguments.device)
     for rank in RANKS:
         facts = {"ids": "shuffled", "rank": rank, "against": "dense, forward and backward"}
         rows.append(against(times["dense"], times[f"rank {rank}"], **facts))
@@ -90,8 +92,8 @@ def main() -> int:
         rows,
         all(row.get("holds", True) for row in rows),
         notes,
-        given.quick,
-        given.device,
+        arguments.quick,
+        arguments.device,
     )
 
 

@@ -197,10 +197,10 @@ def perplexity(steps: int, healing: int, lines: int) -> Iterator[dict[str, Any]]
 
 
 def main() -> int:
-    given = options(CLAIM, steps=2500, healing=500)
+    arguments = options(CLAIM, steps=2500, healing=500)
     torch.set_num_threads(1)
-    steps, healing, lines = (20, 5, 40) if given.quick else (given.steps, given.healing, 500)
-    rows = [*energy((16,) if given.quick else (16, 32, 64)), *perplexity(steps, healing, lines)]
+    steps, healing, lines = (20, 5, 40) if arguments.quick else (arguments.steps, arguments.healing, 500)
+    rows = [*energy((16,) if arguments.quick else (16, 32, 64)), *perplexity(steps, healing, lines)]
     # From scratch says nothing of what a compressed model keeps: the dense one has not converged after these steps.
     trains = [
         row for row in rows if "kept" in row and row["table"].startswith("train") and "scratch" not in row["table"]
@@ -213,7 +213,7 @@ def main() -> int:
         "ratio claimed, not BERT itself. After so few steps the dense model is far from converged, and a train started "
         "from scratch is ahead of it: those rows compare speeds of learning, not what is kept"
     )
-    return record("tensor_train_quality", CLAIM, rows, None, notes, given.quick)
+    return record("tensor_train_quality", CLAIM, rows, None, notes, arguments.quick)
 
 
 if __name__ == "__main__":

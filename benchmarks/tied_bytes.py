@@ -54,11 +54,11 @@ def file_bytes(model: PreTrainedModel) -> int:
 
 
 def main() -> int:
-    given = options(CLAIM)
+    arguments = options(CLAIM)
     batches = [{"input_ids": torch.randint(ROWS, (32, 128), generator=torch.Generator().manual_seed(0))}]
     dense_table, rows = ROWS * WIDTH * 4, []
     methods = [name for name in METHODS.ids("embedding") if issubclass(METHODS.get(name), PartMethod)]
-    for name in list(models())[: 1 if given.quick else None]:
+    for name in list(models())[: 1 if arguments.quick else None]:
         before = file_bytes(models()[name])
         for method in methods:
             short = method.partition(".")[2]
@@ -81,7 +81,7 @@ def main() -> int:
         f"tables of {ROWS} x {WIDTH}, keep = {KEEP}; bytes of the tensors in the files that save_pretrained writes. "
         "Unexplained: what the file shrank by less what the plan says of the table; a second copy would show"
     )
-    return record("tied_bytes", CLAIM, rows, all(row["holds"] for row in rows), notes, given.quick)
+    return record("tied_bytes", CLAIM, rows, all(row["holds"] for row in rows), notes, arguments.quick)
 
 
 if __name__ == "__main__":

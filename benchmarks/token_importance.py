@@ -166,14 +166,14 @@ def finite_differences(
 
 
 def main() -> int:
-    given = options(CLAIM, seeds=3)
-    seeds = range(1 if given.quick else given.seeds)
+    arguments = options(CLAIM, seeds=3)
+    seeds = range(1 if arguments.quick else arguments.seeds)
     source = resolve("minilm")
     model, tokenizer = open_model(source), open_tokenizer(source)
     site = next(site for site in locate(model).sites if isinstance(site, TableSite))
     needs = {site: frozenset({"frequency", "gradient", "sensitivity"})}
     texts = [text for text in data.calibration_texts("wikitext2:train") if len(text) > 80]
-    known, whole = [], 40_000 if given.quick else 300_000
+    known, whole = [], 40_000 if arguments.quick else 300_000
     for seed in seeds:
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
         text, size = [], 0
@@ -190,10 +190,10 @@ def main() -> int:
                 where = f"{what} of {name} with frequency, rows seen {least} times or more: Spearman"
                 rows.append({"what": where, "correlation": value})
 
-    batches = token_batches(tokenizer, text, model)[: 3 if given.quick else 10]
+    batches = token_batches(tokenizer, text, model)[: 3 if arguments.quick else 10]
     ids = torch.cat([batch["input_ids"] for batch in batches])
     own = calibrate(model, needs, batches, 0)[site.name]
-    predicted, risen = finite_differences(model, site, own, ids, 12 if given.quick else 40)
+    predicted, risen = finite_differences(model, site, own, ids, 12 if arguments.quick else 40)
     found = rank_correlation(predicted, risen)
     ratios = sorted(true / guess for guess, true in zip(predicted, risen, strict=True))
     how = f"{len(risen)} rows rounded to {BITS} bits one at a time, {ids.numel()} tokens"
@@ -214,7 +214,7 @@ def main() -> int:
         f"{len(seeds)} draws of {whole:,} characters of wikitext2:train; parts of speech by word lists and endings, "
         f"see the file. More significant? {answers}"
     )
-    return record("token_importance", CLAIM, rows, promise["holds"], notes, given.quick)
+    return record("token_importance", CLAIM, rows, promise["holds"], notes, arguments.quick)
 
 
 if __name__ == "__main__":

@@ -78,14 +78,14 @@ def rows(names: list[str], guided: bool, quick: bool, device: str, repeats: int)
 
 
 def main() -> int:
-    given = options(CLAIM, repeats=15, methods=",".join(MAPS))
-    names = [name for name in given.methods.split(",") if f"linear.{name}" in METHODS.ids("linear")]
-    repeats = 3 if given.quick else given.repeats
-    found = [*rows(names, False, given.quick, given.device, repeats)]
-    found += rows(names, True, given.quick, given.device, max(3, repeats // 3))
+    arguments = options(CLAIM, repeats=15, methods=",".join(MAPS))
+    names = [name for name in arguments.methods.split(",") if f"linear.{name}" in METHODS.ids("linear")]
+    repeats = 3 if arguments.quick else arguments.repeats
+    found = [*rows(names, False, arguments.quick, arguments.device, repeats)]
+    found += rows(names, True, arguments.quick, arguments.device, max(3, repeats // 3))
     notes = "linear maps of torch and fused AdamW on both sides; 'by FLOPs': the ratio that FLOPs alone would give"
     passed = all(row["holds"] for row in found if "holds" in row)
-    return record("training_step", CLAIM, found, passed, notes, given.quick, given.device)
+    return record("training_step", CLAIM, found, passed, notes, arguments.quick, arguments.device)
 
 
 if __name__ == "__main__":

@@ -40,29 +40,29 @@ def _backward(vectors: Tensor, direction: Tensor) -> Tensor:
 
 
 def main() -> int:
-    given = options(CLAIM, repeats=30)
+    arguments = options(CLAIM, repeats=30)
     torch.manual_seed(0)
-    repeats = 6 if given.quick else given.repeats
+    repeats = 6 if arguments.quick else arguments.repeats
     rows = []
 
     def add(what: str, shape: str, tokens: int, cases: dict[str, Callable[[], Tensor]], promised: bool) -> None:
-        for threads in (1, 2) if given.device == "cpu" else (1,):
-            times = compare(cases, repeats=repeats, threads=threads, device=given.device)
+        for threads in (1, 2) if arguments.device == "cpu" else (1,):
+            times = compare(cases, repeats=repeats, threads=threads, device=arguments.device)
             for name in TABLES:
                 where = {"what": what, "table": shape, "format": name, "tokens": tokens, "threads": threads}
                 target = 1 / TIME if promised and name in PROMISED and threads == 1 else None
                 rows.append(against(times["dense"], times[name], target, **where))
 
     count, width = 50_000, 768
-    dense = torch.randn(count, width, device=given.device)
-    tables = parts(count, width, given.device)
+    dense = torch.randn(count, width, device=arguments.device)
+    tables = parts(count, width, arguments.device)
     for tokens in (512, 8192):
-        ids = torch.randint(count, (tokens,), device=given.device)
+        ids = torch.randint(count, (tokens,), device=arguments.device)
         with torch.inference_mode():
             cases = {name: lambda part=part, ids=ids: part(ids) for name, part in tables.items()}
             cases["dense"] = lambda ids=ids: F.embedding(ids, dense)
             add("lookup", f"{count} x {width}", tokens, cases, tokens == 8192)
-    direction, learned = torch.randn(8192, width, device=given.device), dense.clone().requires_grad_()
+    direction, learned = torch.randn(8192, width, device=arguments.device), dense.clone().requires_grad_()
     for part in tables.values():
         part.unpack()
     # A dense table's gradient is as large as itself.
@@ -70,11 +70,11 @@ def main() -> int:
     cases["dense"] = lambda ids=ids: _backward(F.embedding(ids, learned), direction)
     add("lookup and backward", f"{count} x {width}", 8192, cases, False)
 
-    for count, width in ((30_000, 384),) if given.quick else ((30_000, 384), (50_000, 768)):
-        dense = torch.randn(count, width, device=given.device)
-        tables = parts(count, width, given.device)
+    for count, width in ((30_000, 384),) if arguments.quick else ((30_000, 384), (50_000, 768)):
+        dense = torch.randn(count, width, device=arguments.device)
+        tables = parts(count, width, arguments.device)
         for tokens in (1, 16, 64, 256):
-            hidden = torch.randn(tokens, width, device=given.device)
+            hidden = torch.randn(tokens, width, device=arguments.device)
             with torch.inference_mode():
                 cases = {name: lambda part=part, hidden=hidden: part.logits(hidden) for name, part in tables.items()}
                 cases["dense"] = lambda hidden=hidden, dense=dense: F.linear(hidden, dense)
@@ -82,7 +82,7 @@ def main() -> int:
 
     notes = "'holds': the whole 95 % interval is at or above 1 / 1.5. Lengths kept apart. No promise for the other rows"
     passed = all(row.get("holds", True) for row in rows)
-    return record("vector_code_lookup", CLAIM, rows, passed, notes, given.quick, given.device)
+    return record("vector_code_lookup", CLAIM, rows, passed, notes, arguments.quick, arguments.device)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,13 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
 
 
 def main() -> int:
-    given = options(CLAIM)
+    arguments = options(CLAIM)
     source = resolve("minilm")
     tokenizer = open_tokenizer(source)
-    texts = calibration_texts("builtin" if given.quick else TEXT, [scored_pairs("stsb"), scored_pairs("stsb", "train")])
-    limit = {"limit": 200} if given.quick else {}
+    texts = calibration_texts(
+        "builtin" if arguments.quick else TEXT, [scored_pairs("stsb"), scored_pairs("stsb", "train")]
+    )
+    limit = {"limit": 200} if arguments.quick else {}
 
     def spearman(model: Any) -> Quantity:
         return taut.evaluate(model, "sts", tokenizer=tokenizer, **limit)[0].quantity
@@ -46,7 +48,7 @@ def main() -> int:
     dense, size = spearman(taut.load("minilm")), folder_bytes(source.folder).total
     rows: list[dict[str, Any]] = [{"model": "dense", "file bytes": size, "spearman": dense.value}]
     for label, (table, maps, promised) in RECIPES.items():
-        if given.quick and not promised:
+        if arguments.quick and not promised:
             continue
         recipe = {"embedding": table, "projection": maps, "feedforward": maps}
         model, _ = compress(source, Recipe.parse(recipe), texts)
@@ -61,7 +63,7 @@ def main() -> int:
             row["holds"] = size / small >= SMALLER and dense.value - found.value <= LOSS
         rows.append(row)
     notes = f"maps: projection and feed-forward, all layers. Calibration: {len(texts)} texts of {TEXT}; one run"
-    return record("whole_model", CLAIM, rows, all(row.get("holds", True) for row in rows), notes, given.quick)
+    return record("whole_model", CLAIM, rows, all(row.get("holds", True) for row in rows), notes, arguments.quick)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ class Block:
 
 
 def blocks(path: Path) -> list[Block]:
-    found = FENCE.finditer(path.read_text(encoding="utf-8"))
-    return [Block(match["language"], match["text"], match["mark"] or "") for match in found]
+    matches = FENCE.finditer(path.read_text(encoding="utf-8"))
+    return [Block(match["language"], match["text"], match["mark"] or "") for match in matches]
 
 
 def files(path: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ def spec(name: str = "dense", recipe: dict[str, Any] | None = None, **fields: An
 
 
 def record(
-    trial: TrialSpec | None = None, loss: float = 0.0, size: float = 90.9e6, time: float = 1.0, **found: Any
+    trial: TrialSpec | None = None, loss: float = 0.0, size: float = 90.9e6, time: float = 1.0, **rest: Any
 ) -> Record:
     """A finished trial with 120 items, ``loss`` lower on average than dense, and 20 interleaved timings."""
     trial = trial or spec()
@@ -54,7 +54,7 @@ def record(
         baselines={"random": 0.012, "word overlap": 0.43},
         data=DATA,
     )
-    found = {"scores": (score,), "costs": costs, "started": "2026-01-01T00:00:00", "seconds": 3.0} | found
+    rest = {"scores": (score,), "costs": costs, "started": "2026-01-01T00:00:00", "seconds": 3.0} | rest
     slots = {
         "embedding": 46_900_000,
         "projection": 14_200_000,
@@ -64,11 +64,11 @@ def record(
         "other": 1_400_000,
     }
     shrink = (size - 1_400_000) / 89_500_000
-    found.setdefault("bytes_per_slot", {slot: int(n * shrink) if slot != "other" else n for slot, n in slots.items()})
-    found.setdefault(
+    rest.setdefault("bytes_per_slot", {slot: int(n * shrink) if slot != "other" else n for slot, n in slots.items()})
+    rest.setdefault(
         "environment", {"processor": "a processor", "threads": 2, "packages": {"torch": "2.13.0", "taut": "0.1.0"}}
     )
-    return trial.record("done", **found)
+    return trial.record("done", **rest)
 
 
 def quickstart() -> list[Record]:
@@ -93,12 +93,12 @@ def quickstart() -> list[Record]:
         ("local attention", {"attention": {"method": "local_global", "window": 64}}, 0.004, 90.9, 1.21),
         ("all int8", dict.fromkeys(("embedding", "projection", "feedforward"), low_bit), 0.004, 24.0, 0.56),
     ]
-    found = []
+    records = []
     for number, (name, recipe, loss, megabytes, time) in enumerate(recipes):
         started = f"2026-01-01T00:00:{number:02d}"
-        found.append(record(spec(name, recipe), loss, megabytes * 1e6, time, started=started))
+        records.append(record(spec(name, recipe), loss, megabytes * 1e6, time, started=started))
     fails = spec("cache on an encoder", {"memory": {"method": "window_sink"}}, expect="failed")
-    found.append(
+    records.append(
         fails.record("failed", reason="memory: no site: an encoder keeps no cache", started="2026-01-01T00:01:00")
     )
-    return found
+    return records

@@ -1,4 +1,4 @@
-"""What the tests of the sandbox run in a fresh process: JSON in, JSON out, and nothing heavy to import."""
+"""What the tests of the sandbox run in a new process: JSON in, JSON out, and nothing heavy to import."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def sleep(seconds: float, marker: str) -> dict:
 
 
 def fill(mebibytes: int) -> dict:
-    """The bytes that a block needs which fills so much memory."""
+    """The bytes that a block needs when it fills this much memory."""
     import torch
 
     from taut.measurement import memory

@@ -55,7 +55,7 @@ def visible(i: int, knobs) -> tuple[list[int], list[int]]:
 def slow_reference(
     model: PreTrainedModel, method: Compressive, ids: Tensor, compressor: Compressor | None = None
 ) -> Tensor:
-    """Logits of a pass without any cache of ours. A store rounds what comes in, and once more what is made of it."""
+    """Logits of a pass without a cache of taut's. A store rounds what comes in, and rounds what is made of it again."""
     knobs, pool = method.knobs, SLOW[method.knobs.pool]
 
     def stored(states: Tensor) -> Tensor:
@@ -68,13 +68,13 @@ def slow_reference(
         key, value = stored(key), stored(value)
         weights = (None, None)
         if compressor is not None:
-            weights = tuple(each[module.layer_idx].weight for each in (compressor.keys, compressor.values))
+            weights = tuple(pools[module.layer_idx].weight for pools in (compressor.keys, compressor.values))
         for i in range(query.shape[2]):
             groups, tokens = visible(i, knobs)
             seen = []
             for held, weight in zip((key, value), weights, strict=True):
                 whole = [held[:, :, g * knobs.rate : (g + 1) * knobs.rate] for g in groups]
-                pooled = [stored(pool(each, weight)[:, :, None])[:, :, 0] for each in whole]
+                pooled = [stored(pool(group, weight)[:, :, None])[:, :, 0] for group in whole]
                 entries = torch.stack([*pooled, *(held[:, :, j] for j in tokens)], 2)
                 seen.append(entries.repeat_interleave(share, 1))
             scores = torch.einsum("bhk,bhsk->bhs", query[:, :, i], seen[0]) * scaling

@@ -49,7 +49,7 @@ class Evicting:
         held: list[int] = []
         worth = dict.fromkeys(range(len(key)), 0.0)
         if self.score == "norm":
-            worth = {place: -float(each.norm().bfloat16()) for place, each in enumerate(key)}
+            worth = {place: -float(vector.norm().bfloat16()) for place, vector in enumerate(key)}
         for stop, count in zip(accumulate(self.chunks), self.chunks, strict=True):
             for place in range(stop - count, stop):
                 held.append(place)
@@ -84,7 +84,7 @@ def slowly(model: PreTrainedModel, rule: Rule, store: Store | None = None) -> It
         return reference(query, key, value, allowed, scaling=scaling, position_bias=options.get("position_bias")), None
 
     AttentionInterface.register("slow", attention)
-    AttentionMaskInterface.register("slow", lambda **given: None)
+    AttentionMaskInterface.register("slow", lambda **options: None)
     before = model.config._attn_implementation
     model.set_attn_implementation("slow")
     yield

@@ -168,7 +168,7 @@ def test_a_copy_and_a_loaded_table_use_their_own_map():
     assert not torch.equal(before, part.merged())
 
 
-def test_loosened_parts_compute_what_tightening_stores_and_can_be_trained():
+def test_unpacked_parts_compute_what_repacking_stores_and_can_be_trained():
     weight = matrix(60, 16)
     part = fitted(adaptive(weighting=1, store={"bits": 4, "group": 4}), table(), weight, counts())
     shapes = {name: (one.shape, one.dtype) for name, one in part.state_dict().items()}

@@ -75,8 +75,8 @@ def test_marks_are_the_slow_rule_wherever_the_text_is_cut(name: str) -> None:
     for seed in range(20):
         ids = torch.randint(97, (3, 30), generator=torch.Generator().manual_seed(seed))
         seen = mask_of(METHODS[name], ids)
-        given = anchoring.ids, anchoring.longest, anchoring.source_ends
-        assert seen.tolist() == [slow_mask(row, *given) for row in ids.tolist()]
+        rule = anchoring.ids, anchoring.longest, anchoring.source_ends
+        assert seen.tolist() == [slow_mask(row, *rule) for row in ids.tolist()]
         before, pieces = anchoring.start(incoming(ids)), []
         for piece in ids.split([1, 4, 7, 2, 16], 1):
             marks, before = anchoring.marks(incoming(piece), before)
@@ -161,7 +161,7 @@ def test_what_passes_from_segment_to_segment_passes_through_anchors() -> None:
         model = tiny("llama", dtype=torch.float64)
         model.model.layers = model.model.layers[:layers]
         install(model, BY_IDS)
-        one, two = (logits(model, input_ids=each, use_cache=False)[0] for each in (ids, other))
+        one, two = (logits(model, input_ids=tokens, use_cache=False)[0] for tokens in (ids, other))
         later = [4, 5, 7, 8]
         assert torch.equal(one[later], two[later]) != reaches
         assert torch.equal(one[6], two[6])
@@ -224,9 +224,9 @@ def test_strings_are_looked_up() -> None:
     assert method.knobs == Anchor.parse({"anchors": "punctuation"}).knobs
     with pytest.raises(TautError, match="need a tokenizer"):
         method.cache(2)
-    known = method.with_tokenizer(lambda: tokenizer)
-    assert {tokenizer.decode([index]).strip() for index in known.knobs.ids} == {".", "!", "?"}
-    assert known.with_tokenizer(lambda: tokenizer).knobs == known.knobs
+    anchor = method.with_tokenizer(lambda: tokenizer)
+    assert {tokenizer.decode([index]).strip() for index in anchor.knobs.ids} == {".", "!", "?"}
+    assert anchor.with_tokenizer(lambda: tokenizer).knobs == anchor.knobs
     with pytest.raises(TautError, match="'zyzzyva' is not one token of this tokenizer but '"):
         Anchor.parse({"anchors": "zyzzyva"}).with_tokenizer(lambda: tokenizer)
 

@@ -36,8 +36,8 @@ def metaspace(prepend: bool = False) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("make", [tiny_tokenizer, metaspace])
-def test_the_token_stands_behind_every_sentence_and_nowhere_else(make_plan, tmp_path: Path) -> None:
-    before = make_plan()
+def test_the_token_stands_behind_every_sentence_and_nowhere_else(make, tmp_path: Path) -> None:
+    before = make()
     after = add_anchor_token(tiny("llama", vocab_size=SIZE), before, "<a>", (".", "!", "?"))
     after.save_pretrained(tmp_path)
     for tokenizer in (after, AutoTokenizer.from_pretrained(tmp_path)):
@@ -94,10 +94,10 @@ def test_the_folder_is_a_model_with_anchors(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input(change: dict, words: str) -> None:
-    given = {"token": "<a>", "after": (".",), "start": "mean", **change}
+    arguments = {"token": "<a>", "after": (".",), "start": "mean", **change}
     model = tiny("llama", vocab_size=SIZE)
     with pytest.raises(TautError, match=words):
-        add_anchor_token(model, tiny_tokenizer(), **given)
+        add_anchor_token(model, tiny_tokenizer(), **arguments)
     assert model.get_input_embeddings().num_embeddings == SIZE
 
 
@@ -106,7 +106,7 @@ def test_a_tokenizer_that_would_rewrite_the_token_is_refused() -> None:
         add_anchor_token(tiny("llama", vocab_size=SIZE), metaspace(prepend=True), "<a>", ".")
 
 
-def test_a_tightened_table_cannot_grow() -> None:
+def test_a_compressed_table_cannot_grow() -> None:
     model = taut.apply(tiny("llama", vocab_size=SIZE), {"embedding": {"method": "low_bit"}})
     with pytest.raises(TautError, match="cannot grow"):
         add_anchor_token(model, tiny_tokenizer(), "<a>", ".")

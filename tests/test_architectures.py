@@ -166,11 +166,11 @@ def test_attention_sites_are_the_modules_handed_to_the_attention_function(family
 def test_an_attention_site_is_causal_when_the_future_does_not_matter(family):
     """Change the last token: earlier outputs of a stack stay the same exactly when its attention is causal."""
     model = tiny.tiny(family, head="base")
-    given = tiny.inputs(model)
-    changed = {name: ids.clone() for name, ids in given.items()}
+    batch = tiny.inputs(model)
+    changed = {name: ids.clone() for name, ids in batch.items()}
     last = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     changed[last][:, -1] = (changed[last][:, -1] + 1) % 90 + 5
-    moved = (tiny.logits(model, **given) - tiny.logits(model, **changed))[:, :-1].abs().max().item()
+    moved = (tiny.logits(model, **batch) - tiny.logits(model, **changed))[:, :-1].abs().max().item()
     stack = "decoder" if model.config.is_encoder_decoder else ""
     causal = {site.causal for site in of_kind(locate(model), AttentionSite) if site.stack == stack}
     assert causal == {moved < 1e-5}
@@ -191,9 +191,9 @@ def test_the_memory_site_counts_what_the_cache_holds(family):
     site = locate(model).site("memory")
     asked = inspect.signature(model.get_submodule(site.path).forward).parameters
     assert {"past_key_values", "use_cache"} <= asked.keys()
-    given = tiny.inputs(model, batch=1, length=6)
+    batch = tiny.inputs(model, batch=1, length=6)
     with torch.no_grad():
-        cache = model(**given, use_cache=True).past_key_values
+        cache = model(**batch, use_cache=True).past_key_values
     layers = (cache.self_attention_cache if model.config.is_encoder_decoder else cache).layers
     held = sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
     assert held == 6 * site.entry_bytes
@@ -328,14 +328,14 @@ def test_an_unknown_family_is_probed(model_type):
 def test_the_probe_finds_what_the_table_says(family, monkeypatch):
     """On known families, the probe and the hand-written row must agree about everything but the name."""
     model = tiny.tiny(family, device="meta")
-    known = locate(model)
+    expected = locate(model)
     monkeypatch.setattr("taut.architectures.locate.FAMILIES", {})
     probed = locate(model)
     assert probed.family.startswith("probed:")
-    assert [site.path for site in probed.sites] == [site.path for site in known.sites]
-    assert [site.name for site in probed.sites] == [site.name for site in known.sites]
+    assert [site.path for site in probed.sites] == [site.path for site in expected.sites]
+    assert [site.name for site in probed.sites] == [site.name for site in expected.sites]
     if family != "roberta":  # its two reserved positions are not visible in the modules
-        assert probed.sites == known.sites
+        assert probed.sites == expected.sites
 
 
 @pytest.mark.parametrize(

@@ -202,8 +202,8 @@ def test_inputs_that_say_nothing_give_the_plain_fit():
     weight = matrix(10, 12)
     plain = torch.cat([outer @ inner for outer, inner in block_factors(weight, [2, 3])], dim=1)
     for says_nothing in (torch.eye(12, dtype=torch.float64), torch.zeros(12, 12)):
-        found = torch.cat([u @ v for u, v in block_factors_for(weight, says_nothing, [2, 3], DAMPING)], dim=1)
-        torch.testing.assert_close(found, plain, rtol=0, atol=1e-7)
+        fit = torch.cat([u @ v for u, v in block_factors_for(weight, says_nothing, [2, 3], DAMPING)], dim=1)
+        torch.testing.assert_close(fit, plain, rtol=0, atol=1e-7)
 
 
 def test_a_gram_matrix_that_rounding_made_indefinite_is_damped_until_it_is_not():
@@ -220,8 +220,8 @@ def test_no_turn_of_the_fit_raises_the_error(monkeypatch):
     weight, seen, errors = matrix(16, 24), gram(24), []
     for sweeps in range(6):
         monkeypatch.setattr("taut.ops.factors.block_fit.SWEEPS", sweeps)
-        found = torch.cat([u @ v for u, v in block_factors_for(weight, seen, [2, 2, 2], DAMPING)], dim=1)
-        errors.append(torch.trace((weight - found) @ damped(seen, DAMPING) @ (weight - found).T).item())
+        fit = torch.cat([u @ v for u, v in block_factors_for(weight, seen, [2, 2, 2], DAMPING)], dim=1)
+        errors.append(torch.trace((weight - fit) @ damped(seen, DAMPING) @ (weight - fit).T).item())
     assert all(after <= before * (1 + 1e-9) for before, after in pairwise(errors))
     assert errors[-1] < 0.7 * errors[0]
 
@@ -241,13 +241,13 @@ def test_the_kernel_computes_its_formula_in_any_layout(interleaved, feature_majo
 
 @pytest.mark.parametrize(("interleaved", "feature_major", "tokens"), product([False, True], [False, True], [1, 3, 33]))
 def test_the_gradients_of_the_kernel_agree_with_finite_differences(interleaved, feature_major, tokens):
-    given = tuple(one.requires_grad_() for one in (matrix(tokens, 8), matrix(2, 4, 3, seed=1), matrix(6, seed=2)))
+    tensors = tuple(one.requires_grad_() for one in (matrix(tokens, 8), matrix(2, 4, 3, seed=1), matrix(6, seed=2)))
 
     def kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return block_product(x, weight, bias, interleaved=interleaved, feature_major=feature_major)
 
-    assert torch.autograd.gradcheck(kernel, given)
-    assert torch.autograd.gradgradcheck(kernel, given)
+    assert torch.autograd.gradcheck(kernel, tensors)
+    assert torch.autograd.gradgradcheck(kernel, tensors)
 
 
 def test_a_gradient_lies_in_memory_as_its_input_does():
@@ -262,8 +262,8 @@ def test_a_gradient_lies_in_memory_as_its_input_does():
 def test_gradients_of_a_part_are_those_of_its_merged_map(method, knobs):
     part, x = built(method, knobs, line(12, 24)), matrix(2, 3, 24, seed=6).requires_grad_()
     wanted = torch.autograd.grad(F.linear(x, part.merged(), part.bias).square().sum(), [x, *part.parameters()])
-    found = torch.autograd.grad(part(x).square().sum(), [x, *part.parameters()])
-    for one, other in zip(found, wanted, strict=True):
+    gradients = torch.autograd.grad(part(x).square().sum(), [x, *part.parameters()])
+    for one, other in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
@@ -277,9 +277,9 @@ def test_compiled_is_eager(method, knobs, backend):
         x = matrix(2, tokens, 12, seed=tokens).requires_grad_()
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), block(x), rtol=0, atol=1e-12)
-        found = torch.autograd.grad(compiled(x).square().sum(), [x, *block.parameters()])
+        gradients = torch.autograd.grad(compiled(x).square().sum(), [x, *block.parameters()])
         wanted = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
-        for one, other in zip(found, wanted, strict=True):
+        for one, other in zip(gradients, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 

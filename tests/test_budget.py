@@ -54,9 +54,9 @@ def test_the_published_sizes_and_flops(numbers, size: int, feedforward: int, flo
 )
 def test_the_published_guided_shares(name: str, numbers, share: float) -> None:
     decoder = SIZES[name]
-    found = decoder.guided_share(numbers)
-    assert round(found, 2) == share
-    guided = decoder.training_flops(1 + found, numbers) + found * decoder.guide_flops(1) / 2
+    guided_share = decoder.guided_share(numbers)
+    assert round(guided_share, 2) == share
+    guided = decoder.training_flops(1 + guided_share, numbers) + guided_share * decoder.guide_flops(1) / 2
     assert guided == pytest.approx(decoder.training_flops(1), rel=1e-12)
 
 
@@ -90,8 +90,8 @@ def test_budgets_buy_whole_steps() -> None:
         spec = TrainSpec.load(
             SMALL | {"length": 10, "batch": 2, "budget": budget, "guide": guide, "recipe": LOW_RANK} | more
         )
-        found = plan_course(spec, costs)
-        return found.total, found.guided
+        course = plan_course(spec, costs)
+        return course.total, course.guided
 
     assert total({"steps": 7}) == (7, 0)
     assert total({"tokens": 79}) == (3, 0)
@@ -107,7 +107,7 @@ def test_budgets_buy_whole_steps() -> None:
         total({"tokens": 19})
     with pytest.raises(TautError, match="guides no step"):
         total({"steps": 3}, {"share": 0.1})
-    with pytest.raises(TautError, match="outlast the training"):
+    with pytest.raises(TautError, match="a share is at most 1"):
         plan_course(
             TrainSpec.load(SMALL | {"guide": {"mode": "matched_flops"}, "recipe": LOW_RANK}), Costs(10.0, 100.0, 90.0)
         )

@@ -56,11 +56,11 @@ def test_counts_need_no_pass_and_know_padding_and_decoders():
     site = site_of(model)
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    found = calibrate(model, {site: frozenset({"frequency"})}, batches, seed=7)[site.name]
-    assert torch.equal(found.frequency, expected)
-    assert found.seed == 7
+    calibration = calibrate(model, {site: frozenset({"frequency"})}, batches, seed=7)[site.name]
+    assert torch.equal(calibration.frequency, expected)
+    assert calibration.seed == 7
     assert not calls
-    assert found.gradient is found.sensitivity is found.metric is found.gram is None
+    assert calibration.gradient is calibration.sensitivity is calibration.metric is calibration.gram is None
     batches[0]["input_ids"][0, 0] = VOCABULARY
     with pytest.raises(TautError, match="token id 96; embedding has ids 0 to 95"):
         calibrate(model, {site: frozenset({"frequency"})}, batches)
@@ -69,75 +69,75 @@ def test_counts_need_no_pass_and_know_padding_and_decoders():
 def test_without_text_there_is_the_seed_alone():
     model = tiny("bert")
     sites = {site: EVERYTHING for site in locate(model).sites if isinstance(site, TableSite | LinearSite)}
-    for known in calibrate(model, sites, [], seed=3).values():
-        assert known == Calibration(seed=3)
+    for calibration in calibrate(model, sites, [], seed=3).values():
+        assert calibration == Calibration(seed=3)
 
 
 def test_input_side_of_an_untied_decoder_is_plain_autograd():
     model = tiny("llama_untied", dtype=torch.float64)
-    given = inputs(model, batch=3, length=9)
-    found = statistics(model, [given])
-    vectors = model.get_input_embeddings()(given["input_ids"]).detach().requires_grad_()
-    logits = model(inputs_embeds=vectors, attention_mask=given["attention_mask"])["logits"]
-    labels = given["input_ids"][:, 1:]
+    batch = inputs(model, batch=3, length=9)
+    calibration = statistics(model, [batch])
+    vectors = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    logits = model(inputs_embeds=vectors, attention_mask=batch["attention_mask"])["logits"]
+    labels = batch["input_ids"][:, 1:]
     F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum").backward()
-    rows, ids = vectors.grad.flatten(0, 1), given["input_ids"].flatten()
+    rows, ids = vectors.grad.flatten(0, 1), batch["input_ids"].flatten()
     squares = torch.zeros(VOCABULARY, dtype=torch.float64).index_add(0, ids, rows.square().sum(1))
     norms = torch.zeros(VOCABULARY, dtype=torch.float64).index_add(0, ids, rows.norm(dim=1))
-    torch.testing.assert_close(found.sensitivity, squares / 32, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.gradient, norms, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(calibration.sensitivity, squares / 32, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(calibration.gradient, norms, rtol=1e-5, atol=1e-6)
     # The last position of each sequence predicts nothing.
-    torch.testing.assert_close(found.metric, rows.T @ rows / 24, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.frequency, torch.bincount(ids, minlength=VOCABULARY).double())
+    torch.testing.assert_close(calibration.metric, rows.T @ rows / 24, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(calibration.frequency, torch.bincount(ids, minlength=VOCABULARY).double())
 
 
 def test_a_tied_head_adds_its_share_position_by_position():
     model = tiny("gpt2", dtype=torch.float64)
-    given = inputs(model, batch=2, length=7)
-    found = statistics(model, [given])
-    vectors = model.get_input_embeddings()(given["input_ids"]).detach().requires_grad_()
-    output = model(inputs_embeds=vectors, attention_mask=given["attention_mask"], output_hidden_states=True)
-    hidden, labels = output["hidden_states"][-1][:, :-1].flatten(0, 1), given["input_ids"][:, 1:].flatten()
+    batch = inputs(model, batch=2, length=7)
+    calibration = statistics(model, [batch])
+    vectors = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    output = model(inputs_embeds=vectors, attention_mask=batch["attention_mask"], output_hidden_states=True)
+    hidden, labels = output["hidden_states"][-1][:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten()
     slopes = output["logits"][:, :-1].flatten(0, 1).softmax(-1) - F.one_hot(labels, VOCABULARY)
-    each = slopes[:, :, None] * hidden[:, None, :]
+    gradients = slopes[:, :, None] * hidden[:, None, :]
     F.cross_entropy(output["logits"][:, :-1].flatten(0, 1), labels, reduction="sum").backward()
     rows = vectors.grad.flatten(0, 1)
     squares = torch.zeros(VOCABULARY, dtype=torch.float64).index_add(
-        0, given["input_ids"].flatten(), rows.square().sum(1)
+        0, batch["input_ids"].flatten(), rows.square().sum(1)
     )
-    expected = (squares + each.square().sum((0, 2))) / 32
-    torch.testing.assert_close(found.sensitivity, expected, rtol=1e-5, atol=1e-8)
-    flat = each.flatten(0, 1)
-    torch.testing.assert_close(found.metric, (rows.T @ rows + flat.T @ flat) / 12, rtol=1e-5, atol=1e-7)
+    expected = (squares + gradients.square().sum((0, 2))) / 32
+    torch.testing.assert_close(calibration.sensitivity, expected, rtol=1e-5, atol=1e-8)
+    flat = gradients.flatten(0, 1)
+    torch.testing.assert_close(calibration.metric, (rows.T @ rows + flat.T @ flat) / 12, rtol=1e-5, atol=1e-7)
 
 
 def test_a_scaled_lookup_counts_the_stored_row():
     """Gemma multiplies what it looks up: an error of the stored row arrives that much larger."""
     model = tiny("gemma", dtype=torch.float64, tie_word_embeddings=False)
-    given = inputs(model, batch=2, length=8)
-    found = statistics(model, [given])
+    batch = inputs(model, batch=2, length=8)
+    calibration = statistics(model, [batch])
     table = model.get_input_embeddings().weight
-    logits = model(**given)["logits"][:, :-1].flatten(0, 1)
+    logits = model(**batch)["logits"][:, :-1].flatten(0, 1)
     (gradient,) = torch.autograd.grad(
-        F.cross_entropy(logits, given["input_ids"][:, 1:].flatten(), reduction="sum"), table
+        F.cross_entropy(logits, batch["input_ids"][:, 1:].flatten(), reduction="sum"), table
     )
-    once = (torch.bincount(given["input_ids"].flatten(), minlength=VOCABULARY) == 1).nonzero()[:, 0]
+    once = (torch.bincount(batch["input_ids"].flatten(), minlength=VOCABULARY) == 1).nonzero()[:, 0]
     assert len(once) > 3
-    torch.testing.assert_close(found.sensitivity[once], gradient[once].square().sum(1) / 32, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(calibration.sensitivity[once], gradient[once].square().sum(1) / 32, rtol=1e-5, atol=1e-6)
 
 
 def test_without_a_head_random_signs_give_the_gauss_newton_matrix():
     model = tiny("bert", head="base", dtype=torch.float64)
-    given = {"input_ids": torch.tensor([[7, 8, 9, 7]])}
-    vectors = model.get_input_embeddings()(given["input_ids"]).detach()
+    batch = {"input_ids": torch.tensor([[7, 8, 9, 7]])}
+    vectors = model.get_input_embeddings()(batch["input_ids"]).detach()
 
     def states(vectors: Tensor) -> Tensor:
         return model(inputs_embeds=vectors)[0]
 
     jacobian = torch.autograd.functional.jacobian(states, vectors).reshape(4 * 32, 4, 32)
     exact = torch.zeros(VOCABULARY, dtype=torch.float64)
-    exact.index_add_(0, given["input_ids"][0], jacobian.square().sum((0, 2)) / 32)
-    drawn = torch.stack([statistics(model, [given], seed=seed).sensitivity for seed in range(150)])
+    exact.index_add_(0, batch["input_ids"][0], jacobian.square().sum((0, 2)) / 32)
+    drawn = torch.stack([statistics(model, [batch], seed=seed).sensitivity for seed in range(150)])
     # Four standard errors of the mean of the draws.
     assert ((drawn.mean(0) - exact).abs() <= 4 * drawn.std(0) / 150**0.5 + 1e-12).all()
     torch.testing.assert_close(drawn.mean(0), exact, rtol=0.15, atol=1e-9)
@@ -146,15 +146,15 @@ def test_without_a_head_random_signs_give_the_gauss_newton_matrix():
 def test_predicted_loss_ranks_the_true_rise_of_rounded_rows():
     model = tiny("bert", head="base", dtype=torch.float64)
     text = zipf(model, 12, 24)
-    found = statistics(model, [text])
+    calibration = statistics(model, [text])
     table = model.get_input_embeddings().weight
     layout = RowFormat(3, 32, 32)
     with torch.no_grad():
         before, rounded = model(**text)[0], unpack(pack(table, layout), layout).double()
         predicted, risen = [], []
-        for row in found.frequency.nonzero()[:, 0].tolist():
+        for row in calibration.frequency.nonzero()[:, 0].tolist():
             kept = table[row].clone()
-            predicted.append(float(found.sensitivity[row] * (rounded[row] - kept).square().sum() / 2))
+            predicted.append(float(calibration.sensitivity[row] * (rounded[row] - kept).square().sum() / 2))
             table[row] = rounded[row]
             risen.append(float((model(**text)[0] - before).square().sum() / 2))
             table[row] = kept
@@ -168,22 +168,22 @@ def test_predicted_loss_ranks_the_true_rise_of_rounded_rows():
 @pytest.mark.parametrize("head", ["default", "base"])
 def test_every_family_gives_statistics_that_padding_and_batching_do_not_change(family, head):
     model = tiny(family, head=head)
-    given = padded_inputs(model, batch=3, length=14)
-    found = statistics(model, [given])
-    other = {name: tensor.clone() for name, tensor in given.items()}
-    other["input_ids"][given["attention_mask"] == 0] = 50
-    assert_same(statistics(model, [other]), found)
+    batch = padded_inputs(model, batch=3, length=14)
+    calibration = statistics(model, [batch])
+    other = {name: tensor.clone() for name, tensor in batch.items()}
+    other["input_ids"][batch["attention_mask"] == 0] = 50
+    assert_same(statistics(model, [other]), calibration)
     if head == "default":
-        alone = [{name: tensor[row : row + 1] for name, tensor in given.items()} for row in range(3)]
-        assert_same(statistics(model, alone), found, rtol=1e-4)
+        alone = [{name: tensor[row : row + 1] for name, tensor in batch.items()} for row in range(3)]
+        assert_same(statistics(model, alone), calibration, rtol=1e-4)
     seen = torch.zeros(VOCABULARY, dtype=torch.bool)
-    seen[given["input_ids"][given["attention_mask"].bool()]] = True
-    if "decoder_input_ids" in given:
-        seen[given["decoder_input_ids"]] = True
-    assert not found.gradient[~seen].any()
-    assert (found.sensitivity[~seen] > 0).any() == bool(site_of(model).heads)
-    assert found.gradient[seen].count_nonzero() >= seen.sum() - 3
-    assert_same(statistics(model, [given]), found, rtol=0)
+    seen[batch["input_ids"][batch["attention_mask"].bool()]] = True
+    if "decoder_input_ids" in batch:
+        seen[batch["decoder_input_ids"]] = True
+    assert not calibration.gradient[~seen].any()
+    assert (calibration.sensitivity[~seen] > 0).any() == bool(site_of(model).heads)
+    assert calibration.gradient[seen].count_nonzero() >= seen.sum() - 3
+    assert_same(statistics(model, [batch]), calibration, rtol=0)
 
 
 def test_masked_models_that_name_their_mask_predict_a_share_of_the_tokens():
@@ -200,10 +200,10 @@ def test_masked_models_that_name_their_mask_predict_a_share_of_the_tokens():
 
 def test_a_classifier_counts_by_its_own_output():
     model = tiny("bert", head="BertForSequenceClassification")
-    given = padded_inputs(model) | {"labels": torch.tensor([0, 1])}
-    found = statistics(model, [given])
-    assert found.gradient[given["input_ids"][0]].min() > 0
-    assert found.gradient[model.config.pad_token_id] == 0
+    batch = padded_inputs(model) | {"labels": torch.tensor([0, 1])}
+    calibration = statistics(model, [batch])
+    assert calibration.gradient[batch["input_ids"][0]].min() > 0
+    assert calibration.gradient[model.config.pad_token_id] == 0
 
 
 def test_of_a_long_text_evenly_spaced_batches_stand_for_all():
@@ -243,15 +243,15 @@ def test_the_model_is_left_as_it_was_found():
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     wishes = [parameter.requires_grad for parameter in model.parameters()]
-    given = inputs(model)
+    batch = inputs(model)
     needs = {
         site: EVERYTHING if isinstance(site, TableSite) else frozenset({"gram"})
         for site in locate(model).sites
         if isinstance(site, TableSite | LinearSite)
     }
-    calibrate(model, needs, [given])
+    calibrate(model, needs, [batch])
     with pytest.raises(ValueError, match="inputs_embeds"):
-        calibrate(model, needs, [given | {"inputs_embeds": torch.zeros(2, 12, 32)}])
+        calibrate(model, needs, [batch | {"inputs_embeds": torch.zeros(2, 12, 32)}])
     assert [module.training for module in model.modules()] == modes
     assert [parameter.requires_grad for parameter in model.parameters()] == wishes
     assert torch.equal(table.grad, torch.ones_like(table))
@@ -278,23 +278,23 @@ def test_what_linear_maps_are_given(dtype: torch.dtype):
     sites = [site for site in locate(model).sites if isinstance(site, LinearSite)]
     fields = [{"gram", "least", "greatest"}, {"gram"}, {"least", "greatest"}, set()]
     needs = {site: frozenset(fields[index % 4]) for index, site in enumerate(sites)}
-    found = calibrate(model, needs, batches)
+    calibrations = calibrate(model, needs, batches)
     for site, wanted in needs.items():
         seen: list[Tensor] = []
         handle = model.get_submodule(site.path).register_forward_pre_hook(
-            lambda _, given, seen=seen: seen.append(given[0])
+            lambda _, args, seen=seen: seen.append(args[0])
         )
         with torch.no_grad():
             for batch in batches:
                 model(**batch)
         handle.remove()
         masks = [batch["attention_mask"].bool() for batch in batches]
-        x = torch.cat([given[mask] for given, mask in zip(seen, masks, strict=True)]).float()
-        known = found[site.name]
-        assert {name for name in ("gram", "least", "greatest") if getattr(known, name) is not None} == wanted
+        x = torch.cat([tensor[mask] for tensor, mask in zip(seen, masks, strict=True)]).float()
+        calibration = calibrations[site.name]
+        assert {name for name in ("gram", "least", "greatest") if getattr(calibration, name) is not None} == wanted
         if "gram" in wanted:
-            torch.testing.assert_close(known.gram, (x.T @ x).double() / len(x), rtol=1e-5, atol=1e-6)
-            assert torch.linalg.eigvalsh(known.gram).min() > -1e-6
+            torch.testing.assert_close(calibration.gram, (x.T @ x).double() / len(x), rtol=1e-5, atol=1e-6)
+            assert torch.linalg.eigvalsh(calibration.gram).min() > -1e-6
         if "least" in wanted:
-            assert torch.equal(known.least, x.amin(0))
-            assert torch.equal(known.greatest, x.amax(0))
+            assert torch.equal(calibration.least, x.amin(0))
+            assert torch.equal(calibration.greatest, x.amax(0))

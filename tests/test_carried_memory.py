@@ -1,4 +1,4 @@
-"""Lanes: rows of a batch go on where those of the batch before ended, in training and in evaluation."""
+"""Carried memory: rows of a batch go on where those of the batch before ended, in training and in evaluation."""
 
 import json
 import subprocess
@@ -45,55 +45,55 @@ def carried_memory_of(method, layers: int = 2, positions: int | None = None) -> 
 
 
 def teach(model) -> None:
-    """Let what the memory learns be something else than at first."""
+    """Give what the memory learns other values than at first."""
     generator = torch.Generator().manual_seed(3)
-    for weight in (each for name, each in model.named_parameters() if LEARNED in name.split(".")):
+    for weight in (parameter for name, parameter in model.named_parameters() if LEARNED in name.split(".")):
         weight.data.copy_(torch.randn(weight.shape, generator=generator) / 4)
 
 
-def read(carried: CarriedMemory, model, ids: Tensor, fresh: Tensor, length: int) -> Tensor:
-    """Logits of all pieces; ``fresh`` (B, pieces)."""
-    found = []
-    for piece, start in zip(fresh.T, range(0, ids.shape[1], length), strict=True):
+def read(carried: CarriedMemory, model, ids: Tensor, restarts: Tensor, length: int) -> Tensor:
+    """Logits of all pieces; ``restarts`` (B, pieces)."""
+    outputs = []
+    for piece, start in zip(restarts.T, range(0, ids.shape[1], length), strict=True):
         carried.begin()
-        found.append(carried.read(model, ids[:, start : start + length], None, piece))
-    return torch.cat(found, 1)
+        outputs.append(carried.read(model, ids[:, start : start + length], None, piece))
+    return torch.cat(outputs, 1)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 @pytest.mark.parametrize("length", [4, 6])
 @pytest.mark.parametrize("begins", [(0, 0), (0, 12), (0, 12, 24), (12, 12)], ids=str)
-def test_a_lane_is_its_text_read_at_once(family: str, method, length: int, begins: tuple[int, ...]) -> None:
+def test_a_stream_is_its_text_read_at_once(family: str, method, length: int, begins: tuple[int, ...]) -> None:
     """Row 0 begins a text at each of ``begins`` but the last, row 1 at 0 and at the last."""
     model = tiny(family, dtype=torch.float64)
     install(model, method)
     teach(model)
     ids = inputs(model, length=36)["input_ids"]
     texts = [sorted({0, *begins[:-1]}), sorted({0, begins[-1]})]
-    fresh = torch.tensor([[start in own for start in range(0, 36, length)] for own in texts])
+    restarts = torch.tensor([[start in own for start in range(0, 36, length)] for own in texts])
     with torch.no_grad():
-        found = read(carried_memory_of(method), model, ids, fresh, length)
+        output = read(carried_memory_of(method), model, ids, restarts, length)
     for row, own in enumerate(texts):
         for start, stop in zip(own, [*own[1:], 36], strict=True):
             alone = logits(model, input_ids=ids[row : row + 1, start:stop], use_cache=False)
-            assert (found[row, start:stop] - alone[0]).abs().max() <= 1e-12
+            assert (output[row, start:stop] - alone[0]).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("length", [3, 6])
 def test_the_most_used_are_carried(length: int) -> None:
-    """What a lane has counted goes on with it: a row is its text read alone in the same pieces."""
+    """What a stream has counted goes on with it: a row is its text read alone in the same pieces."""
     model = tiny("llama", dtype=torch.float64)
     install(model, MOST_USED)
     ids = inputs(model, length=36)["input_ids"]
-    fresh = torch.zeros(2, 36 // length, dtype=torch.bool)
-    fresh[:, 0] = fresh[1, 12 // length] = True
+    restarts = torch.zeros(2, 36 // length, dtype=torch.bool)
+    restarts[:, 0] = restarts[1, 12 // length] = True
     with torch.no_grad():
-        found = read(carried_memory_of(MOST_USED), model, ids, fresh, length)
+        output = read(carried_memory_of(MOST_USED), model, ids, restarts, length)
     for row, start, stop in ((0, 0, 36), (1, 0, 12), (1, 12, 36)):
         pieces = [length] * ((stop - start) // length)
         alone, _ = stepwise(model, pieces, input_ids=ids[row : row + 1, start:stop])
-        assert (found[row, start:stop] - alone[0]).abs().max() <= 1e-12
+        assert (output[row, start:stop] - alone[0]).abs().max() <= 1e-12
 
 
 def test_padding_at_the_end_of_a_text_is_not_remembered() -> None:
@@ -103,16 +103,16 @@ def test_padding_at_the_end_of_a_text_is_not_remembered() -> None:
     carried = carried_memory_of(METHODS[0])
     masks = torch.ones(2, 18, dtype=torch.long)
     masks[1, 9:12] = 0
-    found = []
+    output = []
     for start in (0, 6, 12):
         carried.begin()
-        fresh = torch.tensor([start == 0, start in (0, 12)])
+        restarts = torch.tensor([start == 0, start in (0, 12)])
         with torch.no_grad():
-            found.append(carried.read(model, ids[:, start : start + 6], masks[:, start : start + 6], fresh))
-    found = torch.cat(found, 1)
+            output.append(carried.read(model, ids[:, start : start + 6], masks[:, start : start + 6], restarts))
+    output = torch.cat(output, 1)
     for row, start, stop in ((0, 0, 18), (1, 0, 9), (1, 12, 18)):
         alone = logits(model, input_ids=ids[row : row + 1, start:stop], use_cache=False)
-        assert (found[row, start:stop] - alone[0]).abs().max() <= 1e-12
+        assert (output[row, start:stop] - alone[0]).abs().max() <= 1e-12
 
 
 def test_what_is_carried_is_detached() -> None:
@@ -121,15 +121,15 @@ def test_what_is_carried_is_detached() -> None:
     install(model, method)
     ids, length = inputs(model, length=12)["input_ids"], 4
     direction = torch.randn(2, 12, model.config.vocab_size, generator=torch.Generator().manual_seed(1)).double()
-    fresh = torch.tensor([[True, False, False]] * 2)
+    restarts = torch.tensor([[True, False, False]] * 2)
 
     def gradients() -> dict[str, Tensor]:
-        found = {name: each.grad.clone() for name, each in model.named_parameters()}
+        copies = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
         model.zero_grad()
-        return found
+        return copies
 
     carried = carried_memory_of(method)
-    (read(carried, model, ids, fresh, length) * direction).sum().backward()
+    (read(carried, model, ids, restarts, length) * direction).sum().backward()
     layers = carried.pieces[0].cache.layers
     assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in layers)
     joined = gradients()
@@ -141,7 +141,7 @@ def test_what_is_carried_is_detached() -> None:
     for start in range(0, 12, length):
         carried.begin()
         piece = slice(start, start + length)
-        (carried.read(model, ids[:, piece], None, fresh[:, start // length]) * direction[:, piece]).sum().backward()
+        (carried.read(model, ids[:, piece], None, restarts[:, start // length]) * direction[:, piece]).sum().backward()
     alone = gradients()
     assert all(torch.allclose(alone[name], joined[name], atol=1e-9, rtol=0) for name in alone)
 
@@ -150,14 +150,14 @@ def test_a_stream_restarts_before_positions_end() -> None:
     model = tiny("gpt2", dtype=torch.float64, n_positions=16)
     install(model, METHODS[0])
     ids = inputs(model, length=36)["input_ids"]
-    fresh = torch.zeros(2, 6, dtype=torch.bool)
-    fresh[:, 0] = fresh[1, 1] = True
+    restarts = torch.zeros(2, 6, dtype=torch.bool)
+    restarts[:, 0] = restarts[1, 1] = True
     with torch.no_grad():
-        found = read(carried_memory_of(METHODS[0], positions=16), model, ids, fresh, 6)
+        output = read(carried_memory_of(METHODS[0], positions=16), model, ids, restarts, 6)
     for row, starts in enumerate(((0, 12, 24), (0, 6, 18, 30))):
         for start, stop in zip(starts, [*starts[1:], 36], strict=True):
             alone = logits(model, input_ids=ids[row : row + 1, start:stop], use_cache=False)
-            assert (found[row, start:stop] - alone[0]).abs().max() <= 1e-12
+            assert (output[row, start:stop] - alone[0]).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("method", [*METHODS, MOST_USED], ids=[*NAMES, "most used"])
@@ -165,26 +165,26 @@ def test_a_saved_memory_goes_on(method) -> None:
     model = tiny("llama", dtype=torch.float64)
     install(model, method)
     ids = inputs(model, length=18)["input_ids"]
-    fresh = torch.tensor([[True, False, False], [True, True, False]])
+    restarts = torch.tensor([[True, False, False], [True, True, False]])
     with torch.no_grad():
-        whole = read(carried_memory_of(method), model, ids, fresh, 6)
+        whole = read(carried_memory_of(method), model, ids, restarts, 6)
         first = carried_memory_of(method)
-        read(first, model, ids[:, :12], fresh[:, :2], 6)
+        read(first, model, ids[:, :12], restarts[:, :2], 6)
         second = carried_memory_of(method)
         second.load_state_dict(first.state_dict(), torch.device("cpu"))
-        assert torch.equal(read(second, model, ids[:, 12:], fresh[:, 2:], 6), whole[:, 12:])
+        assert torch.equal(read(second, model, ids[:, 12:], restarts[:, 2:], 6), whole[:, 12:])
 
 
 def test_rows_stand_in_the_order_of_the_text() -> None:
     rows = TokenRows(torch.arange(88).reshape(22, 4).int(), streams=3, first=torch.arange(22) % 9 == 0)
     stream = TrainingSet(rows, 24, 3, seed=5)
     ids = torch.stack([stream[index]["input_ids"] for index in range(24)]).reshape(8, 3, 4)
-    fresh = torch.stack([stream[index]["restart"] for index in range(24)]).reshape(8, 3)
+    restarts = torch.stack([stream[index]["restart"] for index in range(24)]).reshape(8, 3)
     # Seven rows in each of three streams, and then from the beginning.
-    for lane in range(3):
-        assert torch.equal(ids[:7, lane].flatten(), torch.arange(28) + 28 * lane)
-        assert torch.equal(ids[7, lane], ids[0, lane])
-    assert fresh.nonzero().tolist() == [[0, 0], [0, 1], [0, 2], [2, 1], [4, 2], [7, 0], [7, 1], [7, 2]]
+    for number in range(3):
+        assert torch.equal(ids[:7, number].flatten(), torch.arange(28) + 28 * number)
+        assert torch.equal(ids[7, number], ids[0, number])
+    assert restarts.nonzero().tolist() == [[0, 0], [0, 1], [0, 2], [2, 1], [4, 2], [7, 0], [7, 1], [7, 2]]
     # The last token of a row predicts the first of the next one, but not that of another text.
     assert stream[0]["labels"].tolist() == [1, 2, 3, 4]
     assert stream[4]["labels"].tolist() == [33, 34, 35, IGNORED]
@@ -225,7 +225,7 @@ def test_a_run_with_carried_memory_is_cut_off_and_goes_on(tmp_path: Path, pack: 
     assert done.record["evaluations"] == whole.record["evaluations"]
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
     assert not list((tmp_path / "out").glob("carried*"))
-    # A lane is remembered: without, the same rows give other losses from the second step on.
+    # The stream is remembered: without memory, the same rows give other losses from the second step on.
     other = train(spec | {"recipe": {"memory": MEMORY["memory"] | {"segment": 1, "memory": 0}}}, tmp_path / "other")
     assert other.record["losses"][1] != whole.record["losses"][1]
 
@@ -251,14 +251,14 @@ def test_carry_without_a_memory_are_refused(tmp_path: Path) -> None:
             train(small(tmp_path, carry_memory=True, recipe=recipe, model=LLAMA), tmp_path / "out")
 
 
-def test_learned_positions_bound_a_lane(tmp_path: Path) -> None:
+def test_learned_positions_bound_a_stream(tmp_path: Path) -> None:
     model = "gpt2:n_embd=32,n_layer=2,n_head=4,n_positions=40"
     recipe = {"memory": {"method": "window_sink", "sinks": 2, "window": 60}}
     done = train(small(tmp_path, model=model, recipe=recipe, carry_memory=True, budget={"steps": 4}), tmp_path / "out")
-    # Rows of 16: a third one would go beyond 40 positions, so two see 40 keys at most and the next one begins anew.
+    # Rows of 16: a third one would go beyond 40 positions, so two see 40 keys at most and the next one restarts.
     plain = train(small(tmp_path, model=model.replace("40", "64"), budget={"steps": 4}), tmp_path / "plain")
     scores = 3 * 2 * 4 * 32
-    costs = [each.record["flops_per_token"]["model"] for each in (done, plain)]
+    costs = [run.record["flops_per_token"]["model"] for run in (done, plain)]
     assert costs[0] - costs[1] == scores * (40 - 16)
     assert done.record["losses"][0] == pytest.approx(plain.record["losses"][0], rel=0.1)
 
@@ -276,5 +276,5 @@ def test_two_processes_read_the_same_streams(tmp_path: Path) -> None:
     one = train(spec, tmp_path / "one").record
     assert two["processes"] == 2
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
-    found, expected = ([entry["loss"] for entry in record["evaluations"]] for record in (two, one))
-    assert found == pytest.approx(expected, abs=1e-5)
+    losses, expected = ([entry["loss"] for entry in record["evaluations"]] for record in (two, one))
+    assert losses == pytest.approx(expected, abs=1e-5)

@@ -109,10 +109,10 @@ def test_measure(run: Run, llama: Path) -> None:
     words = ("measure", llama, "--length", 16, "--decode", 2, "--repeats", 2, "--threads", 1, "--json")
     code, out, err = run(*words)
     assert code == 0, err
-    found = last(out)["quantities"]
-    assert found["file_bytes"]["value"] >= found["stored_bytes"]["value"] > 0
-    assert found["latency_decode"]["value"] > 0
-    assert len(found["latency_prefill"]["samples"]) == 2
+    quantities = last(out)["quantities"]
+    assert quantities["file_bytes"]["value"] >= quantities["stored_bytes"]["value"] > 0
+    assert quantities["latency_decode"]["value"] > 0
+    assert len(quantities["latency_prefill"]["samples"]) == 2
 
 
 def test_compare_and_report(

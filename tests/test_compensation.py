@@ -45,23 +45,23 @@ class TestCompensation:
 
     @pytest.mark.parametrize("knobs", FORMATS, ids=str)
     def test_errs_less_on_what_calibration_showed(self, knobs: dict) -> None:
-        known = seen(48)
-        plain = calibrated_error(fitted(70, 48, known, **{**knobs, "compensate": False}), known.gram)
-        part = fitted(70, 48, known, **knobs)
-        assert calibrated_error(part, known.gram) < 0.9 * plain
-        assert torch.equal(part.weight, fitted(70, 48, known, **knobs).weight)
+        calibration = seen(48)
+        plain = calibrated_error(fitted(70, 48, calibration, **{**knobs, "compensate": False}), calibration.gram)
+        part = fitted(70, 48, calibration, **knobs)
+        assert calibrated_error(part, calibration.gram) < 0.9 * plain
+        assert torch.equal(part.weight, fitted(70, 48, calibration, **knobs).weight)
 
     def test_few_tokens_and_none(self) -> None:
         """A singular Gram matrix, an input never seen, and nothing seen at all."""
         x = normal(7, 48)
         x[:, 5] = 0
-        known = Calibration(gram=(x.T @ x).double() / 7)
-        part, plain = fitted(70, 48, known, bits=4), fitted(70, 48, bits=4)
+        calibration = Calibration(gram=(x.T @ x).double() / 7)
+        part, plain = fitted(70, 48, calibration, bits=4), fitted(70, 48, bits=4)
         assert part.merged().isfinite().all()
-        assert calibrated_error(part, known.gram) < 0.5 * calibrated_error(plain, known.gram)
+        assert calibrated_error(part, calibration.gram) < 0.5 * calibrated_error(plain, calibration.gram)
         nothing = Calibration(gram=torch.zeros(48, 48, dtype=torch.float64))
         assert torch.equal(fitted(70, 48, nothing, bits=4).weight, plain.weight)
-        assert torch.equal(fitted(70, 48, known, bits=4, compensate=False).weight, plain.weight)
+        assert torch.equal(fitted(70, 48, calibration, bits=4, compensate=False).weight, plain.weight)
 
     def test_wrong_input(self) -> None:
         with pytest.raises(TautError, match=r"a map of 48 inputs needs \(48, 48\)"):
@@ -73,8 +73,8 @@ class TestCompensation:
 class TestFloatGrid:
     def test_the_numbers_of_e2m1_and_e4m3(self) -> None:
         ladder = torch.linspace(-13, 13, 5201, dtype=torch.float64)
-        found = FloatGrid(2, 1).quantise(ladder).unique().tolist()
-        assert found == [-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12]
+        numbers = FloatGrid(2, 1).quantise(ladder).unique().tolist()
+        assert numbers == [-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12]
         grid = FloatGrid(4, 3)
         assert grid.top == 1.875 * 2**15
         finite = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
@@ -121,8 +121,8 @@ class TestFloatGrid:
     @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
     def test_shifts_may_lie_in_the_weights(self, grid: FloatGrid) -> None:
         """The paper folds 2^-k into the weights and gives all inputs one bias: the same product."""
-        known = seen(48)
-        stored = grid.learn(torch.maximum(-known.least, known.greatest))
+        calibration = seen(48)
+        stored = grid.learn(torch.maximum(-calibration.least, calibration.greatest))
         shifts, weight, x = stored[4:].double(), normal(20, 48, dtype=torch.float64), normal(9, 48, dtype=torch.float64)
         ours = grid.rounded(x, stored) @ weight.T
         alone = torch.cat((stored[:4], torch.zeros_like(stored[4:])))
@@ -130,9 +130,9 @@ class TestFloatGrid:
 
     @pytest.mark.parametrize(("activations", "error"), [("fp8", 0.03), ("fp4", 0.3)])
     def test_a_map_on_rounded_inputs(self, activations: str, error: float) -> None:
-        known = seen(48)
-        part = fitted(70, 48, known, activations=activations)
-        scale = torch.maximum(-known.least, known.greatest) / 3
+        calibration = seen(48)
+        part = fitted(70, 48, calibration, activations=activations)
+        scale = torch.maximum(-calibration.least, calibration.greatest) / 3
         x = (normal(30, 48, seed=8) * scale).requires_grad_()
         rounded = part.codes.rounded(x, part.input_range)
         expected = F.linear(rounded.double(), part.merged().double(), part.bias.double())

@@ -76,16 +76,16 @@ def test_equals_the_slow_reference(family: str, method: Compressive) -> None:
 @pytest.mark.parametrize("pool", ["mean", "max"])
 def test_one_into_one_is_a_longer_memory(pool: str) -> None:
     model = tiny("llama", dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
-    full = logits(model, **given)
+    batch = inputs(model, length=LENGTH)
+    full = logits(model, **batch)
     undo = install(model, SegmentRecurrence.parse({"segment": 4, "memory": 8}))
-    recurrence = logits(model, **given, use_cache=False)
+    recurrence = logits(model, **batch, use_cache=False)
     undo()
     for compressed, expected in ((5, recurrence), (LENGTH, full)):
         knobs = {"segment": 4, "memory": 3, "compressed": compressed, "rate": 1, "pool": pool}
         undo = install(model, Compressive.parse(knobs))
-        assert (logits(model, **given, use_cache=False) - expected).abs().max() <= 1e-12
-        assert (stepwise(model, CHUNKS["in pieces"], **given)[0] - expected).abs().max() <= 1e-12
+        assert (logits(model, **batch, use_cache=False) - expected).abs().max() <= 1e-12
+        assert (stepwise(model, CHUNKS["in pieces"], **batch)[0] - expected).abs().max() <= 1e-12
         undo()
 
 
@@ -124,10 +124,10 @@ def test_a_token_reaches_the_end_through_what_it_is_compressed_into() -> None:
 
     def reached(method: Compressive | SegmentRecurrence) -> list[bool]:
         undo = install(model, method)
-        given = model.get_input_embeddings()(ids).detach().requires_grad_()
-        model(inputs_embeds=given, use_cache=False)["logits"][0, -1].square().sum().backward()
+        vectors = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=vectors, use_cache=False)["logits"][0, -1].square().sum().backward()
         undo()
-        return (given.grad[0].abs().sum(1) > 0).tolist()
+        return (vectors.grad[0].abs().sum(1) > 0).tolist()
 
     # The last query, at 23, is of the segment from 20: 17 tokens have left, 5 groups of 3 are compressed, 2 are seen.
     assert reached(METHOD) == [False] * 9 + [True] * 15
@@ -137,9 +137,9 @@ def test_a_token_reaches_the_end_through_what_it_is_compressed_into() -> None:
 def test_positions_of_other_tokens_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """T5 adds a bias by distance, so there the position of a compressed entry matters by itself."""
     model = tiny("t5", dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
+    batch = inputs(model, length=LENGTH)
     install(model, METHOD)
-    whole = logits(model, **given, use_cache=False)
+    whole = logits(model, **batch, use_cache=False)
     begin = CompressedCache.begin
 
     def shifted(cache: CompressedCache, incoming: Incoming) -> None:
@@ -148,20 +148,20 @@ def test_positions_of_other_tokens_would_be_wrong(monkeypatch: pytest.MonkeyPatc
             cache.key_positions = torch.where(cache.marks[1] & 1 == 1, 0, cache.key_positions)
 
     monkeypatch.setattr(CompressedCache, "begin", shifted)
-    assert (stepwise(model, CHUNKS["in pieces"], **given)[0] - whole).abs().max() > 1e-3
+    assert (stepwise(model, CHUNKS["in pieces"], **batch)[0] - whole).abs().max() > 1e-3
 
 
 def test_what_cannot_be_served_is_told() -> None:
     model = tiny("llama")
-    given = inputs(model, batch=1)
+    batch = inputs(model, batch=1)
     install(model, METHOD)
     with pytest.raises(TautError, match="packed sequences would be compressed together"):
-        model(input_ids=given["input_ids"], position_ids=(torch.arange(12) % 7)[None], use_cache=False)
+        model(input_ids=batch["input_ids"], position_ids=(torch.arange(12) % 7)[None], use_cache=False)
     with pytest.raises(TautError, match="serves only the model"):
-        tiny("llama")(**given, past_key_values=METHOD.cache(2))
+        tiny("llama")(**batch, past_key_values=METHOD.cache(2))
     model.train().gradient_checkpointing_enable()
     with pytest.raises(TautError, match="gradient checkpointing would fill its cache twice"):
-        model(**given)
+        model(**batch)
     with pytest.raises(TautError, match="rate = 0"):
         Compressive.parse({"rate": 0})
     with pytest.raises(TautError, match="pool = 'median'"):

@@ -61,18 +61,18 @@ def test_two_models_worked_out_by_hand():
 def test_a_model_whose_loss_stops_falling_has_that_context(hardest: float, last: int):
     losses = falling(1, 5, 40)
     losses[:, last:] = losses[:, last : last + 1]
-    (found,) = effective_contexts(losses, (8, 16, 24, 32, 40), hardest, 1e-9)
-    assert found.tokens == (8, 16, 24, 32, 40)[last] == found.low == found.high
-    assert found.at_least == (last == 4)
+    (context,) = effective_contexts(losses, (8, 16, 24, 32, 40), hardest, 1e-9)
+    assert context.tokens == (8, 16, 24, 32, 40)[last] == context.low == context.high
+    assert context.at_least == (last == 4)
 
 
 @pytest.mark.parametrize("hardest", [0.1, 1.0])
 def test_equal_models_are_equal_and_as_one_alone(hardest: float):
     losses = falling(1, 6, 50)
     alone, *twins = (
-        found
+        context
         for count in (1, 3)
-        for found in effective_contexts(losses.expand(count, -1, -1), range(4, 28, 4), hardest, 0.02)
+        for context in effective_contexts(losses.expand(count, -1, -1), range(4, 28, 4), hardest, 0.02)
     )
     assert [alone] * 3 == twins
 
@@ -120,10 +120,10 @@ def test_only_the_hardest_positions_count(hardest: float):
 def test_the_interval_is_wide_where_few_positions_decide():
     losses = torch.full((1, 3, 30), 2.0, dtype=torch.float64)
     losses[0, 1:, 0] = 0.5
-    (found,) = effective_contexts(losses, (1, 2, 3), 1.0)
+    (context,) = effective_contexts(losses, (1, 2, 3), 1.0)
     # One position of 30 gains 1.5 nats, .05 on the mean; drawn again, it is missing in (29/30)^30 = 36 % of the draws.
-    assert (found.tokens, found.low, found.high) == (2, 1, 2)
-    assert effective_contexts(losses, (1, 2, 3), 1.0) == [found]
+    assert (context.tokens, context.low, context.high) == (2, 1, 2)
+    assert effective_contexts(losses, (1, 2, 3), 1.0) == [context]
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,8 @@ def test_losses_by_single_passes(family: str, cached: int | None, begin: tuple[i
     subject = model(family=family)
     ids = tiny_tokenizer()(TEXT, add_special_tokens=False)["input_ids"]
     places, contexts = [20, 33, 60], [1, 4, 20]
-    found = losses_at(subject, ids, begin, contexts, places, 2, cached, lambda done: None)
-    for length, row in zip(contexts, found, strict=True):
+    losses = losses_at(subject, ids, begin, contexts, places, 2, cached, lambda done: None)
+    for length, row in zip(contexts, losses, strict=True):
         for place, loss in zip(places, row.tolist(), strict=True):
             seen = torch.tensor([[*begin, *ids[place - length + len(begin) : place]]])
             assert seen.shape[1] == length
@@ -180,13 +180,13 @@ def test_a_window_reaches_as_far_as_its_layers_carry(tmp_path: Path):
     (tmp_path / "text.txt").write_text(TEXT)
     reached = {}
     for size in (2, 4, 8, None):
-        found = taut.context(
+        result = taut.context(
             model(window(size) if size else None),
             tmp_path / "text.txt",
             tokenizer=tiny_tokenizer(begin=False),
             **{"shortest": 2, "step": 2, "longest": 24, "positions": 60, "hardest": 0.5, "threshold": 1e-5},
         )
-        (alone,) = found.found
+        (alone,) = result.found
         reached[size] = alone.tokens
         assert alone.at_least == (size is None)
         assert all(abs(gain) < 1e-6 for gain in alone.gains[alone.tokens // 2 - 1 :] if size)
@@ -201,12 +201,12 @@ def test_the_verb_tells_everything(tmp_path: Path):
     seen: list[tuple[int, int]] = []
     group = [model(), model(window(3))]
     options = {"tokenizer": tiny_tokenizer(), "shortest": 4, "step": 4, "longest": 16, "positions": 10}
-    told = taut.context(
+    result = taut.context(
         group, tmp_path / "text.txt", **options, progress=lambda done, total: seen.append((done, total))
     )
     assert seen[-1] == (80, 80)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    content = json.loads(json.dumps(told.to_dict()))
+    content = json.loads(json.dumps(result.to_dict()))
     assert content["contexts"] == [4, 8, 12, 16]
     assert [row["model"] for row in content["models"]] == ["LlamaForCausalLM"] * 2
     assert content["settings"]["positions"] == 10
@@ -214,9 +214,9 @@ def test_the_verb_tells_everything(tmp_path: Path):
     assert content["settings"]["opening"].startswith("BOS")
     assert all(len(row["gains"]) == 3 and len(row["losses"]) == 4 for row in content["models"])
     smaller = taut.context(group, tmp_path / "text.txt", **options, batch_size=3)
-    for one, other in zip(told.losses, smaller.losses, strict=True):
+    for one, other in zip(result.losses, smaller.losses, strict=True):
         assert one == pytest.approx(other, abs=1e-6)
-    assert [found.tokens for found in smaller.found] == [found.tokens for found in told.found]
+    assert [context.tokens for context in smaller.found] == [context.tokens for context in result.found]
 
 
 def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
@@ -226,8 +226,8 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     (tmp_path / "text.txt").write_text(TEXT)
     words = ["--data", tmp_path / "text.txt", "--shortest", 4, "--step", 4, "--longest", 16, "--positions", 20]
 
-    def run(*given: object) -> tuple[int | str | None, str, str]:
-        monkeypatch.setattr(sys, "argv", ["taut", "context", *map(str, given)])
+    def run(*arguments: object) -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr(sys, "argv", ["taut", "context", *map(str, arguments)])
         code: int | str | None = 0
         try:
             cli.main()
@@ -267,9 +267,9 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 )
 def test_wrong_input_is_told(options: dict, words: str, tmp_path: Path):
     (tmp_path / "text.txt").write_text(TEXT)
-    given = {"tokenizer": tiny_tokenizer(), "shortest": 4, "step": 4, "longest": 16, "positions": 4} | options
+    arguments = {"tokenizer": tiny_tokenizer(), "shortest": 4, "step": 4, "longest": 16, "positions": 4} | options
     with pytest.raises(TautError, match=words):
-        taut.context([model()], tmp_path / "text.txt", **given)
+        taut.context([model()], tmp_path / "text.txt", **arguments)
 
 
 def test_groups_are_of_decoders_and_not_empty():

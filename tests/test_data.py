@@ -1,4 +1,4 @@
-"""Named data: fixed order, stable hashes, layouts, and what wrong input is told."""
+"""Named data: fixed order, stable hashes, layouts, and the messages for wrong input."""
 
 import gzip
 import hashlib
@@ -57,7 +57,7 @@ def test_limit_cuts_text_and_changes_its_hash():
 def test_docstrings_share_no_sentence_with_the_evaluation_text():
     topics, docstrings = data.paragraphs("python_topics"), data.paragraphs("python_docstrings")
     seen, used = (
-        {s for row in found.rows for s in data.sentences(row[0]) if " " in s} for found in (topics, docstrings)
+        {s for row in texts.rows for s in data.sentences(row[0]) if " " in s} for texts in (topics, docstrings)
     )
     assert len(seen) > 1000
     assert len(used) > 1000
@@ -215,8 +215,8 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     monkeypatch.delenv("TAUT_DATA", raising=False)
-    found = data.labelled("hub:owner/set:train:sentence,label")
-    assert found.rows == data.hashed(ROWS)
+    table = data.labelled("hub:owner/set:train:sentence,label")
+    assert table.rows == data.hashed(ROWS)
     assert data.labelled("sst2").source == "hub:nyu-mll/glue/sst2:validation:sentence,label"
     assert data.text("hub:owner/set/part:dev:sentence").rows == (("\n".join(text for text, _ in ROWS),),)
     assert asked == [("owner/set", "train"), ("nyu-mll/glue", "sst2", "validation"), ("owner/set", "part", "dev")]
@@ -236,9 +236,9 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch):
 )
 def test_real_tables(name: str, rows: int, labels: int):
     real(name)
-    found = data.labelled(name)
-    assert len(found.rows) == rows
-    assert len(set(found.column(1))) == labels
+    table = data.labelled(name)
+    assert len(table.rows) == rows
+    assert len(set(table.column(1))) == labels
 
 
 @pytest.mark.parametrize(("name", "rows"), [("stsb", 1500), ("sts12", 2358), ("sts13", 1500), ("sts14", 3750)])

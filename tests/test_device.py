@@ -40,13 +40,13 @@ def jobs() -> list:
     """What is particular to a device, on an encoder and a decoder; the whole contract is for ``make test-all``."""
     if not HERE:
         return []
-    found = []
+    params = []
     for case in (case for method in METHODS.built_in() for case in cases(method, REPRESENTATIVES, device="cuda")):
         for check in CHECKS | DEVICE_CHECKS:
             quick = check in DEVICE_CHECKS and case.family in QUICK
             marks = () if quick else pytest.mark.full
-            found.append(pytest.param(check, case, id=f"{check}-{case.label}", marks=marks))
-    return found
+            params.append(pytest.param(check, case, id=f"{check}-{case.label}", marks=marks))
+    return params
 
 
 @need_gpu
@@ -70,7 +70,9 @@ def test_the_checks_run_without_a_gpu(check: str, method: str) -> None:
 def test_training_there_is_training_here(recipe: dict[str, Any], tmp_path: Path) -> None:
     spec = small(tmp_path, recipe=recipe)
     here, there = (train(spec, tmp_path / kind, device=kind).record["evaluations"] for kind in ("cpu", "cuda"))
-    assert [each["loss"] for each in there] == pytest.approx([each["loss"] for each in here], abs=1e-3)
+    assert [evaluation["loss"] for evaluation in there] == pytest.approx(
+        [evaluation["loss"] for evaluation in here], abs=1e-3
+    )
 
 
 @need_gpu
@@ -105,7 +107,7 @@ def test_another_accelerator_is_a_device_but_nothing_to_train_on(monkeypatch: py
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta"])
 def test_a_device_that_is_not_here(device: str) -> None:
-    with pytest.raises(TautError, match="not here; expected cpu"):
+    with pytest.raises(TautError, match="not on this machine; expected cpu"):
         check_device(device)
-    with pytest.raises(TautError, match="not here; expected cpu"):
+    with pytest.raises(TautError, match="not on this machine; expected cpu"):
         run("embedding.low_rank", device=device)

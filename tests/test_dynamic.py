@@ -167,7 +167,7 @@ def test_expected_cost_weighs_classes_by_use():
 
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("start", [False, True])
-def test_loosened_it_computes_what_it_will_when_tight(store, start):
+def test_unpacked_it_computes_what_it_will_when_repacked(store, start):
     weight, ids = words(), torch.arange(90)
     part = fitted(table(heads=("head",)), weight, store=store)
     names = {name: (t.shape, t.dtype) for name, t in part.state_dict().items()}
@@ -177,7 +177,7 @@ def test_loosened_it_computes_what_it_will_when_tight(store, start):
     part.repack()
     torch.testing.assert_close(part(ids), unpacked, rtol=0, atol=1e-4)
     torch.testing.assert_close(part.logits(matrix(3, 16)), scores, rtol=0, atol=1e-4)
-    # With a store, from the original on: rounded anew, in the basis that is stored.
+    # With a store, from the original on: rounded again, in the basis that is stored.
     assert (unpacked - before).norm() < (1e-5 if store is None else 0.1) * before.norm()
     assert torch.equal(kept(part), columns)
     assert {name: (t.shape, t.dtype) for name, t in part.state_dict().items()} == names

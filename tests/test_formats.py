@@ -121,15 +121,15 @@ def test_fp4_is_the_formula_of_llm_fp4():
 
 def test_the_search_of_llm_fp4_tries_its_hundred_factors():
     layout, numbers = RowFormat(4, 64, 64, "fp4"), normal(20, 64)
-    found = (rounded(numbers, layout, clip=True) - numbers).square().sum(1)
+    error = (rounded(numbers, layout, clip=True) - numbers).square().sum(1)
     largest, errors = numbers.abs().amax(1, keepdim=True), []
     for factor in [1.0, *torch.linspace(0.01, 1.2, 100).tolist()]:
         scale = (largest * factor / 6).half().float()
         errors.append(
             (torch.tensor(E2M1)[nearest_codes(numbers / scale, E2M1).long()] * scale - numbers).square().sum(1)
         )
-    assert torch.allclose(found, torch.stack(errors).min(0).values, rtol=1e-3)
-    assert found.sum() < 0.9 * (rounded(numbers, layout) - numbers).square().sum()
+    assert torch.allclose(error, torch.stack(errors).min(0).values, rtol=1e-3)
+    assert error.sum() < 0.9 * (rounded(numbers, layout) - numbers).square().sum()
 
 
 def test_mxfp4_scales_are_powers_of_two_by_the_floor_rule():

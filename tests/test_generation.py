@@ -43,27 +43,27 @@ def test_what_follows_a_prefix_is_what_follows_the_text(
     monkeypatch.setattr(prefixes, "CHUNK", 5)
     model = decoder(recipe, family=family)
     before, after = ids(17), ids(6, seed=1)
-    found = taut.prefix(model, before)
-    found.save(tmp_path / "deep" / "cache")
+    original = taut.prefix(model, before)
+    original.save(tmp_path / "deep" / "cache")
     whole = logits(model, input_ids=torch.cat([before, after])[None], use_cache=False)
-    for prefix in (found, Prefix.load(tmp_path / "deep" / "cache", model), found):
+    for prefix in (original, Prefix.load(tmp_path / "deep" / "cache", model), original):
         cache = prefix.cache()
         step = model(input_ids=after[None], past_key_values=cache, use_cache=True)
         assert (step["logits"] - whole[:, 17:]).abs().max() <= 1e-12
         assert prefix.memory.get_seq_length() == 17
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in found.memory.layers)
-    assert found.bytes == held
-    assert (found.entries < 17) == (recipe != "none")
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in original.memory.layers)
+    assert original.bytes == held
+    assert (original.entries < 17) == (recipe != "none")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["cache"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_many_continuations_share_one_prefix(recipe: str) -> None:
     model = decoder(recipe, dtype=torch.float32)
-    found = taut.prefix(model, ids(17))
+    prefix = taut.prefix(model, ids(17))
     questions = torch.stack([ids(4, seed=seed) for seed in (1, 2, 3)])
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    together = model.generate(found.before(questions), past_key_values=found.cache(3), **options)
+    together = model.generate(prefix.before(questions), past_key_values=prefix.cache(3), **options)
     for row, question in zip(together, questions, strict=True):
         alone = model.generate(torch.cat([ids(17), question])[None], **options)
         assert torch.equal(row, alone[0])
@@ -111,17 +111,17 @@ def test_generated_text_says_what_it_cost(recipe: str) -> None:
     model, tokenizer = decoder(recipe, dtype=torch.float32), tiny_tokenizer()
     text = data.paragraphs("python_topics", limit=2_000).column(0)[0][:90]
     pieces: list[str] = []
-    found = taut.generate(model, text, tokenizer=tokenizer, tokens=12, tell=pieces.append)
-    given = tokenizer(text, return_tensors="pt").input_ids
-    plain = model.generate(given, max_new_tokens=12, do_sample=False)
-    assert torch.equal(found.ids, plain[0, given.shape[1] :])
-    assert "".join(pieces) == found.text == tokenizer.decode(found.ids, skip_special_tokens=True)
-    seen = given.shape[1] + len(found.ids) - 1
+    result = taut.generate(model, text, tokenizer=tokenizer, tokens=12, on_text=pieces.append)
+    prompt = tokenizer(text, return_tensors="pt").input_ids
+    plain = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    assert torch.equal(result.ids, plain[0, prompt.shape[1] :])
+    assert "".join(pieces) == result.text == tokenizer.decode(result.ids, skip_special_tokens=True)
+    seen = prompt.shape[1] + len(result.ids) - 1
     config = model.config
     entry = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    assert found.full_cache_bytes == seen * entry
-    assert (found.cache_bytes == found.full_cache_bytes) == (recipe == "none")
-    assert 0 < found.first_seconds < found.seconds
+    assert result.full_cache_bytes == seen * entry
+    assert (result.cache_bytes == result.full_cache_bytes) == (recipe == "none")
+    assert 0 < result.first_seconds < result.seconds
     drawn = [
         taut.generate(model, text, tokenizer=tokenizer, tokens=12, temperature=5.0, seed=seed).ids for seed in (1, 1, 2)
     ]
@@ -133,14 +133,14 @@ def test_a_whole_model_in_few_bits_generates_and_counts_itself() -> None:
     """With parts in other slots, table and head among them, beside the memory."""
     light = {slot: {"method": "low_bit"} for slot in ("embedding", "projection", "feedforward")}
     model = taut.apply(tiny("llama", vocab_size=SIZE), light | RECIPES["anchor"])
-    found = taut.generate(model, "One sentence. Another", tokenizer=tiny_tokenizer(), tokens=4)
+    result = taut.generate(model, "One sentence. Another", tokenizer=tiny_tokenizer(), tokens=4)
     plain = taut.generate(tiny("llama", vocab_size=SIZE), "One sentence. Another", tokenizer=tiny_tokenizer(), tokens=4)
-    assert found.full_cache_bytes == plain.full_cache_bytes > found.cache_bytes
-    numbers = sum(each.numel() for each in tiny("llama", vocab_size=SIZE).parameters())
+    assert result.full_cache_bytes == plain.full_cache_bytes > result.cache_bytes
+    numbers = sum(parameter.numel() for parameter in tiny("llama", vocab_size=SIZE).parameters())
     for recipe in ({}, RECIPES["anchor"], {"embedding": light["embedding"]} | RECIPES["anchor"]):
         other = tiny("llama", vocab_size=SIZE)
-        told = taut.footprint(taut.apply(other, recipe) if recipe else other)
-        assert f" {numbers / 1e6:.2f} M parameters" in told
+        report = taut.footprint(taut.apply(other, recipe) if recipe else other)
+        assert f" {numbers / 1e6:.2f} M parameters" in report
 
 
 def test_the_command_line_reads_once_and_goes_on(tmp_path: Path) -> None:

@@ -139,13 +139,13 @@ def test_a_guide_is_used_as_often_as_its_weight(weight: float) -> None:
 def test_draws_follow_from_seed_step_piece_process_and_map() -> None:
     def draws(seed: int = 0, rank: int = 0, first: int = 0, index: int = 0, pieces: int = 1) -> list[bool]:
         guides = Guides({"a": part(), "b": part()}, seed=seed, rank=rank)
-        found = []
+        answers = []
         for step in range(first, 64):
             guides.begin(step, 0.5)
             for _ in range(pieces):
                 guides.next_piece()
-                found.append(guides.drawn(index))
-        return found
+                answers.append(guides.drawn(index))
+        return answers
 
     base = draws()
     assert draws() == base
@@ -224,18 +224,18 @@ def test_what_cannot_be_guided_is_refused() -> None:
 def test_the_record_says_what_guides_cost(tmp_path: Path, guide: dict) -> None:
     recipe = {"feedforward": {"method": "low_rank", "keep": 0.3, "layers": "1:"}}
     done = train(small(tmp_path, recipe=recipe, guide=guide, budget={"steps": 40}), tmp_path / "out").record
-    facts, each = done["guide"], done["flops_per_token"]
-    step = 4 * 16 * each["guides"]
+    facts, flops = done["guide"], done["flops_per_token"]
+    step = 4 * 16 * flops["guides"]
     assert facts["calls"] == 3 * facts["steps"]
     assert facts["flops_used"] == pytest.approx(step * facts["uses"] / 3)
     if guide.get("mode") == "matched_flops":
-        share = (each["dense"] - each["model"]) / (each["model"] + each["guides"] / 2)
+        share = (flops["dense"] - flops["model"]) / (flops["model"] + flops["guides"] / 2)
         assert facts["share"] == pytest.approx(share)
         assert facts["steps"] == math.floor(share * 40)
         assert done["spent"]["steps"] == 40 + facts["steps"]
         # Expected FLOPs are those of 40 dense steps, but for the rounding of the share to whole steps.
         expected = done["spent"]["flops"] - facts["flops_used"] + facts["flops_expected"]
-        assert expected == pytest.approx(40 * 4 * 16 * each["dense"], rel=0.03)
+        assert expected == pytest.approx(40 * 4 * 16 * flops["dense"], rel=0.03)
         assert 0 < facts["uses"] < facts["calls"]
     else:
         assert facts["steps"] == 20

@@ -179,7 +179,7 @@ def test_the_same_seed_gives_the_same_bits_and_padding_gets_no_gradient():
 
 
 @pytest.mark.parametrize("store", STORES[1:])
-def test_loosened_it_computes_what_it_will_when_tight_and_training_helps(store):
+def test_unpacked_it_computes_what_it_will_when_repacked_and_training_helps(store):
     weight, ids = matrix(90, 16), torch.arange(90)
     part = fitted(table(), weight, buckets=45, rounds=2, store=store)
     before, names = part(ids), {name: (t.shape, t.dtype) for name, t in part.state_dict().items()}

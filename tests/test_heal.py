@@ -155,16 +155,16 @@ def test_every_target_is_lowered(family: str, target: str) -> None:
 
 
 def test_same_seed_same_bits_and_another_seed_others() -> None:
-    found = []
+    results = []
     for seed in (0, 0, 1):
         model, original, batches = pair()
-        torch.manual_seed(len(found))
+        torch.manual_seed(len(results))
         state = torch.random.get_rng_state()
         taut.heal(model, original, batches=batches, steps=4, seed=seed)
         assert torch.equal(state, torch.random.get_rng_state())
-        found.append(bits(model))
-    assert same(found[0], found[1])
-    assert not same(found[0], found[2])
+        results.append(bits(model))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
 
 
 def test_what_learns_by_drawing_draws_while_it_is_healed() -> None:
@@ -370,7 +370,7 @@ def test_wrong_words_on_the_command_line(tmp_path: Path) -> None:
     for more, message in (
         (["--heal", "3", "--text", "none"], "too little text: 0 texts"),
         (["--heal", "3", "--heal-option", "speed=2"], "unknown key 'speed'"),
-        (["--heal-option", "batch=2"], "say --heal STEPS"),
+        (["--heal-option", "batch=2"], "works only with --heal STEPS"),
     ):
         with pytest.raises(TautError, match=message):
             CliRunner().invoke(app, [*words, *more], catch_exceptions=False)

@@ -93,10 +93,10 @@ def test_perplexity_by_hand(family: str, begin: bool, length: int, stride: int |
         with torch.no_grad():
             total -= float(subject(input_ids=context).logits[0, -1].double().log_softmax(-1)[ids[at]])
         scored += 1
-    found = values(scores)
-    assert math.log(found["perplexity_per_token"]) == pytest.approx(total / scored, abs=1e-5)
+    result = values(scores)
+    assert math.log(result["perplexity_per_token"]) == pytest.approx(total / scored, abs=1e-5)
     size = len(content.encode()) - (0 if begin else len(tokenizer.decode(ids[:1]).encode()))
-    assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / size, abs=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(total / math.log(2) / size, abs=1e-5)
     for score, expected in zip(scores, (total / scored, total / math.log(2) / size), strict=True):
         assert np.mean(score.quantity.samples) == pytest.approx(expected, abs=1e-5)
 
@@ -158,9 +158,9 @@ def test_masked_windows_need_a_mask_and_room():
 def test_a_model_agrees_with_itself_exactly(family: str, head: str):
     subject, twin = (model(family, head=head) for _ in range(2))
     task = agreement.Agreement.parse({"limit": 3000, "max_length": 40})
-    found = values(task.evaluate(subject, tiny_tokenizer(encoder=True), reference=twin))
+    result = values(task.evaluate(subject, tiny_tokenizer(encoder=True), reference=twin))
     language = {"kl_to_original": 0.0, "top1_agreement": 1.0}
-    assert found == (language if head == "default" else {"pooled_cosine": 1.0, "state_cosine": 1.0})
+    assert result == (language if head == "default" else {"pooled_cosine": 1.0, "state_cosine": 1.0})
 
 
 def test_divergence_equals_the_formula_of_torch():
@@ -182,10 +182,10 @@ def test_causal_agreement_by_hand(tmp_path: Path):
     ids = torch.tensor([[1, *tokenizer(TEXT[:100], add_special_tokens=False)["input_ids"]]])
     with torch.no_grad():
         p, q = (net(input_ids=ids).logits[0, :-1].double().log_softmax(-1) for net in (reference, subject))
-    found = values(scores)
-    assert found["kl_to_original"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-6)
-    assert found["top1_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
-    assert found["kl_to_original"] > 0
+    result = values(scores)
+    assert result["kl_to_original"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-6)
+    assert result["top1_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert result["kl_to_original"] > 0
 
 
 def test_strangers_have_lower_cosines():
@@ -228,7 +228,7 @@ def test_a_real_decoder_knows_its_stories():
 def test_loss_by_position_by_hand(tmp_path: Path):
     subject, tokenizer = model("llama"), tiny_tokenizer()
     options = {"data": text_file(tmp_path, TEXT * 3), "max_length": 40}
-    found = values(loss_by_position.LossByPosition.parse(options).evaluate(subject, tokenizer))
+    result = values(loss_by_position.LossByPosition.parse(options).evaluate(subject, tokenizer))
     ids = tokenizer(TEXT * 3, add_special_tokens=False)["input_ids"]
     nats = []
     for start in range(0, len(ids) - 38, 39):
@@ -237,10 +237,10 @@ def test_loss_by_position_by_hand(tmp_path: Path):
         nats.append(nn.functional.cross_entropy(scores, row[0, 1:], reduction="none"))
     table = torch.stack(nats)
     first, second = table[:, :15].mean(), table[:, 15:31].mean()
-    assert found["loss_at_1_to_15"] == pytest.approx(float(first), abs=1e-5)
-    assert found["loss_at_16_to_31"] == pytest.approx(float(second), abs=1e-5)
-    assert found["gain_of_last_doubling"] == pytest.approx(float(first - second), abs=1e-5)
-    assert len(found) == 3
+    assert result["loss_at_1_to_15"] == pytest.approx(float(first), abs=1e-5)
+    assert result["loss_at_16_to_31"] == pytest.approx(float(second), abs=1e-5)
+    assert result["gain_of_last_doubling"] == pytest.approx(float(first - second), abs=1e-5)
+    assert len(result) == 3
 
 
 def test_loss_by_position_keeps_falling_only_where_context_is_seen(tmp_path: Path):

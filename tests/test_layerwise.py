@@ -59,11 +59,11 @@ def test_a_block_is_asked_for_what_the_originals_block_gave() -> None:
 
     def error() -> float:
         answers: list[Tensor] = []
-        for each in (model, original):
-            block = each.get_submodule(blocks_of(original)[-1])
-            hook = block.register_forward_hook(lambda module, given, output: answers.append(output))
+        for net in (model, original):
+            block = net.get_submodule(blocks_of(original)[-1])
+            hook = block.register_forward_hook(lambda module, args, output: answers.append(output))
             with torch.no_grad():
-                each(**batches[0])
+                net(**batches[0])
             hook.remove()
         student, teacher = (answer[0] if isinstance(answer, tuple) else answer for answer in answers)
         return float((student - teacher).square().mean())
@@ -110,7 +110,7 @@ def test_a_run_cut_off_in_any_block_goes_on_to_the_same_bits(tmp_path: Path) -> 
 def test_the_original_may_stay_on_disk(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m", "llama")
     source = resolve(folder)
-    found = []
+    results = []
     for device in ("cpu", "disk"):
         model = open_model(source)
         apply(model, Recipe.parse(RECIPE))
@@ -121,10 +121,10 @@ def test_the_original_may_stay_on_disk(tmp_path: Path) -> None:
         batches = [inputs(model, 6, 10, seed=seed) for seed in range(2)]
         facts = taut.heal(model, original, batches=batches, steps=3, by="layer")
         assert {parameter.device.type for parameter in original.parameters()} == resting, "nothing stays in memory"
-        found.append((facts, bits(model), weights))
-    assert found[0][0] == found[1][0]
-    assert same(found[0][1], found[1][1])
-    assert all(torch.equal(a, b) for a, b in zip(found[0][2], found[1][2], strict=True))
+        results.append((facts, bits(model), weights))
+    assert results[0][0] == results[1][0]
+    assert same(results[0][1], results[1][1])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][2], results[1][2], strict=True))
 
 
 def test_the_command_line_heals_by_layer(tmp_path: Path) -> None:

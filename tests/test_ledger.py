@@ -187,5 +187,5 @@ def test_ids_ignore_names_and_limits_and_nothing_else() -> None:
 def test_an_id_is_the_same_in_every_process() -> None:
     code = "from sample_records import spec; print(spec().id)"
     environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parent)}
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert found.stdout.strip() == spec().id
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert process.stdout.strip() == spec().id

@@ -82,8 +82,8 @@ def test_kernel_is_the_formula(causal: bool, padding: str, window: int, first: i
         assert (inferred - ours).abs().max() <= 1e-12
         leaves = [query, key, value] + ([bias] if extra is not None else [])
         direction = torch.randn(ours.shape, dtype=torch.float64) * seen
-        found, expected = (torch.autograd.grad((out * direction).sum(), leaves) for out in (ours, formula))
-        assert all((a - b).abs().max() <= 1e-12 for a, b in zip(found, expected, strict=True))
+        gradients, expected = (torch.autograd.grad((out * direction).sum(), leaves) for out in (ours, formula))
+        assert all((a - b).abs().max() <= 1e-12 for a, b in zip(gradients, expected, strict=True))
 
 
 @pytest.mark.parametrize(("queries", "past"), [(1, 40), (3, 40), (20, 9)])
@@ -116,7 +116,7 @@ def test_future_changes_nothing_to_the_bit() -> None:
     for tensor in later:
         tensor[:, :, 130:] = 50.0
     view = View(1, 200, 200, causal=True)
-    before, after = (blocked.attend(*given, view, window=20, first=1) for given in ((query, key, value), later))
+    before, after = (blocked.attend(*tensors, view, window=20, first=1) for tensors in ((query, key, value), later))
     assert torch.equal(before[:, :130], after[:, :130])
 
 
@@ -190,27 +190,27 @@ def test_wrong_knobs_are_told() -> None:
 @pytest.mark.parametrize("family", FUSED)
 def test_identity_is_sdpa_to_the_bit(family: str) -> None:
     model = tiny(family)
-    given = [inputs(model), padded_inputs(model)]
-    before = [logits(model, **each) for each in given]
+    batches = [inputs(model), padded_inputs(model)]
+    before = [logits(model, **batch) for batch in batches]
     undo = _install(model, Identity())
     assert model.config._attn_implementation == "taut"
-    assert all(torch.equal(a, logits(model, **each)) for a, each in zip(before, given, strict=True))
+    assert all(torch.equal(a, logits(model, **batch)) for a, batch in zip(before, batches, strict=True))
     undo()
     assert model.config._attn_implementation == "sdpa"
     assert not any("taut_attention" in vars(module) for module in model.modules())
-    assert all(torch.equal(a, logits(model, **each)) for a, each in zip(before, given, strict=True))
+    assert all(torch.equal(a, logits(model, **batch)) for a, batch in zip(before, batches, strict=True))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "t5"])
 @pytest.mark.parametrize("static", [False, True])
 def test_identity_generates_to_the_bit(family: str, static: bool) -> None:
     model = tiny(family)
-    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
+    batch = {name: tensor for name, tensor in padded_inputs(model).items() if name != "decoder_input_ids"}
     options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     options |= {"cache_implementation": "static"} if static else {}
-    before = model.generate(**given, **options)
+    before = model.generate(**batch, **options)
     _install(model, Identity())
-    after = model.generate(**given, **options)
+    after = model.generate(**batch, **options)
     assert torch.equal(before.sequences, after.sequences)
     assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
 
@@ -218,11 +218,11 @@ def test_identity_generates_to_the_bit(family: str, static: bool) -> None:
 @pytest.mark.parametrize("family", FUSED)
 def test_a_wide_window_is_the_original(family: str) -> None:
     model = tiny(family, dtype=torch.float64)
-    given = padded_inputs(model)
-    real = given["attention_mask"].bool()
-    before = logits(model, **given)
+    batch = padded_inputs(model)
+    real = batch["attention_mask"].bool()
+    before = logits(model, **batch)
     _install(model, LocalGlobal.parse({"window": 12}))
-    wide = logits(model, **given)
+    wide = logits(model, **batch)
     if not model.config.is_encoder_decoder:
         before, wide = before[real], wide[real]
     assert (before - wide).abs().max() <= 1e-12
@@ -231,20 +231,20 @@ def test_a_wide_window_is_the_original(family: str) -> None:
 @pytest.mark.parametrize("family", DECODERS)
 def test_steps_equal_one_pass_and_the_single_row(family: str, small_blocks: None) -> None:
     model = tiny(family, dtype=torch.float64)
-    given = inputs(model, length=24)
-    before = logits(model, **given)
+    batch = inputs(model, length=24)
+    before = logits(model, **batch)
     _install(model, LocalGlobal.parse({"window": 4, "global_tokens": 1}))
-    whole = logits(model, **given, use_cache=False)
+    whole = logits(model, **batch, use_cache=False)
     assert not torch.allclose(before, whole, atol=1e-3)
     key = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
-    ids, mask = given.pop(key), given.get("attention_mask")
+    ids, mask = batch.pop(key), batch.get("attention_mask")
     past, pieces, start = None, [], 0
     with torch.no_grad():
         for count in (10, 1, 1, 5, *[1] * 7):
             stop = start + count
             if key == "input_ids":
-                given["attention_mask"] = mask[:, :stop]
-            output = model(**given, **{key: ids[:, start:stop]}, past_key_values=past, use_cache=True)
+                batch["attention_mask"] = mask[:, :stop]
+            output = model(**batch, **{key: ids[:, start:stop]}, past_key_values=past, use_cache=True)
             past, start = output["past_key_values"], stop
             pieces.append(output["logits"])
     assert (torch.cat(pieces, 1) - whole).abs().max() <= 1e-12
@@ -260,10 +260,10 @@ def test_steps_equal_one_pass_and_the_single_row(family: str, small_blocks: None
 def test_generation_with_and_without_cache_agrees(family: str, small_blocks: None) -> None:
     model = tiny(family)
     _install(model, LocalGlobal.parse({"window": 4}))
-    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
+    batch = {name: tensor for name, tensor in padded_inputs(model).items() if name != "decoder_input_ids"}
     for beams in (1, 3):
         options = {"max_new_tokens": 10, "do_sample": False, "num_beams": beams}
-        assert torch.equal(model.generate(**given, **options), model.generate(**given, **options, use_cache=False))
+        assert torch.equal(model.generate(**batch, **options), model.generate(**batch, **options, use_cache=False))
 
 
 def test_packed_sequences_stay_apart(small_blocks: None) -> None:
@@ -281,41 +281,43 @@ def test_packed_sequences_stay_apart(small_blocks: None) -> None:
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_gradients_are_those_of_the_dense_mask(family: str) -> None:
     model = tiny(family, dtype=torch.float64)
-    given = inputs(model, length=20)
+    batch = inputs(model, length=20)
     _install(model, LocalGlobal.parse({"window": 4, "global_tokens": 1}))
     gradients = []
     for rows in (4, 64):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blocked, "CPU_ROWS", rows)
             model.zero_grad()
-            output = model(**given, use_cache=False)[0]
+            output = model(**batch, use_cache=False)[0]
             (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
-        gradients.append({name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None})
+        gradients.append(
+            {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+        )
     assert gradients[0].keys() == gradients[1].keys()
     assert all((gradients[0][name] - gradients[1][name]).abs().max() <= 1e-9 for name in gradients[0])
-    assert sum(bool(each.any()) for each in gradients[0].values()) >= 0.8 * len(gradients[0])
+    assert sum(bool(gradient.any()) for gradient in gradients[0].values()) >= 0.8 * len(gradients[0])
 
 
 def test_a_mask_of_the_callers_own_is_obeyed() -> None:
     model = tiny("bert", dtype=torch.float64)
-    given = padded_inputs(model)
-    four = given["attention_mask"].bool()[:, None, None, :].expand(2, 1, 12, 12)
+    batch = padded_inputs(model)
+    four = batch["attention_mask"].bool()[:, None, None, :].expand(2, 1, 12, 12)
     _install(model, LocalGlobal.parse({"window": 3}))
-    two = logits(model, **given)
-    given["attention_mask"] = four
-    assert (logits(model, **given) - two)[given["input_ids"] != 0].abs().max() <= 1e-12
+    two = logits(model, **batch)
+    batch["attention_mask"] = four
+    assert (logits(model, **batch) - two)[batch["input_ids"] != 0].abs().max() <= 1e-12
 
 
 def test_copies_and_files(tmp_path: Path) -> None:
     model = tiny("llama")
-    given = inputs(model)
+    batch = inputs(model)
     undo = _install(model, LocalGlobal.parse({"window": 3}))
-    after = logits(model, **given)
-    assert torch.equal(logits(copy.deepcopy(model), **given), after)
+    after = logits(model, **batch)
+    assert torch.equal(logits(copy.deepcopy(model), **batch), after)
     model.save_pretrained(tmp_path)
     assert "taut" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
     undo()
-    assert not torch.equal(logits(model, **given), after)
+    assert not torch.equal(logits(model, **batch), after)
 
 
 def test_a_capped_model_is_refused() -> None:

@@ -131,13 +131,13 @@ class TestTable:
         assert 4 * 48 * 4 <= seen.bytes <= 16 * 4 * 48 * 4
 
     @pytest.mark.parametrize("knobs", KNOBS, ids=str)
-    def test_loosened_is_what_it_will_be(self, knobs: dict) -> None:
+    def test_unpacked_is_what_it_will_be(self, knobs: dict) -> None:
         weight = normal(40, 48)
         part, ids = table(knobs, weight, scale=2.0, padding_row=3), torch.arange(40).view(5, 8)
         names = {name: (one.shape, one.dtype) for name, one in part.state_dict().items()}
         before = part.merged()
         # The scale that LLM-FP4's search found need not be among those it tries on what it made.
-        for original, slack in ((weight, 2e-6), (None, 0.2 if knobs.get("number") == "fp4" else 2e-6)):
+        for original, tolerance in ((weight, 2e-6), (None, 0.2 if knobs.get("number") == "fp4" else 2e-6)):
             part.unpack(original)
             assert [name for name, _ in part.named_parameters()] == ["weight_unpacked"]
             vectors, scores = part(ids), part.logits(normal(2, 48))
@@ -150,7 +150,7 @@ class TestTable:
             assert torch.allclose(part.logits(normal(2, 48)), scores, atol=1e-4)
             assert not list(part.parameters())
             assert {name: (one.shape, one.dtype) for name, one in part.state_dict().items()} == names
-            assert torch.allclose(part.merged(), before, atol=slack)
+            assert torch.allclose(part.merged(), before, atol=tolerance)
 
     @pytest.mark.parametrize("knobs", [{"bits": 3}, {"bits": 2, "group": 16}, {"bits": 4, "number": "nvfp4"}], ids=str)
     def test_healing_lowers_the_loss(self, knobs: dict) -> None:

@@ -127,8 +127,8 @@ class TestInt8Linear:
         """Shape, aliasing and gradients as torch's compilers assume them."""
         x, bias, packed = normal(2, 3, 8).requires_grad_(), normal(6).requires_grad_(), fitted(6, 8).weight
         reach = int8_linear.pack_range(-2.0, 3.0)
-        for given in ((x, bias, packed, None, 6, 8), (x, None, packed, reach, 6, 8)):
-            torch.library.opcheck(torch.ops.taut.int8_linear.default, given)
+        for arguments in ((x, bias, packed, None, 6, 8), (x, None, packed, reach, 6, 8)):
+            torch.library.opcheck(torch.ops.taut.int8_linear.default, arguments)
 
     def test_a_range_known_beforehand(self) -> None:
         """Numbers inside come back within half a step, zero as itself, those outside as the nearest end."""
@@ -221,8 +221,8 @@ class TestGroups:
         for number in ("int", "nf4"):
             packed = fitted(6, 8, bits=4, number=number).weight
             torch.library.opcheck(torch.ops.taut.low_bit_linear.default, (x, bias, packed, 6, 4, 6, number))
-        given = (normal(2, 3, 6), packed, 6, 4, 6, "nf4")
-        torch.library.opcheck(torch.ops.taut.low_bit_linear_gradient.default, given)
+        arguments = (normal(2, 3, 6), packed, 6, 4, 6, "nf4")
+        torch.library.opcheck(torch.ops.taut.low_bit_linear_gradient.default, arguments)
 
     @pytest.mark.parametrize(
         "knobs", [{"bits": 4}, {"activations": "static"}, {"bits": 4, "activations": "fp8"}], ids=str
@@ -249,7 +249,7 @@ class TestGroups:
 class TestHealing:
     @pytest.mark.parametrize("knobs", [*GROUPED, *ROUNDED], ids=str)
     @pytest.mark.parametrize("compensate", [False, True])
-    def test_loosened_is_what_it_will_be(self, knobs: dict, compensate: bool) -> None:
+    def test_unpacked_is_what_it_will_be(self, knobs: dict, compensate: bool) -> None:
         part = fitted(70, 48, seen(48), compensate=compensate, **knobs)
         x = normal(6, 48)
         names = {name: (one.shape, one.dtype) for name, one in part.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Patterns agree with their formulas, and views with the masks of transformers."""
+"""Patterns agree with their formulas, and views with transformers' own masks."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_settled_blocks_look_alike(pattern: Pattern) -> None:
     assert torch.equal(pattern.allowed(first + 3, leading)[0], pattern.allowed(second + 3, leading)[0])
 
 
-@pytest.mark.parametrize("pattern", [each for each in PATTERNS if each.band is not None], ids=str)
+@pytest.mark.parametrize("pattern", [pattern for pattern in PATTERNS if pattern.band is not None], ids=str)
 def test_a_band_holds_all_that_is_seen(pattern: Pattern) -> None:
     positions = torch.arange(60)
     outside = ~Sink(pattern.band[1], pattern.band[0]).allowed(positions, positions)
@@ -92,7 +92,7 @@ def test_view_is_the_mask_of_transformers(causal: bool, queries: int, past: int,
     keys = queries + past
     padding = torch.ones(2, keys, dtype=torch.bool)
     padding[1, :pads] = False
-    stock = sdpa_mask(
+    expected = sdpa_mask(
         2,
         queries,
         keys,
@@ -113,9 +113,9 @@ def test_view_is_the_mask_of_transformers(causal: bool, queries: int, past: int,
         starts=torch.tensor([0, pads]) if pads else None,
     )
     ours = view.dense(CPU)
-    assert (ours is None) == (stock is None)
-    if stock is not None:
-        assert torch.equal(ours.expand(2, 1, queries, keys), stock.expand(2, 1, queries, keys))
+    assert (ours is None) == (expected is None)
+    if expected is not None:
+        assert torch.equal(ours.expand(2, 1, queries, keys), expected.expand(2, 1, queries, keys))
 
 
 def test_patterns_count_from_the_first_real_token() -> None:

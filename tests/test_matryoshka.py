@@ -125,7 +125,7 @@ def test_every_parameter_gets_a_gradient_whatever_prefix_is_drawn():
 
 
 def test_nested_training_puts_the_most_into_the_first_columns():
-    """Two tables trained alike to imitate a third; cut to a quarter, the one that was trained nested is far closer."""
+    """Two tables learn to imitate a third. Cut to a quarter, the one trained with nested prefixes is far closer."""
     target, ids, left = matrix(60, 16), torch.arange(60), {}
     for nested in (False, True):
         torch.manual_seed(0)
@@ -166,7 +166,7 @@ def test_keep_buys_the_greatest_width(store, keep):
 
 
 @pytest.mark.parametrize("store", STORES[1:])
-def test_loosened_it_computes_what_it_will_when_tight_and_training_helps(store):
+def test_unpacked_it_computes_what_it_will_once_repacked_and_training_helps(store):
     weight, ids = matrix(60, 16), torch.arange(60)
     part = fitted(table(), weight, width=12, store=store)
     names = {name: (t.shape, t.dtype) for name, t in part.state_dict().items()}

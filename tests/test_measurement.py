@@ -1,4 +1,4 @@
-"""Counting, timing and the fresh process: figures checked against what is known in advance."""
+"""Counting, timing and measuring in a new process: figures checked against what is known in advance."""
 
 import gc
 import os
@@ -26,7 +26,7 @@ MIB = 2**20
 
 
 class Recorder:
-    """Cases that take a known while and write down when they were called."""
+    """Cases that take a known time and record when they were called."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -57,7 +57,7 @@ def test_cases_take_turns_and_everything_is_put_back():
 
 
 def test_a_short_case_is_called_until_a_sample_is_long_enough(monkeypatch: pytest.MonkeyPatch):
-    """On a clock that only the case moves."""
+    """A clock that only the case moves."""
     calls = []
     monkeypatch.setitem(CLOCKS, "wall", lambda: len(calls) * 1e-6)
     times = compare({"short": lambda: calls.append(1)}, repeats=3, warmup=0, minimum_seconds=0.004)
@@ -65,7 +65,7 @@ def test_a_short_case_is_called_until_a_sample_is_long_enough(monkeypatch: pytes
     assert times["short"].median == pytest.approx(1e-6)
 
 
-def test_preparation_is_fresh_each_time_and_not_timed():
+def test_preparation_is_repeated_each_time_and_not_timed():
     made, used = [], []
 
     def prepare() -> int:
@@ -73,8 +73,8 @@ def test_preparation_is_fresh_each_time_and_not_timed():
         made.append(len(made))
         return made[-1]
 
-    def run(given: int) -> None:
-        used.append(given)
+    def run(number: int) -> None:
+        used.append(number)
         time.sleep(0.003)
 
     times = compare({"case": Prepared(prepare, run)}, repeats=4, warmup=1, clock="wall")
@@ -95,9 +95,9 @@ def test_threads_and_collection_are_put_back_after_an_error():
 
 def test_the_ratio_pairs_the_samples_of_a_round():
     slow, fast = Timing((2.0, 40.0, 6.0), 1, "wall"), Timing((1.0, 10.0, 2.0), 1, "wall")
-    found = ratio(slow, fast)
-    assert found.samples == (2.0, 4.0, 3.0)
-    assert (found.value, found.low, found.high) == (3.0, None, None)
+    result = ratio(slow, fast)
+    assert result.samples == (2.0, 4.0, 3.0)
+    assert (result.value, result.low, result.high) == (3.0, None, None)
     assert slow.per(2).samples == (1.0, 20.0, 3.0)
     assert slow.quantity().value == 6.0
     with pytest.raises(TautError, match="one run"):
@@ -210,21 +210,21 @@ def test_damaged_and_missing_files_are_named(tmp_path):
 
 def test_flops_count_every_map_and_every_pair():
     model = tiny("llama")
-    given = inputs(model, batch=2, length=12)
+    batch = inputs(model, batch=2, length=12)
     sites = locate(model).sites
     maps = sum(
         site.dense().flops_per_token for site in sites if site.slot in ("embedding", "projection", "feedforward")
     )
     pairs = sum(4.0 * site.heads * site.head_width * 12 for site in sites if site.slot == "attention")
-    assert flops_per_token(model, given).value == pytest.approx(maps + pairs)
+    assert flops_per_token(model, batch).value == pytest.approx(maps + pairs)
 
 
 @pytest.mark.parametrize(("family", "layers"), [("llama", 2), ("gpt2", 2)])
 def test_cache_bytes_are_those_of_keys_and_values(family, layers):
     model = tiny(family)
-    given = inputs(model, batch=2, length=12)
+    batch = inputs(model, batch=2, length=12)
     heads = 2 if family == "llama" else 4
-    assert cache_bytes(speed.filled_cache(model, given)) == 2 * layers * heads * 8 * 4 * 2 * 12
+    assert cache_bytes(speed.filled_cache(model, batch)) == 2 * layers * heads * 8 * 4 * 2 * 12
     assert speed.filled_cache(tiny("bert"), inputs(tiny("bert"))) is None
 
 
@@ -240,10 +240,10 @@ def test_cache_bytes_see_what_is_allocated_and_both_caches_of_an_encoder_decoder
 @pytest.mark.parametrize("family", ["llama", "t5", "bert"])
 def test_speed_times_decoding_for_decoders_only(family):
     models = {name: tiny(family) for name in ("one", "two")}
-    given = inputs(models["one"], batch=2, length=6)
+    batch = inputs(models["one"], batch=2, length=6)
     caches = {"one": lambda: StaticCache(config=models["one"].config, max_cache_len=16)} if family == "llama" else {}
-    found = speed.speed(models, given, decode_tokens=3, repeats=2, warmup=1, caches=caches)
-    for one in found.values():
+    results = speed.speed(models, batch, decode_tokens=3, repeats=2, warmup=1, caches=caches)
+    for one in results.values():
         taken = one.quantities()
         assert taken["throughput"].value == pytest.approx(12 / taken["forward"].value)
         assert ("decode" in taken) == (family != "bert")
@@ -255,8 +255,8 @@ def test_speed_times_decoding_for_decoders_only(family):
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_decoding_starts_each_time_from_the_same_cache(family):
     model = tiny(family)
-    given = inputs(model, batch=1, length=5)
-    case = speed.decode_case(model, given, tokens=3)
+    batch = inputs(model, batch=1, length=5)
+    case = speed.decode_case(model, batch, tokens=3)
     first = case.prepare()
     case.run(first)
     assert first.get_seq_length() == 5 + 3
@@ -265,15 +265,15 @@ def test_decoding_starts_each_time_from_the_same_cache(family):
 
 def test_padded_inputs_and_models_that_do_not_decode_are_refused():
     model = tiny("llama")
-    given = inputs(model, batch=2, length=6)
-    given["attention_mask"][0, 0] = 0
+    batch = inputs(model, batch=2, length=6)
+    batch["attention_mask"][0, 0] = 0
     with pytest.raises(TautError, match="padding"):
-        speed.decode_case(model, given, 2)
+        speed.decode_case(model, batch, 2)
     with pytest.raises(TautError, match="decoding needs a model with a cache"):
         speed.decode_case(tiny("bert"), inputs(tiny("bert")), 2)
 
 
-def test_a_fresh_process_answers_and_reports_its_own_peak():
+def test_a_new_process_answers_and_reports_its_own_peak():
     held = torch.ones(64 * MIB)
     outcome = call("sandboxed:multiply", {"a": 6, "b": 7})
     assert outcome.result["product"] == 42
@@ -344,9 +344,9 @@ def test_the_peak_of_a_block_is_what_it_allocates():
 def test_peak_memory_of_a_saved_model_holds_at_least_its_weights(tmp_path):
     model = tiny("llama", hidden_size=512, intermediate_size=2048)
     model.save_pretrained(tmp_path)
-    found = memory.peak_memory(tmp_path, batch=1, length=16)
-    assert found["peak"].value > count(model).resident
-    assert 0 <= found["forward"].value < found["peak"].value
+    sizes = memory.peak_memory(tmp_path, batch=1, length=16)
+    assert sizes["peak"].value > count(model).resident
+    assert 0 <= sizes["forward"].value < sizes["peak"].value
 
 
 def test_energy_is_read_where_it_can_be_and_null_elsewhere(tmp_path):
@@ -363,11 +363,11 @@ def test_energy_is_read_where_it_can_be_and_null_elsewhere(tmp_path):
             path.write_text(str((int(path.read_text()) + 1_000_000) % 10_000_000))
         time.sleep(0.03)
 
-    found = energy.energy(spend, minimum_seconds=0.08, powercap=tmp_path)
-    assert found.value == pytest.approx(2.0)
-    assert found.unit == "J"
+    result = energy.energy(spend, minimum_seconds=0.08, powercap=tmp_path)
+    assert result.value == pytest.approx(2.0)
+    assert result.unit == "J"
 
 
 def test_the_clock_names_its_conditions():
-    said = Timing((1.0, 2.0), 2, "cpu").describe()
-    assert said == "2 interleaved samples, cpu clock, 2 threads, cpu"
+    description = Timing((1.0, 2.0), 2, "cpu").describe()
+    assert description == "2 interleaved samples, cpu clock, 2 threads, cpu"

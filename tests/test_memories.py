@@ -37,8 +37,8 @@ def turn(case: Case) -> int:
     return ROWS[case.method].index(dict(case.entry)) + DECODERS.index(case.family)
 
 
-def listed(found: Iterable[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [pytest.param(case, id=case.label) for case in found])
+def listed(chosen: Iterable[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case.label) for case in chosen])
 
 
 def each(*families: str) -> pytest.MarkDecorator:
@@ -75,7 +75,7 @@ def started(case: Case, equal: bool = False) -> tuple[PreTrainedModel, Step]:
 def check_held(past: Cache, step: Step) -> None:
     """Every layer holds as many entries as are predicted for what was read."""
     predicted = step.method.entries(replace(step.site, length=past.get_seq_length()))
-    counts = {each.shape[2] for layer in own(past).layers for each in (layer.keys, layer.values)}
+    counts = {tensor.shape[2] for layer in own(past).layers for tensor in (layer.keys, layer.values)}
     assert len(counts) == 1
     assert max(counts) <= predicted
     assert step.method.id in VARYING or counts == {predicted}
@@ -92,15 +92,15 @@ def alone(model: PreTrainedModel, method: MemoryMethod, ids: Tensor, chunks: lis
 @each(*DECODERS)
 def test_steps_equal_one_pass(case: Case) -> None:
     model, step = started(case, equal=True)
-    given = inputs(model, length=LENGTH)
-    whole = logits(model, **given, use_cache=False)
+    batch = inputs(model, length=LENGTH)
+    whole = logits(model, **batch, use_cache=False)
     for name in CHUNKS if case.family == "llama" else TURNS[turn(case) % 3]:
-        steps, past = stepwise(model, CHUNKS[name], **given)
+        steps, past = stepwise(model, CHUNKS[name], **batch)
         assert (steps - whole).abs().max() <= TOLERANCE
         assert past.get_seq_length() == LENGTH
         check_held(past, step)
     undo(model)
-    assert (logits(model, **given, use_cache=False) - whole).abs().max() > 1e-3
+    assert (logits(model, **batch, use_cache=False) - whole).abs().max() > 1e-3
 
 
 @each("gpt2", "llama")
@@ -108,14 +108,14 @@ def test_left_padded_rows_equal_the_rows_alone(case: Case) -> None:
     """What stands in the padding is arbitrary; one of the batches has no row without any."""
     model, step = started(case)
     pads, names = ((0, 1, 17), CHUNKS) if case.family == "llama" else ((2, 6), TURNS[turn(case) % 3])
-    given = inputs(model, batch=len(pads), length=LENGTH)
+    batch = inputs(model, batch=len(pads), length=LENGTH)
     for row, count in enumerate(pads):
-        given["attention_mask"][row, :count] = 0
-    given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        batch["attention_mask"][row, :count] = 0
+    batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     for chunks in ([LENGTH], *(CHUNKS[name] for name in names)):
-        together, past = stepwise(model, chunks, **given)
+        together, past = stepwise(model, chunks, **batch)
         for row, count in enumerate(pads):
-            expected = alone(model, step.method, given["input_ids"][row : row + 1, count:], chunks)
+            expected = alone(model, step.method, batch["input_ids"][row : row + 1, count:], chunks)
             assert (together[row, count:] - expected[0]).abs().max() <= TOLERANCE
         check_held(past, step)
 
@@ -123,22 +123,22 @@ def test_left_padded_rows_equal_the_rows_alone(case: Case) -> None:
 @each("gpt2", "llama", "bart", "t5")
 def test_generate_obeys(case: Case) -> None:
     model, step = started(case, equal=True)
-    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
+    batch = {name: tensor for name, tensor in padded_inputs(model).items() if name != "decoder_input_ids"}
     options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "num_beams": (1, 3)[turn(case) % 2]}
-    ours = model.generate(**given, **options, return_dict_in_generate=True)
+    ours = model.generate(**batch, **options, return_dict_in_generate=True)
     assert type(own(ours.past_key_values)) is type(step.method.cache(step.site.layers))
-    assert torch.equal(ours.sequences, model.generate(**given, **options, use_cache=False))
+    assert torch.equal(ours.sequences, model.generate(**batch, **options, use_cache=False))
     check_held(ours.past_key_values, step)
 
 
 @listed(cases(method, (family,))[0] for method in MEMORIES for family in ("llama", "bart"))
 def test_generate_obeys_no_more_once_undone(case: Case) -> None:
     model, _ = started(case)
-    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
+    batch = {name: tensor for name, tensor in padded_inputs(model).items() if name != "decoder_input_ids"}
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    model.generate(**given, **options)
+    model.generate(**batch, **options)
     undo(model)
-    assert torch.equal(model.generate(**given, **options), case.model(torch.float64).generate(**given, **options))
+    assert torch.equal(model.generate(**batch, **options), case.model(torch.float64).generate(**batch, **options))
 
 
 @in_turn("llama", "gpt2")
@@ -192,7 +192,7 @@ def test_predicted_bytes_are_held(case: Case) -> None:
     _, past = stepwise(model, CHUNKS["long prompt"], input_ids=inputs(model, batch=1, length=LENGTH)["input_ids"])
     check_held(past, step)
     layers = own(past).layers
-    held = sum(each.nbytes for layer in layers for each in vars(layer).values() if isinstance(each, Tensor))
+    held = sum(value.nbytes for layer in layers for value in vars(layer).values() if isinstance(value, Tensor))
     cost = step.method.predict(step.site)
     share = layers[0].keys.shape[2] / step.method.entries(step.site)
     assert held == pytest.approx(cost.cache_bytes_per_token * LENGTH * share, rel=1e-12)
@@ -214,9 +214,9 @@ def test_gradients_flow(case: Case) -> None:
             past, total = output.get("past_key_values"), total + (output["logits"] * direction[:, start:stop]).sum()
             start = stop
         total.backward()
-        return {name: each.grad.clone() for name, each in model.named_parameters()}
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     whole, cached, pieces = gradients(LENGTH, use_cache=False), gradients(LENGTH), gradients(9, 10, 15, LENGTH)
     same = [cached] + [pieces] * (step.method.unequal is None and step.method.store is None)
     assert all(torch.allclose(way[name], whole[name], atol=1e-9, rtol=1e-9) for way in same for name in whole)
-    assert all(each.isfinite().all() and each.any() for way in (whole, pieces) for each in way.values())
+    assert all(gradient.isfinite().all() and gradient.any() for way in (whole, pieces) for gradient in way.values())

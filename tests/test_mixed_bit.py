@@ -37,7 +37,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def seen(rows: int = 77, seed: int = 1) -> Calibration:
-    """Counts that fall as Zipf's law has it; the last quarter never occurs."""
+    """Counts that fall by Zipf's law; the last quarter never occurs."""
     frequency = (1000 / torch.arange(1, rows + 1)).floor().double()
     frequency[-rows // 4 :] = 0
     once = numbers(rows, seed=seed).abs().double() + 0.1
@@ -73,8 +73,8 @@ def test_classes_come_back_with_the_rank_of_each_row_in_its_class(rows, count):
     packed = pack_classes(classes, count)
     assert packed.shape == (map_bytes(rows, count),)
     assert packed.dtype == torch.uint8
-    found, offsets = places(packed, count, rows)
-    assert torch.equal(found.long(), classes)
+    unpacked, offsets = places(packed, count, rows)
+    assert torch.equal(unpacked.long(), classes)
     for kind in range(count):
         inside = offsets[classes == kind]
         assert torch.equal(inside, torch.arange(len(inside), dtype=torch.int32))
@@ -121,11 +121,11 @@ def test_allocation_is_the_optimum_on_the_hull_and_near_it_elsewhere(seed):
     for budget in range(80, 330, 5):
         levels = allocate(loss, COST, budget)
         assert int(COST[levels].sum()) <= budget
-        found, best = total(loss, levels), float(sums[prices <= budget].min())
+        reached, best = total(loss, levels), float(sums[prices <= budget].min())
         one_row = float((loss[:, :1] - loss).amax())
-        assert best * (1 - 1e-12) <= found <= best + one_row
-        assert found <= before
-        before = found
+        assert best * (1 - 1e-12) <= reached <= best + one_row
+        assert reached <= before
+        before = reached
 
 
 def test_what_remains_is_less_than_any_upgrade_costs():
@@ -205,21 +205,21 @@ def test_lookup_and_tied_head_are_those_of_the_merged_table(knobs):
 
 
 def test_important_rows_get_more_bits_and_frequent_ones_weigh_more_in_lookups():
-    site, known = table(400, 32), seen(400)
-    part = fitted({"bits": 4.5}, site, numbers(400, 32), known)
+    site, calibration = table(400, 32), seen(400)
+    part = fitted({"bits": 4.5}, site, numbers(400, 32), calibration)
     bits = torch.tensor([layout.bits for layout in part.layouts])[part.blocks.classes.long()].double()
-    ranks = torch.stack((bits, known.sensitivity)).argsort(dim=1).argsort(dim=1).double()
+    ranks = torch.stack((bits, calibration.sensitivity)).argsort(dim=1).argsort(dim=1).double()
     assert torch.corrcoef(ranks)[0, 1] > 0.8
     assert bits[:40].mean() > bits[-100:].mean() + 1
-    assert part.average_bits(known.frequency) > part.average_bits() + 0.5
+    assert part.average_bits(calibration.frequency) > part.average_bits() + 0.5
     assert part.average_bits(torch.ones(400)) == pytest.approx(part.average_bits(), abs=0.05)
 
 
 def test_a_larger_budget_never_predicts_more_loss_and_no_table_is_larger_than_it_can_use():
-    site, weight, known, before = table(200, 32), numbers(200, 32), seen(200), torch.inf
-    share = known.sensitivity + 0.05
+    site, weight, calibration, before = table(200, 32), numbers(200, 32), seen(200), torch.inf
+    share = calibration.sensitivity + 0.05
     for bits in (3.2, 3.5, 4.0, 5.0, 6.0, 8.0, 16.0):
-        part = fitted({"bits": bits}, site, weight, known)
+        part = fitted({"bits": bits}, site, weight, calibration)
         lost = float((part.merged() - weight).double().square().sum(1) @ share)
         assert lost < before
         before = lost
@@ -239,8 +239,8 @@ def test_equal_importance_of_equal_rows_is_a_uniform_table():
 
 def test_the_split_has_exactly_the_often_described_average():
     site = table(1000, 64)
-    known = Calibration(frequency=torch.arange(1000.0).double())
-    part = fitted({"bits": "split", "importance": "frequency"}, site, numbers(1000, 64), known)
+    calibration = Calibration(frequency=torch.arange(1000.0).double())
+    part = fitted({"bits": "split", "importance": "frequency"}, site, numbers(1000, 64), calibration)
     sizes = {layout.bits: len(rows) for layout, rows in zip(part.layouts, part.blocks.rows, strict=True)}
     assert sizes == {4: 700, 8: 300}
     assert sum(bits * count for bits, count in sizes.items()) / 1000 == 5.2
@@ -249,10 +249,10 @@ def test_the_split_has_exactly_the_often_described_average():
 
 
 def test_permuted_rows_give_permuted_bits():
-    site, weight, known = table(), numbers(77, 24), seen()
+    site, weight, calibration = table(), numbers(77, 24), seen()
     order = torch.randperm(77, generator=torch.Generator().manual_seed(3))
-    moved = Calibration(frequency=known.frequency[order], sensitivity=known.sensitivity[order])
-    part, other = fitted({"bits": 5.5}, site, weight, known), fitted({"bits": 5.5}, site, weight[order], moved)
+    moved = Calibration(frequency=calibration.frequency[order], sensitivity=calibration.sensitivity[order])
+    part, other = fitted({"bits": 5.5}, site, weight, calibration), fitted({"bits": 5.5}, site, weight[order], moved)
     assert torch.equal(other.merged(), part.merged()[order])
 
 
@@ -267,7 +267,7 @@ def test_state_survives_saving_loading_casting_and_copying():
     torch.save(part.state_dict(), file)
     file.seek(0)
     state = torch.load(file)
-    # Into a part that looked rows up already, and into an empty skeleton.
+    # Load into a part that already looked up rows, and into an empty skeleton.
     other.load_state_dict(state)
     skeleton = method.build(site, META, torch.float32)
     skeleton.load_state_dict(state, assign=True)
@@ -284,9 +284,9 @@ def test_state_survives_saving_loading_casting_and_copying():
 
 
 @pytest.mark.parametrize("knobs", SETTINGS, ids=str)
-def test_loosening_and_tightening_changes_nothing_and_training_in_between_helps(knobs):
-    site, weight, known = table(padding_row=5), numbers(77, 24), seen()
-    part = fitted(knobs, site, weight, known)
+def test_unpacking_and_repacking_changes_nothing_and_training_in_between_helps(knobs):
+    site, weight, calibration = table(padding_row=5), numbers(77, 24), seen()
+    part = fitted(knobs, site, weight, calibration)
     ids, before, names = torch.arange(77), part.merged(), list(part.state_dict())
     part.unpack(weight)
     torch.testing.assert_close(part(ids), before, rtol=0, atol=1e-5)
@@ -350,7 +350,7 @@ def test_keep_is_kept_and_monotone():
 
 
 def test_wrong_input_is_refused_with_the_reason():
-    site, weight, known = table(), numbers(77, 24), seen()
+    site, weight, calibration = table(), numbers(77, 24), seen()
     assert "not a token table" in MixedBitEmbedding.parse({"bits": 4.0}).fits(
         LinearSite(slot="projection", path="q", inputs=4, outputs=4)
     )
@@ -383,4 +383,4 @@ def test_wrong_input_is_refused_with_the_reason():
             method.fit(part, weight, Calibration(frequency=few, gradient=few, sensitivity=few))
     assert not MixedBitEmbedding.parse({"bits": 5.0, "importance": "none"}).needs
     with pytest.raises(TautError, match="not finite"):
-        MixedBitEmbedding.parse({"bits": 5.0}).fit(part, weight / 0, known)
+        MixedBitEmbedding.parse({"bits": 5.0}).fit(part, weight / 0, calibration)

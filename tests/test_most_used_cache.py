@@ -36,7 +36,7 @@ PIECES = CHUNKS | {"segments": [4] * 6}
 
 @dataclass(frozen=True)
 class MostUsed:
-    """Who sees whom, given how the text came in; ``places`` are those of the chosen in their groups."""
+    """Who sees whom, for a text that came in ``chunks``. ``places``: the place of each chosen one in its group."""
 
     method: Compressive
     chunks: list[int]
@@ -51,7 +51,7 @@ class MostUsed:
         allowed = torch.zeros(len(key), len(key), dtype=torch.bool)
         recent: list[int] = []
         older: deque[int] = deque(maxlen=knobs.compressed)
-        given: dict[int, list[float]] = {place: [] for place in range(len(key))}
+        received: dict[int, list[float]] = {place: [] for place in range(len(key))}
         for stop, count in zip(accumulate(self.chunks), self.chunks, strict=True):
             for place in range(stop - count, stop):
                 recent.append(place)
@@ -59,11 +59,11 @@ class MostUsed:
                 allowed[place, seen] = True
                 weights = (query[:, place] @ key[seen].T * scaling).softmax(-1).sum(0)
                 for other, weight in zip(seen, weights.tolist(), strict=True):
-                    given[other].append(weight)
+                    received[other].append(weight)
             border = stop // knobs.segment * knobs.segment
             while recent and recent[0] + knobs.rate <= border - knobs.memory:
                 group, recent = recent[: knobs.rate], recent[knobs.rate :]
-                best = max(group, key=lambda place: sum(given[place]) / len(given[place]))
+                best = max(group, key=lambda place: sum(received[place]) / len(received[place]))
                 self.places.add(group.index(best))
                 older.append(best)
         return allowed
@@ -80,19 +80,19 @@ def test_equals_the_slow_reference(family: str, chunking: str, method: Compressi
         expected = logits(model, input_ids=ids, use_cache=False)
     assert rule.places == set(range(method.knobs.rate))
     install(model, method)
-    found, past = stepwise(model, PIECES[chunking], input_ids=ids)
-    assert (found - expected).abs().max() <= 1e-12
+    steps, past = stepwise(model, PIECES[chunking], input_ids=ids)
+    assert (steps - expected).abs().max() <= 1e-12
     assert isinstance(past, UsedCache)
     assert all(layer.keys.shape[2] == layer.scores.shape[2] < method.compression.most for layer in past.layers)
 
 
 def test_one_pass_compresses_nothing() -> None:
     model = tiny("llama", dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
-    full = logits(model, **given)
+    batch = inputs(model, length=LENGTH)
+    full = logits(model, **batch)
     install(model, METHOD)
-    assert torch.equal(logits(model, **given, use_cache=False), full)
-    assert (logits(model, **given) - full).abs().max() <= 1e-12
+    assert torch.equal(logits(model, **batch, use_cache=False), full)
+    assert (logits(model, **batch) - full).abs().max() <= 1e-12
     assert METHOD.pattern() is None
     assert "depends on where the text was cut" in METHOD.unequal
     assert Compressive.parse({}).unequal is None
@@ -103,12 +103,12 @@ def test_one_pass_compresses_nothing() -> None:
 def test_left_padded_rows_equal_the_rows_alone(pads: int, method: Compressive) -> None:
     model = tiny("llama", dtype=torch.float64)
     install(model, method)
-    given = inputs(model, length=LENGTH)
-    ids = given["input_ids"]
-    given["attention_mask"][1, :pads] = 0
-    given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    batch = inputs(model, length=LENGTH)
+    ids = batch["input_ids"]
+    batch["attention_mask"][1, :pads] = 0
+    batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     for chunks in ([pads, 1, LENGTH - pads - 1], [pads + 1] + [1] * (LENGTH - pads - 1)):
-        together, _ = stepwise(model, chunks, **given)
+        together, _ = stepwise(model, chunks, **batch)
         other, _ = stepwise(model, chunks, input_ids=ids[:1])
         mine = [chunks[1], chunks[2]] if chunks[0] == pads else [1] * (LENGTH - pads)
         alone, _ = stepwise(model, mine, input_ids=ids[1:, pads:])
@@ -143,18 +143,18 @@ def test_rows_move_with_what_they_have_counted(method: Compressive) -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate_obeys(family: str, beams: int) -> None:
     model = tiny(family)
-    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
+    batch = {name: tensor for name, tensor in padded_inputs(model).items() if name != "decoder_input_ids"}
     options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "num_beams": beams}
-    stock = model.generate(**given, **options)
+    expected = model.generate(**batch, **options)
     undo = install(model, METHOD)
-    ours = model.generate(**given, **options, return_dict_in_generate=True)
+    ours = model.generate(**batch, **options, return_dict_in_generate=True)
     assert isinstance(own(ours.past_key_values), UsedCache)
     assert own(ours.past_key_values).layers[0].compressed > 0
     # A row in a batch of others, beams and all, is the row alone.
-    alone = model.generate(**{name: each[:1] for name, each in given.items()}, **options)
+    alone = model.generate(**{name: tensor[:1] for name, tensor in batch.items()}, **options)
     assert torch.equal(ours.sequences[:1], alone)
     undo()
-    assert torch.equal(model.generate(**given, **options), stock)
+    assert torch.equal(model.generate(**batch, **options), expected)
 
 
 @pytest.mark.parametrize("length", [4, 14])
@@ -173,18 +173,18 @@ def test_a_prefix_goes_through_a_file(length: int, tmp_path: Path) -> None:
 def test_scores_cost_and_what_cannot_be_served_is_told() -> None:
     model = tiny("llama")
     site = next(site for site in locate(model, 100).sites if isinstance(site, MemorySite))
-    mean = Compressive.parse({key: each for key, each in LINE.items() if key != "pool"})
+    mean = Compressive.parse({key: value for key, value in LINE.items() if key != "pool"})
     both = METHOD.predict(site).cache_bytes_per_token, mean.predict(site).cache_bytes_per_token
     assert both[0] - both[1] == pytest.approx(4 * site.layers * site.key_heads * METHOD.entries(site) / 100)
     assert METHOD.predict(site).parameters == 0
     install(model, METHOD)
-    given = inputs(model, batch=1)
+    batch = inputs(model, batch=1)
     with pytest.raises(TautError, match="cannot take tokens back"):
-        model.generate(**given, max_new_tokens=14, prompt_lookup_num_tokens=3, past_key_values=METHOD.cache(2))
-    _, cache = stepwise(model, [5], input_ids=given["input_ids"][:, :5])
+        model.generate(**batch, max_new_tokens=14, prompt_lookup_num_tokens=3, past_key_values=METHOD.cache(2))
+    _, cache = stepwise(model, [5], input_ids=batch["input_ids"][:, :5])
     with pytest.raises(TautError, match="cannot take tokens back"):
         cache.crop(-1)
     with pytest.raises(TautError, match="serves only the model"):
-        tiny("llama")(**given, past_key_values=METHOD.cache(2))
+        tiny("llama")(**batch, past_key_values=METHOD.cache(2))
     with pytest.raises(TautError, match="biases scores by distance"):
         apply(tiny("t5"), Recipe.parse({"memory": {"method": "compressive", **LINE}}))

@@ -71,9 +71,9 @@ def test_accuracy_by_hand(memory: dict | None, tmp_path: Path):
         normed = [value / len(choice) for value, choice in zip(likely, choices, strict=True)]
         expected["acc"].append(float(likely.index(max(likely)) == int(right)))
         expected["acc_norm"].append(float(normed.index(max(normed)) == int(right)))
-    found = samples(task, subject)
-    assert {name: list(values) for name, values in found.items()} == expected
-    assert 0 < sum(found["acc"]) < 20
+    result = samples(task, subject)
+    assert {name: list(values) for name, values in result.items()} == expected
+    assert 0 < sum(result["acc"]) < 20
 
 
 @pytest.mark.parametrize("shots", [0, 3])
@@ -268,8 +268,8 @@ def test_wrong_choices_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No name is looked up and no connection is made."""
 
-    def refuse(*given: object, **more: object) -> None:
-        raise AssertionError(f"the network was asked for: {given}")
+    def refuse(*arguments: object, **more: object) -> None:
+        raise AssertionError(f"the network was asked for: {arguments}")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "taut"
-# From the ground up. A room may import those that stand before it and are named in its row.
+# From the lowest up. A package may import those before it that its row names.
 ALLOWED: dict[str, set[str]] = {
     "_plugin": set(),
     "core": set(),
@@ -36,17 +36,17 @@ WITH_TORCH = ("studies/trial.py", "studies/costs.py")
 
 
 def _imports(path: Path) -> set[str]:
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             if node.module == "taut":
-                found |= {f"taut.{alias.name}" for alias in node.names}
+                names |= {f"taut.{alias.name}" for alias in node.names}
             else:
-                found.add(node.module or "")
-    return found
+                names.add(node.module or "")
+    return names
 
 
 def _name(path: Path) -> str:
@@ -93,13 +93,13 @@ def test_imports_run_one_way(path: Path) -> None:
 
 def _at_import(path: Path) -> set[str]:
     """What the file imports before any function of it is called."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
-    return found
+            names.add(node.module or "")
+    return names
 
 
 LIGHT = [

@@ -67,20 +67,20 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compressed(package: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """A folder that needs the method, made in a process of its own, and what that process told."""
+    """A folder that needs the method, made in a process of its own, and what that process reported."""
     folder = tmp_path_factory.mktemp("models")
     llama = tiny_folder(folder / "llama")
-    done = python(APPLY, package, llama, folder / "out", folder / "answer", given=json.dumps(RECIPE))
+    done = python(APPLY, package, llama, folder / "out", folder / "answer", stdin=json.dumps(RECIPE))
     assert done.returncode == 0, done.stderr
     return folder, last(done)
 
 
-def python(code: str, package: Path | None, *words: object, given: str = "") -> subprocess.CompletedProcess:
+def python(code: str, package: Path | None, *words: object, stdin: str = "") -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if package is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-c", code, *map(str, words)]
-    return subprocess.run(command, env=environment, input=given, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True)
 
 
 def last(done: subprocess.CompletedProcess) -> dict | list | bool:
@@ -88,12 +88,12 @@ def last(done: subprocess.CompletedProcess) -> dict | list | bool:
 
 
 def test_found_planned_and_applied(compressed: tuple[Path, dict]) -> None:
-    told = compressed[1]
-    assert METHOD in told["listed"]
-    assert told["planned"] == [METHOD]
-    before, after = told["bytes"]
+    report = compressed[1]
+    assert METHOD in report["listed"]
+    assert report["planned"] == [METHOD]
+    before, after = report["bytes"]
     assert after == before // 2
-    assert told["parts"] == 6
+    assert report["parts"] == 6
 
 
 def test_reopens_to_the_bit_in_another_process(package: Path, compressed: tuple[Path, dict]) -> None:

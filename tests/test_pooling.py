@@ -45,11 +45,11 @@ def compressor_of(model: PreTrainedModel) -> Compressor:
 
 def untidy(model: PreTrainedModel, scale: float = 0.3) -> Compressor:
     """The model's compressor, as if it had learned something."""
-    found, generator = compressor_of(model), torch.Generator().manual_seed(3)
+    compressor, generator = compressor_of(model), torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for weight in found.parameters():
+        for weight in compressor.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
-    return found
+    return compressor
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -59,13 +59,13 @@ def test_equals_the_slow_reference(family: str, method: Compressive) -> None:
     ids = inputs(model, length=LENGTH)["input_ids"]
     remove = install(model, method)
     compressor = untidy(model)
-    found = [logits(model, input_ids=ids, use_cache=False)]
-    found += [stepwise(model, chunks, input_ids=ids)[0] for chunks in CHUNKS.values()]
+    results = [logits(model, input_ids=ids, use_cache=False)]
+    results += [stepwise(model, chunks, input_ids=ids)[0] for chunks in CHUNKS.values()]
     remove()
     expected = slow_reference(model, method, ids, compressor)
     plain = slow_reference(model, as_mean(method), ids)
     assert (expected - plain).abs().max() > 1e-3
-    assert max((each - expected).abs().max() for each in found) <= 1e-12
+    assert max((result - expected).abs().max() for result in results) <= 1e-12
 
 
 @pytest.mark.parametrize("rate", [2, 3, 4, 7, 8])
@@ -93,9 +93,9 @@ def test_assisted_decoding_and_cropping(method: Compressive) -> None:
     model = tiny("llama", dtype=torch.float64)
     install(model, method)
     untidy(model)
-    given, options = inputs(model, batch=1), {"max_new_tokens": 14, "do_sample": False}
-    plain, cache = model.generate(**given, **options), method.cache(2)
-    assert torch.equal(plain, model.generate(**given, **options, prompt_lookup_num_tokens=3, past_key_values=cache))
+    batch, options = inputs(model, batch=1), {"max_new_tokens": 14, "do_sample": False}
+    plain, cache = model.generate(**batch, **options), method.cache(2)
+    assert torch.equal(plain, model.generate(**batch, **options, prompt_lookup_num_tokens=3, past_key_values=cache))
     ids = inputs(model, length=LENGTH)["input_ids"]
     cache = method.cache(2)
     cache.activate_past_recording()
@@ -108,28 +108,28 @@ def test_assisted_decoding_and_cropping(method: Compressive) -> None:
 
 def test_one_into_one_is_a_longer_memory() -> None:
     model = tiny("llama", dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
-    full = logits(model, **given)
+    batch = inputs(model, length=LENGTH)
+    full = logits(model, **batch)
     remove = install(model, SegmentRecurrence.parse({"segment": 4, "memory": 8}))
-    recurrence = logits(model, **given, use_cache=False)
+    recurrence = logits(model, **batch, use_cache=False)
     remove()
     for compressed, expected in ((5, recurrence), (LENGTH, full)):
         knobs = {"segment": 4, "memory": 3, "compressed": compressed, "rate": 1, "pool": "conv"}
         remove = install(model, Compressive.parse(knobs))
-        assert (logits(model, **given, use_cache=False) - expected).abs().max() <= 1e-12
-        assert (stepwise(model, CHUNKS["in pieces"], **given)[0] - expected).abs().max() <= 1e-12
+        assert (logits(model, **batch, use_cache=False) - expected).abs().max() <= 1e-12
+        assert (stepwise(model, CHUNKS["in pieces"], **batch)[0] - expected).abs().max() <= 1e-12
         remove()
 
 
 @TWO
 def test_untrained_it_is_the_mean(method: Compressive) -> None:
     model = tiny("llama")
-    given = inputs(model, length=LENGTH)
+    batch = inputs(model, length=LENGTH)
     remove = install(model, Compressive.parse(SHAPE))
-    mean = logits(model, **given)
+    mean = logits(model, **batch)
     remove()
     install(model, method)
-    assert torch.equal(logits(model, **given), mean)
+    assert torch.equal(logits(model, **batch), mean)
 
 
 @FIRST
@@ -173,9 +173,9 @@ def test_what_is_learned_is_predicted(method: Compressive) -> None:
     assert cost.cache_bytes_per_token == as_mean(method).predict(site).cache_bytes_per_token
 
 
-def reconstruct(model: PreTrainedModel, given: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+def reconstruct(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
     with compressor_of(model).reconstructing() as errors:
-        answer = model(**given, use_cache=False)["logits"]
+        answer = model(**batch, use_cache=False)["logits"]
     return errors, answer
 
 
@@ -183,7 +183,7 @@ def reconstruct(model: PreTrainedModel, given: dict[str, Tensor]) -> tuple[list[
 @TWO
 def test_reconstruction_reaches_the_compressor_and_nothing_else(family: str, method: Compressive) -> None:
     model = tiny(family, dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
+    batch = inputs(model, length=LENGTH)
     install(model, method)
     compressor = untidy(model, 0.1)
     mine = {id(weight) for weight in compressor.parameters()}
@@ -191,15 +191,18 @@ def test_reconstruction_reaches_the_compressor_and_nothing_else(family: str, met
     def gradients(loss: Tensor) -> dict[str, Tensor | None]:
         model.zero_grad()
         loss.backward()
-        return {name: None if each.grad is None else each.grad.clone() for name, each in model.named_parameters()}
+        return {
+            name: None if parameter.grad is None else parameter.grad.clone()
+            for name, parameter in model.named_parameters()
+        }
 
-    plain = gradients(model(**given, use_cache=False)["logits"].square().sum())
-    errors, answer = reconstruct(model, given)
+    plain = gradients(model(**batch, use_cache=False)["logits"].square().sum())
+    errors, answer = reconstruct(model, batch)
     assert len(errors) == len(compressor.keys)
     both = gradients(answer.square().sum() + 4.0 * sum(errors))
-    alone = gradients(sum(reconstruct(model, given)[0]))
-    for name, each in model.named_parameters():
-        if id(each) in mine:
+    alone = gradients(sum(reconstruct(model, batch)[0]))
+    for name, parameter in model.named_parameters():
+        if id(parameter) in mine:
             assert plain[name].any()
             assert torch.equal(both[name], 4.0 * alone[name])
         else:
@@ -211,12 +214,12 @@ def test_the_error_is_that_of_the_definition() -> None:
     """By hand: every query, what it makes of the groups behind it, before and after."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, heads, 12, 4, generator=generator).double() for heads in (4, 2, 2))
-    old = tuple(each.unflatten(2, (4, 3)) for each in (key, value))
-    new = tuple(each.amax(3) for each in old)
+    old = tuple(states.unflatten(2, (4, 3)) for states in (key, value))
+    new = tuple(states.amax(3) for states in old)
     last, real = torch.tensor([2, 5, 8, 11]), torch.ones(2, 12, 1, dtype=torch.bool)
     real[1, 9:] = False
     seen = (last < torch.arange(12)[:, None])[None] & real
-    found, count = 0.0, 0
+    total, count = 0.0, 0
     for row in range(2):
         for i in range(12 if row == 0 else 9):
             groups = int((last < i).sum())
@@ -229,8 +232,8 @@ def test_the_error_is_that_of_the_definition() -> None:
                     keys = keys[row, head // 2, :groups].reshape(-1, 4)
                     values = values[row, head // 2, :groups].reshape(-1, 4)
                     answers.append((query[row, head, i] @ keys.T * 0.7).softmax(-1) @ values)
-                found += float((answers[0] - answers[1]).square().mean()) / 4
-    assert float(attention_error(query, old, new, seen, 0.7)) == pytest.approx(found / count, rel=1e-12)
+                total += float((answers[0] - answers[1]).square().mean()) / 4
+    assert float(attention_error(query, old, new, seen, 0.7)) == pytest.approx(total / count, rel=1e-12)
     assert float(attention_error(query, old, new, seen & False, 0.7)) == 0.0
 
 
@@ -244,9 +247,9 @@ def test_queries_are_asked_about_what_came_before_them(monkeypatch: pytest.Monke
         asked.append((groups[0], seen))
 
     monkeypatch.setattr(Compressor, "compare", compare)
-    given = inputs(model, length=LENGTH)
-    given["attention_mask"][1, :6] = 0
-    reconstruct(model, given)
+    batch = inputs(model, length=LENGTH)
+    batch["attention_mask"][1, :6] = 0
+    reconstruct(model, batch)
     ((groups, seen),) = asked
     assert groups.shape[2:4] == (7, 3)
     # After 24 tokens a segment ends and 21 have left; after 18 the last one ended at 16, so 13 have: 4 whole groups.
@@ -264,8 +267,8 @@ def test_it_learns_to_reconstruct(method: Compressive) -> None:
         ids[:, 0::3] = ids[:, 1::3] = 7
         return {"input_ids": ids}
 
-    def error(given: dict[str, Tensor]) -> Tensor:
-        return sum(reconstruct(model, given)[0])
+    def error(batch: dict[str, Tensor]) -> Tensor:
+        return sum(reconstruct(model, batch)[0])
 
     with torch.no_grad():
         mean = error(text(99))

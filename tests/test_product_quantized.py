@@ -73,7 +73,7 @@ def test_gathered_rows_are_the_rows_and_their_gradients_add_up(dtype, width):
         with pytest.raises(IndexError, match="50 rows"):
             gather_rows(torch.tensor([0, outside]), rows)
     if dtype == torch.float64:
-        assert torch.autograd.gradcheck(lambda given: gather_rows(codes[:9], given), rows)
+        assert torch.autograd.gradcheck(lambda values: gather_rows(codes[:9], values), rows)
 
 
 def test_nearest_is_brute_force_and_distances_are_true():
@@ -151,10 +151,10 @@ def test_lookup_gradients_agree_with_finite_differences(layout):
     if layout.centroids == 16:
         assert torch.autograd.gradcheck(run, (books, lengths))
     direction = numbers(4, 12, seed=8)
-    found = torch.autograd.grad((run(books, lengths) * direction).sum(), (books, lengths))
+    gradients = torch.autograd.grad((run(books, lengths) * direction).sum(), (books, lengths))
     plain = decode(codes, books)[ids] * lengths[:, None]
     wanted = torch.autograd.grad((plain * direction).sum(), (books, lengths))
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
@@ -235,9 +235,9 @@ def test_lookup_and_tied_head_are_those_of_the_merged_table(knobs):
     direction = numbers(2, 40, 60, seed=6)
     part.unpack()
     trained = [seen, *part.parameters()]
-    found = torch.autograd.grad((part.logits(seen) * direction).sum(), trained)
+    gradients = torch.autograd.grad((part.logits(seen) * direction).sum(), trained)
     wanted = torch.autograd.grad((seen @ part.merged().T * direction).sum(), trained)
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
     assert part(torch.empty(0, 2, dtype=torch.long)).shape == (0, 2, 16)
 
@@ -308,7 +308,7 @@ def test_keep_takes_the_shortest_subvectors_within_the_bytes():
 
 @pytest.mark.parametrize("relearn", ["codebooks", "codes"])
 @pytest.mark.parametrize("knobs", SETTINGS, ids=str)
-def test_loose_is_tight_until_something_is_learned_and_learning_helps(knobs, relearn):
+def test_unpacking_changes_nothing_until_something_is_learned_and_learning_helps(knobs, relearn):
     weight, wanted = numbers(60, 16), numbers(60, 16, seed=8)
     calibration = Calibration(metric=metric(16))
     part = fitted(product(relearn=relearn, **knobs), table(), weight, calibration)

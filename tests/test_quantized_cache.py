@@ -64,15 +64,15 @@ def test_rows_are_packed_and_expanded(bits: int, group: int | None, dtype: torch
 @EACH_METHOD
 def test_one_pass_is_the_rounding_and_steps_are(family: str, name: str) -> None:
     model, method = tiny(family, dtype=torch.float64), METHODS[name]
-    given = inputs(model, length=LENGTH)
-    original = logits(model, **given, use_cache=False)
+    batch = inputs(model, length=LENGTH)
+    original = logits(model, **batch, use_cache=False)
     with slowly(model, as_rule(method.pattern()), method.store):
-        expected = logits(model, **given, use_cache=False)
+        expected = logits(model, **batch, use_cache=False)
     assert not torch.allclose(expected, original, atol=1e-3)
     install(model, method)
-    assert (logits(model, **given, use_cache=False) - expected).abs().max() <= 1e-12
+    assert (logits(model, **batch, use_cache=False) - expected).abs().max() <= 1e-12
     for chunking in CHUNKS if family == "llama" else ("in pieces",):
-        steps, past = stepwise(model, CHUNKS[chunking], **given)
+        steps, past = stepwise(model, CHUNKS[chunking], **batch)
         assert (steps - expected).abs().max() <= 1e-12
         assert all(layer.keys.dtype == layer.values.dtype == torch.uint8 for layer in own(past).layers)
 

@@ -25,13 +25,13 @@ OUTSIDE = "block_diagonal"
 
 
 def marked(mark: str, *paths: Path) -> list:
-    found = [(path, block) for path in paths or DOCUMENTS for block in blocks(path) if block.mark == mark]
-    return [pytest.param(block, id=f"{path.name}-{number}") for number, (path, block) in enumerate(found)]
+    matches = [(path, block) for path in paths or DOCUMENTS for block in blocks(path) if block.mark == mark]
+    return [pytest.param(block, id=f"{path.name}-{number}") for number, (path, block) in enumerate(matches)]
 
 
 def commands() -> list:
-    found = [(path.name, line) for path in DOCUMENTS for block in blocks(path) for line in block.commands]
-    return [pytest.param(line, id=f"{name}: {line[:40]}") for name, line in found if line.startswith("taut ")]
+    lines = [(path.name, line) for path in DOCUMENTS for block in blocks(path) for line in block.commands]
+    return [pytest.param(line, id=f"{name}: {line[:40]}") for name, line in lines if line.startswith("taut ")]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -53,7 +53,7 @@ def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def taut(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int | str | None:
-    """The exit code of a command line. In this process: importing the libraries anew takes longer than the work."""
+    """The exit code of a command line. In this process: importing the libraries again takes longer than the work."""
     assert words[0] == "taut"
     monkeypatch.setattr(sys, "argv", words)
     try:

@@ -43,7 +43,7 @@ ALL_SLOTS = {
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[dict[str, Worker]]:
-    """New processes that open folders with stock transformers, with and without taut."""
+    """New processes that open folders with transformers, with and without taut."""
     started = {"with taut": Worker(True), "without": Worker(False)}
     yield started
     for worker in started.values():
@@ -76,8 +76,8 @@ def light_stories(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 @torch.no_grad()
 def pooled(model: PreTrainedModel, tokenizer: object, sentences: list[str]) -> Tensor:
     """Mean over the real tokens, unit length: (B, D)."""
-    given = tokenizer(sentences, padding=True, return_tensors="pt")
-    hidden, mask = model(**given).last_hidden_state, given["attention_mask"].unsqueeze(-1)
+    batch = tokenizer(sentences, padding=True, return_tensors="pt")
+    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
@@ -89,12 +89,12 @@ def greedy(model: PreTrainedModel, folder: Path, tokens: int) -> list[int]:
 def assert_reopens(
     model: PreTrainedModel, folder: Path, model_class: str, workers: dict[str, Worker], tmp_path: Path
 ) -> None:
-    """Same bits in a new process with taut, an error in one without."""
-    given = inputs(model, length=40)
-    save_file(given, tmp_path / "inputs")
+    """The folder gives the same bits in a new process with taut, and an error in one without."""
+    batch = inputs(model, length=40)
+    save_file(batch, tmp_path / "inputs")
     reply = workers["with taut"].open(folder, tmp_path / "inputs", model_class)
     assert reply["opened"], reply.get("error")
-    assert bits_equal(reply["answer"], logits(model, **given))
+    assert bits_equal(reply["answer"], logits(model, **batch))
     refusal = workers["without"].open(folder, tmp_path / "inputs", model_class)
     assert not refusal["opened"]
     assert "ignore_mismatched_sizes" in refusal["error"]
@@ -121,22 +121,22 @@ def test_minilm_in_sentence_transformers(minilm: tuple[PreTrainedModel, Path]) -
 def test_minilm_in_a_pipeline(minilm: tuple[PreTrainedModel, Path]) -> None:
     model, folder = minilm
     extract = pipeline("feature-extraction", model=str(folder), device="cpu")
-    given = AutoTokenizer.from_pretrained(folder)(SENTENCES[0], return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(folder)(SENTENCES[0], return_tensors="pt")
     with torch.no_grad():
-        expected = model(**given).last_hidden_state
+        expected = model(**tokens).last_hidden_state
     assert bits_equal(torch.tensor(extract(SENTENCES[0])), expected)
 
 
 @pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertForMaskedLM"])
 def test_minilm_body_under_another_head(minilm: tuple[PreTrainedModel, Path], head: str) -> None:
-    """A head that the folder does not hold starts anew; the compressed body below it is the same to the bit."""
+    """A head that the folder does not hold is initialized; the compressed body below it is the same to the bit."""
     import transformers
 
     model, folder = minilm
-    given = AutoTokenizer.from_pretrained(folder)(SENTENCES[0], return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(folder)(SENTENCES[0], return_tensors="pt")
     with torch.no_grad():
-        body = getattr(transformers, head).from_pretrained(folder).eval().bert(**given).last_hidden_state
-        assert bits_equal(body, model(**given).last_hidden_state)
+        body = getattr(transformers, head).from_pretrained(folder).eval().bert(**tokens).last_hidden_state
+        assert bits_equal(body, model(**tokens).last_hidden_state)
 
 
 def test_minilm_sizes_are_those_of_the_files(minilm: tuple[PreTrainedModel, Path]) -> None:
@@ -151,9 +151,9 @@ def test_minilm_similarity_of_sentences(minilm: tuple[PreTrainedModel, Path]) ->
     if "TAUT_DATA" not in os.environ:
         pytest.skip("set TAUT_DATA to a folder that holds stsb")
     model, folder = minilm
-    found = taut.evaluate(model, "sts", tokenizer=AutoTokenizer.from_pretrained(folder), limit=150)[0]
+    score = taut.evaluate(model, "sts", tokenizer=AutoTokenizer.from_pretrained(folder), limit=150)[0]
     dense = taut.evaluate("minilm", "sts", limit=150)[0]
-    assert found.quantity.value == pytest.approx(dense.quantity.value, abs=0.01)
+    assert score.quantity.value == pytest.approx(dense.quantity.value, abs=0.01)
     assert dense.quantity.value > dense.baselines["word_overlap"] + 0.1
 
 
@@ -181,22 +181,22 @@ def test_stories_reopen_to_the_bit(
 
 def test_stories_without_their_head(light_stories: tuple[PreTrainedModel, Path]) -> None:
     model, folder = light_stories
-    given = inputs(model)
+    batch = inputs(model)
     with torch.no_grad():
-        expected = model.model(**given).last_hidden_state
-        assert bits_equal(AutoModel.from_pretrained(folder)(**given).last_hidden_state, expected)
+        expected = model.model(**batch).last_hidden_state
+        assert bits_equal(AutoModel.from_pretrained(folder)(**batch).last_hidden_state, expected)
 
 
 def test_stories_in_a_pipeline(light_stories: tuple[PreTrainedModel, Path]) -> None:
     model, folder = light_stories
-    tell = pipeline("text-generation", model=str(folder), device="cpu")
-    text = tell(OPENING, max_new_tokens=40, do_sample=False)[0]["generated_text"]
+    generate = pipeline("text-generation", model=str(folder), device="cpu")
+    text = generate(OPENING, max_new_tokens=40, do_sample=False)[0]["generated_text"]
     assert text == AutoTokenizer.from_pretrained(folder).decode(greedy(model, folder, 40), skip_special_tokens=True)
     assert text.startswith(OPENING)
 
 
 def test_stories_in_lm_eval(light_stories: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
-    """Someone else's program, which knows nothing of taut, through ``taut run``."""
+    """``taut run`` runs a program that knows nothing of taut."""
     pytest.importorskip("lm_eval")
     model, folder = light_stories
     text, target = "Once upon a time, there was a little girl", " named Lily. She loved to play outside."
@@ -235,11 +235,11 @@ def test_stories_in_lm_eval(light_stories: tuple[PreTrainedModel, Path], tmp_pat
 
 
 def likelihood(model: PreTrainedModel, folder: Path, text: str, target: str) -> float:
-    """Nats of ``target`` after ``text``, negative."""
+    """The log-likelihood of ``target`` after ``text``, in nats."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    given, whole = tokenizer(text)["input_ids"], tokenizer(text + target, return_tensors="pt")["input_ids"]
+    prompt, whole = tokenizer(text)["input_ids"], tokenizer(text + target, return_tensors="pt")["input_ids"]
     scores = logits(model, input_ids=whole[:, :-1]).log_softmax(-1)[0]
-    return float(scores.gather(1, whole[0, 1:, None])[len(given) - 1 :].sum())
+    return float(scores.gather(1, whole[0, 1:, None])[len(prompt) - 1 :].sum())
 
 
 class Texts(torch.utils.data.Dataset):
@@ -266,7 +266,7 @@ NO_PARTS = {"attention": {"method": "local_global", "window": 6}, "memory": {"me
 
 
 def trained(recipe: dict, out: Path, steps: int, resume: Path | None = None) -> PreTrainedModel:
-    """A compressed tiny Llama after some steps of the stock Trainer, which saves after every second."""
+    """A compressed tiny Llama after some steps of transformers' own Trainer, which saves after every second."""
     model = taut.apply(tiny("llama"), recipe) if resume is None else taut.load(resume)
     assert all(parameter.requires_grad for parameter in model.parameters())
     arguments = TrainingArguments(
@@ -292,13 +292,13 @@ def trained(recipe: dict, out: Path, steps: int, resume: Path | None = None) -> 
 def test_trainer_saves_reloads_and_resumes(recipe: dict, tmp_path: Path) -> None:
     """A checkpoint reloads to the bit, and resuming from it ends where training in one go ends."""
     whole = trained(recipe, tmp_path / "whole", 4)
-    given = inputs(whole)
-    assert bits_equal(logits(taut.load(tmp_path / "whole" / "checkpoint-4"), **given), logits(whole, **given))
+    batch = inputs(whole)
+    assert bits_equal(logits(taut.load(tmp_path / "whole" / "checkpoint-4"), **batch), logits(whole, **batch))
     half = trained(recipe, tmp_path / "half", 2)
     moved = zip(half.named_parameters(), whole.parameters(), strict=True)
     assert [name for (name, before), after in moved if torch.equal(before, after)] == []
     checkpoint = tmp_path / "half" / "checkpoint-2"
-    assert bits_equal(logits(AutoModelForCausalLM.from_pretrained(checkpoint), **given), logits(half, **given))
-    assert not bits_equal(logits(half, **given), logits(whole, **given))
+    assert bits_equal(logits(AutoModelForCausalLM.from_pretrained(checkpoint), **batch), logits(half, **batch))
+    assert not bits_equal(logits(half, **batch), logits(whole, **batch))
     resumed = trained(recipe, tmp_path / "half", 4, checkpoint)
-    assert bits_equal(logits(resumed, **given), logits(whole, **given))
+    assert bits_equal(logits(resumed, **batch), logits(whole, **batch))

@@ -33,15 +33,15 @@ def test_a_step_teaches_the_compressor_apart() -> None:
         model.zero_grad()
         loss = task(ids, ids)["loss"]
         loss.backward()
-        return loss.item(), {name: each.grad.clone() for name, each in model.named_parameters()}
+        return loss.item(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     tasks = [LanguageModelling(model)]
     tasks += [LanguageModelling(model, reconstruction=Reconstruction.of(model, weight)) for weight in (1.0, 4.0)]
     (plain, own), (loss, once), (_, more) = (step(task) for task in tasks)
     assert loss == plain
     assert any(map(is_learned, own))
-    for name, each in own.items():
-        assert torch.equal(each, once[name]) != is_learned(name)
+    for name, gradient in own.items():
+        assert torch.equal(gradient, once[name]) != is_learned(name)
         assert torch.equal(once[name] * (4.0 if is_learned(name) else 1.0), more[name])
         assert more[name].any()
 
@@ -51,18 +51,18 @@ def test_pieces_of_a_step_weigh_by_their_targets() -> None:
     apply(model, Recipe.parse(CONV))
     task = LanguageModelling(model, reconstruction=Reconstruction.of(model, 1.0))
     ids = inputs(model, batch=4, length=24)["input_ids"]
-    found = []
+    gradients = []
     for cuts in ((4,), (1, 3)):
         model.zero_grad()
         for rows in ids.split(cuts if sum(cuts) == 4 else 4):
             task(rows, rows, num_items_in_batch=ids.numel())["loss"].backward()
-        found.append([each.grad.clone() for each in model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-12, rtol=1e-9) for a, b in zip(*found, strict=True))
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-12, rtol=1e-9) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("carry", [False, True])
 def test_a_run_learns_to_reconstruct_and_goes_on(tmp_path: Path, carry: bool) -> None:
-    """In streams of one segment each no loss but this one ever sees what was compressed in the same batch."""
+    """In streams of one segment, only this loss sees what was compressed in the same batch."""
     length = {"length": 4, "batch": 8} if carry else {"length": 16}
     chosen = {"recipe": CONV, "carry_memory": carry, "save": {"seconds": 0}, "learning_rate": 1e-2, **length}
     spec = small(tmp_path, reconstruction=1.0, **chosen)
@@ -74,9 +74,9 @@ def test_a_run_learns_to_reconstruct_and_goes_on(tmp_path: Path, carry: bool) ->
     assert done.record["evaluations"] == whole.record["evaluations"]
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
     assert all(entry["reconstruction"] > 0 for entry in done.record["evaluations"])
-    learned = {name: each for name, each in weights(tmp_path / "out").items() if is_learned(name)}
+    learned = {name: tensor for name, tensor in weights(tmp_path / "out").items() if is_learned(name)}
     assert len(learned) == 4
-    assert all(each.any() for each in learned.values())
+    assert all(tensor.any() for tensor in learned.values())
     assert taut.show(tmp_path / "out")["recipe"] == CONV
     # Without it nothing is asked; with carried memory nothing is learned either.
     plain = train(small(tmp_path, **chosen), tmp_path / "plain")
@@ -87,7 +87,7 @@ def test_a_run_learns_to_reconstruct_and_goes_on(tmp_path: Path, carry: bool) ->
 
 @pytest.mark.parametrize("recipe", [{}, {"memory": LINE | {"pool": "mean"}}, {"memory": "identity"}])
 def test_without_a_compressor_it_is_refused(tmp_path: Path, recipe: dict) -> None:
-    with pytest.raises(TautError, match=r"reconstruction = 0\.5: nothing here learns to compress; give the recipe"):
+    with pytest.raises(TautError, match=r"reconstruction = 0\.5: the recipe has no memory that learns to compress"):
         train(small(tmp_path, recipe=recipe, reconstruction=0.5), tmp_path / "out")
     with pytest.raises(TautError, match="reconstruction"):
         train(small(tmp_path, recipe=CONV, reconstruction=-1.0), tmp_path / "out")

@@ -45,29 +45,29 @@ def placed(family: str, recipe: dict | None = None, dtype: torch.dtype = torch.f
 
 @pytest.mark.parametrize("family", [name for name in PLACED if name != "bart"])
 def test_positions_do_not_matter_any_more(family: str) -> None:
-    """Shifted by a constant: rotary models do not mind anyway, so two tokens are also put further apart."""
-    given = inputs(tiny(family), length=LENGTH)
+    """A constant shift changes nothing in rotary models anyway, so two tokens are also moved further apart."""
+    batch = inputs(tiny(family), length=LENGTH)
     places = torch.arange(LENGTH).expand(2, -1)
     spread = places + 10 * (places > 11)
-    stock, model = tiny(family, dtype=torch.float64), placed(family)
-    before = logits(stock, **given, position_ids=places, use_cache=True)
-    assert (logits(stock, **given, position_ids=spread, use_cache=True) - before).abs().max() > 1e-3
-    after = logits(model, **given, position_ids=places, use_cache=True)
+    original, model = tiny(family, dtype=torch.float64), placed(family)
+    before = logits(original, **batch, position_ids=places, use_cache=True)
+    assert (logits(original, **batch, position_ids=spread, use_cache=True) - before).abs().max() > 1e-3
+    after = logits(model, **batch, position_ids=places, use_cache=True)
     # With a mask of ones positions that jump are not packed sequences.
     for other in (places + 100, spread):
-        assert torch.equal(logits(model, **given, position_ids=other, use_cache=True), after)
+        assert torch.equal(logits(model, **batch, position_ids=other, use_cache=True), after)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
 def test_without_distances_an_encoder_does_not_know_the_order(family: str) -> None:
     order = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(3))
     ids = inputs(tiny(family), length=LENGTH)["input_ids"]
-    stock, model = tiny(family, dtype=torch.float64), placed(family)
+    original, model = tiny(family, dtype=torch.float64), placed(family)
 
     def moved(model: PreTrainedModel) -> float:
         return float((logits(model, input_ids=ids)[:, order] - logits(model, input_ids=ids[:, order])).abs().max())
 
-    assert moved(stock) > 1e-2
+    assert moved(original) > 1e-2
     assert moved(model) > 1e-2
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -78,11 +78,11 @@ def test_without_distances_an_encoder_does_not_know_the_order(family: str) -> No
 
 def test_a_table_of_positions_sets_no_limit() -> None:
     model = placed("gpt2", n_positions=16)
-    given = inputs(model, length=40)
-    whole = logits(model, **given, use_cache=False)
-    assert (stepwise(model, [20, 1, 19], **given)[0] - whole).abs().max() <= EXACT
+    batch = inputs(model, length=40)
+    whole = logits(model, **batch, use_cache=False)
+    assert (stepwise(model, [20, 1, 19], **batch)[0] - whole).abs().max() <= EXACT
     with pytest.raises(IndexError):
-        logits(tiny("gpt2", n_positions=16), **given)
+        logits(tiny("gpt2", n_positions=16), **batch)
     assert CarriedMemory.of(placed("gpt2", RELATIVE | RECURRENCE, n_positions=16)).positions is None
 
 
@@ -97,29 +97,29 @@ def test_a_table_learns_nothing_while_it_is_out() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "bart"])
 def test_undone_to_the_bit(family: str) -> None:
-    stock, model = tiny(family), placed(family, dtype=torch.float32)
-    given = inputs(model)
-    assert not torch.equal(logits(stock, **given), logits(model, **given))
+    original, model = tiny(family), placed(family, dtype=torch.float32)
+    batch = inputs(model)
+    assert not torch.equal(logits(original, **batch), logits(model, **batch))
     taut.undo(model)
-    assert torch.equal(logits(stock, **given), logits(model, **given))
-    assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
+    assert torch.equal(logits(original, **batch), logits(model, **batch))
+    assert [type(module) for module in model.modules()] == [type(module) for module in original.modules()]
     assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "bert"])
 def test_a_folder_holds_all_of_it(family: str, tmp_path: Path) -> None:
     model = placed(family, dtype=torch.float32)
-    given = inputs(model)
-    answer = logits(model, **given)
+    batch = inputs(model)
+    answer = logits(model, **batch)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
-    assert torch.equal(logits(again, **given), answer)
+    assert torch.equal(logits(again, **batch), answer)
     if family != "bert":
-        shifted = given | {"position_ids": (torch.arange(12) * 2).expand(2, -1)}
+        shifted = batch | {"position_ids": (torch.arange(12) * 2).expand(2, -1)}
         assert torch.equal(logits(again, **shifted), answer)
     base = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     halved = model.base_model.to(torch.bfloat16)
-    assert torch.equal(logits(base, **given), logits(halved, **given))
+    assert torch.equal(logits(base, **batch), logits(halved, **batch))
 
 
 # Decoding --------------------------------------------------------------------------------------------------------
@@ -136,32 +136,32 @@ def test_steps_equal_one_pass(family: str, memory: str | None) -> None:
     }
     recipe = RELATIVE | ({} if memory is None else {"memory": {"method": memory, **sizes[memory]}})
     model = placed(family, recipe)
-    given = inputs(model, length=LENGTH)
-    whole = logits(model, **given, use_cache=False)
+    batch = inputs(model, length=LENGTH)
+    whole = logits(model, **batch, use_cache=False)
     assert whole.isfinite().all()
     for chunks in CHUNKS.values():
-        assert (stepwise(model, chunks, **given)[0] - whole).abs().max() <= EXACT
+        assert (stepwise(model, chunks, **batch)[0] - whole).abs().max() <= EXACT
 
 
 @pytest.mark.parametrize("family", PLACED)
 def test_unlimited_memory_is_full_attention(family: str) -> None:
-    given = inputs(tiny(family), length=LENGTH)
-    full = logits(placed(family), **given, use_cache=False)
+    batch = inputs(tiny(family), length=LENGTH)
+    full = logits(placed(family), **batch, use_cache=False)
     model = placed(family, RELATIVE | {"memory": {"method": "segment_recurrence", "segment": 5, "memory": LENGTH}})
-    assert (logits(model, **given, use_cache=False) - full).abs().max() <= EXACT
-    assert (stepwise(model, [5, 5, 5, 5, 4], **given)[0] - full).abs().max() <= EXACT
+    assert (logits(model, **batch, use_cache=False) - full).abs().max() <= EXACT
+    assert (stepwise(model, [5, 5, 5, 5, 4], **batch)[0] - full).abs().max() <= EXACT
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "qwen3"])
 @pytest.mark.parametrize("memory", [0, 3, 8])
 def test_limited_memory_is_the_mask_from_the_segments_border(family: str, memory: int) -> None:
     rows = [[i // 4 * 4 - memory <= j <= i for j in range(LENGTH)] for i in range(LENGTH)]
-    given = inputs(tiny(family), length=LENGTH)
+    batch = inputs(tiny(family), length=LENGTH)
     mask = torch.tensor(rows)[None, None]
-    masked = logits(placed(family), **given | {"attention_mask": mask}, use_cache=False)
+    masked = logits(placed(family), **batch | {"attention_mask": mask}, use_cache=False)
     model = placed(family, RELATIVE | {"memory": {"method": "segment_recurrence", "segment": 4, "memory": memory}})
-    assert (logits(model, **given, use_cache=False) - masked).abs().max() <= EXACT
-    assert (stepwise(model, [4] * 6, **given)[0] - masked).abs().max() <= EXACT
+    assert (logits(model, **batch, use_cache=False) - masked).abs().max() <= EXACT
+    assert (stepwise(model, [4] * 6, **batch)[0] - masked).abs().max() <= EXACT
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -169,10 +169,10 @@ def test_limited_memory_is_the_mask_from_the_segments_border(family: str, memory
 @pytest.mark.parametrize("chunks", [[LENGTH], *CHUNKS.values()], ids=["one pass", *CHUNKS])
 def test_left_padded_rows_equal_the_rows_alone(family: str, recipe: dict, chunks: list[int]) -> None:
     model, pads = placed(family, recipe), 6
-    given = inputs(model, length=LENGTH)
-    alone = logits(model, input_ids=given["input_ids"][1:, pads:], use_cache=False)
-    given["attention_mask"][1, :pads] = 0
-    together, _ = stepwise(model, chunks, **given)
+    batch = inputs(model, length=LENGTH)
+    alone = logits(model, input_ids=batch["input_ids"][1:, pads:], use_cache=False)
+    batch["attention_mask"][1, :pads] = 0
+    together, _ = stepwise(model, chunks, **batch)
     assert (together[1:, pads:] - alone).abs().max() <= EXACT
 
 
@@ -182,7 +182,7 @@ def test_packed_sequences_equal_the_sequences_alone(recipe: dict) -> None:
     ids = inputs(model, batch=1, length=LENGTH)["input_ids"]
     places = torch.cat([torch.arange(9), torch.arange(LENGTH - 9)])[None]
     packed = logits(model, input_ids=ids, position_ids=places, use_cache=False)
-    apart = [logits(model, input_ids=each, use_cache=False) for each in (ids[:, :9], ids[:, 9:])]
+    apart = [logits(model, input_ids=sequence, use_cache=False) for sequence in (ids[:, :9], ids[:, 9:])]
     assert (packed - torch.cat(apart, 1)).abs().max() <= EXACT
 
 
@@ -190,31 +190,31 @@ def test_packed_sequences_equal_the_sequences_alone(recipe: dict) -> None:
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}], ids=["beams", "static"])
 def test_generate(family: str, options: dict) -> None:
     model = placed(family, dtype=torch.float32)
-    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
+    batch = {name: tensor for name, tensor in padded_inputs(model).items() if name != "decoder_input_ids"}
     fixed = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
-    plain = {name: each for name, each in options.items() if name != "cache_implementation"}
-    expected = model.generate(**given, **fixed, **plain, use_cache=False)
-    assert torch.equal(model.generate(**given, **fixed, **options), expected)
+    plain = {name: value for name, value in options.items() if name != "cache_implementation"}
+    expected = model.generate(**batch, **fixed, **plain, use_cache=False)
+    assert torch.equal(model.generate(**batch, **fixed, **options), expected)
 
 
 @pytest.mark.parametrize("clamp", [1, 5])
 def test_beyond_the_clamp_all_distances_are_one(clamp: int) -> None:
     model = placed("llama", {"attention": {"method": "relative", "clamp": clamp}}, num_hidden_layers=1)
-    given = inputs(model, batch=1, length=LENGTH)
-    other = {name: tensor.clone() for name, tensor in given.items()}
+    batch = inputs(model, batch=1, length=LENGTH)
+    other = {name: tensor.clone() for name, tensor in batch.items()}
     far = LENGTH - 1 - clamp  # The last token sees these at the clamp and beyond.
     other["input_ids"][:, : far + 1] = other["input_ids"][:, : far + 1].flip(1)
-    assert (logits(model, **given) - logits(model, **other))[:, -1].abs().max() <= EXACT
+    assert (logits(model, **batch) - logits(model, **other))[:, -1].abs().max() <= EXACT
     free = placed("llama", num_hidden_layers=1)
-    assert (logits(free, **given) - logits(free, **other))[:, -1].abs().max() > 1e-3
+    assert (logits(free, **batch) - logits(free, **other))[:, -1].abs().max() > 1e-3
 
 
 def test_mixed_precision_agrees() -> None:
     model = placed("llama", dtype=torch.float32)
-    given = padded_inputs(model, length=LENGTH)
-    whole = logits(model, **given)
+    batch = padded_inputs(model, length=LENGTH)
+    whole = logits(model, **batch)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = logits(model, **given)
+        mixed = logits(model, **batch)
     assert (mixed.float() - whole).norm() <= 0.05 * whole.norm()
 
 
@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_refused() -> None:
         taut.apply(tiny("t5"), RELATIVE)
     with pytest.raises(TautError, match="softcap|caps its attention"):
         taut.apply(tiny("gemma2"), RELATIVE)
-    with pytest.raises(TautError, match=r"attention\.relative takes .* whole stack.* \(layers 1 lack it\)"):
+    with pytest.raises(TautError, match=r"attention\.relative removes .* whole stack.* \(layers 1 lack it\)"):
         taut.apply(tiny("llama"), {"attention": {"method": "relative", "layers": "0"}})
     with pytest.raises(TautError, match=r"layers 2 lack it"):
         taut.apply(tiny("bart"), {"attention": {"method": "relative", "layers": "0:2"}})
@@ -252,11 +252,11 @@ def test_a_cache_without_positions_is_refused() -> None:
 def test_where_positions_enter_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
     for family in ("gpt2", "llama", "gemma3", "bart"):
         model = tiny(family, device="meta")
-        known = [site.positions for site in locate(model).in_slot("attention")]
-        assert all(known)
+        positions = [site.positions for site in locate(model).in_slot("attention")]
+        assert all(positions)
         with monkeypatch.context() as patch:
             patch.setattr("taut.architectures.locate.FAMILIES", {})
-            assert [site.positions for site in locate(model).in_slot("attention")] == known
+            assert [site.positions for site in locate(model).in_slot("attention")] == positions
     site = AttentionSite(
         slot="attention", path="x", heads=2, key_heads=2, head_width=8, causal=True, position="rope", length=8
     )

@@ -73,23 +73,23 @@ def test_the_formula_entry_by_entry(
     view = View(2, queries, keys, query_start=before, causal=causal, padding=padding)
     apart = (torch.arange(queries)[:, None] + before - torch.arange(keys)).expand(2, -1, -1)
     seen = padding[:, None] & ((apart >= 0) | (not causal))
-    found = kernel.attend(*states, view, clamp=clamp, rows=rows, **learned)
-    assert (found - naive(*states, seen, apart, learned, clamp)).abs().max() <= EXACT
+    result = kernel.attend(*states, view, clamp=clamp, rows=rows, **learned)
+    assert (result - naive(*states, seen, apart, learned, clamp)).abs().max() <= EXACT
 
 
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("clamp", [None, 6])
 def test_a_cache_with_gaps_knows_its_distances(queries: int, clamp: int | None) -> None:
     held = torch.tensor([[0, 1, 9, 7, 8], [0, -1, 5, 6, 4]])
-    fresh = torch.tensor([[10], [7]]) + torch.arange(queries)
-    positions = torch.cat([held, fresh], 1)
+    new = torch.tensor([[10], [7]]) + torch.arange(queries)
+    positions = torch.cat([held, new], 1)
     states, learned = tensors(queries, positions.shape[1], 2)
     starts = torch.tensor([0, 3])
     view = View(2, queries, positions.shape[1], 10, causal=True, starts=starts, key_positions=positions)
-    apart = fresh[:, :, None] - positions[:, None]
+    apart = new[:, :, None] - positions[:, None]
     seen = (positions[:, None] >= 0) & (apart >= 0)
-    found = kernel.attend(*states, view, clamp=clamp, **learned)
-    assert (found - naive(*states, seen, apart, learned, clamp)).abs().max() <= EXACT
+    result = kernel.attend(*states, view, clamp=clamp, **learned)
+    assert (result - naive(*states, seen, apart, learned, clamp)).abs().max() <= EXACT
 
 
 @pytest.mark.parametrize("pattern", [Recurrence(4, 3), Recurrence(5, 0), Sink(2, 6)])
@@ -107,13 +107,13 @@ def test_blocks_within_the_band_of_a_memory_are_all_that_is_needed(pattern: Patt
 @pytest.mark.parametrize("queries", [1, 5])
 def test_gradients_of_states_and_of_what_is_learned(queries: int) -> None:
     states, learned = tensors(queries, 5, 2, batch=1)
-    given = [tensor.requires_grad_() for tensor in (*states, *learned.values())]
+    leaves = [tensor.requires_grad_() for tensor in (*states, *learned.values())]
     view = View(1, queries, 5, query_start=5 - queries, causal=True)
 
     def answer(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Tensor:
         return kernel.attend(query, key, value, view, rows=2, **dict(zip(learned, rest, strict=True)))
 
-    assert torch.autograd.gradcheck(answer, given)
+    assert torch.autograd.gradcheck(answer, leaves)
 
 
 def test_distances_are_taken_in_float32() -> None:

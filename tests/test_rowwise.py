@@ -70,7 +70,7 @@ def test_within_half_a_step(layout: RowFormat, symmetric: bool) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_packing_again_changes_nothing(layout: RowFormat, symmetric: bool) -> None:
-    """But for a last group of two numbers, whose range a float16 bias may be too coarse for."""
+    """Except in a last group of two numbers: a float16 bias may be too coarse for its range."""
     full = layout.width // layout.group * layout.group
     once = rowwise.unpack(rowwise.pack(normal(50, layout.width), layout, symmetric), layout)
     twice = rowwise.unpack(rowwise.pack(once, layout, symmetric), layout)
@@ -103,11 +103,11 @@ def test_fused_lookup_is_the_formula(layout: RowFormat, shape: tuple[int, ...]) 
     ids = torch.randint(40, shape, generator=torch.Generator().manual_seed(1))
     expected = rowwise.unpack(packed, layout)[ids]
     for kind in (torch.long, torch.int32):
-        found = rowwise.lookup(packed, ids.to(kind), layout)
-        assert found.shape == (*shape, layout.width)
-        assert torch.allclose(found, expected, rtol=3e-7, atol=3e-7)
+        rows = rowwise.lookup(packed, ids.to(kind), layout)
+        assert rows.shape == (*shape, layout.width)
+        assert torch.allclose(rows, expected, rtol=3e-7, atol=3e-7)
         # A code of few bits times a float16 is exact in float32, so there is one rounding either way.
-        assert layout.bits == 8 or torch.equal(found, expected)
+        assert layout.bits == 8 or torch.equal(rows, expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -122,8 +122,8 @@ def test_without_the_fused_lookup() -> None:
     """What a device that lacks it does: gather, then the formula. Seen on the meta device for its shape."""
     for layout in LAYOUTS:
         packed = rowwise.pack(normal(40, layout.width), layout)
-        found = rowwise.lookup(packed.to("meta"), torch.zeros(3, 2, dtype=torch.long, device="meta"), layout)
-        assert (found.shape, found.dtype) == ((3, 2, layout.width), torch.float32)
+        rows = rowwise.lookup(packed.to("meta"), torch.zeros(3, 2, dtype=torch.long, device="meta"), layout)
+        assert (rows.shape, rows.dtype) == ((3, 2, layout.width), torch.float32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -103,14 +103,14 @@ def run(path: Path, fake: Fake | None = None, study: Study = STUDY) -> tuple[run
 
 
 def test_a_run_writes_one_record_a_trial_and_says_so(tmp_path: Path) -> None:
-    outcome, told = run(tmp_path)
+    outcome, output = run(tmp_path)
     records = Ledger(tmp_path).records()
     assert {one.id for one in records} == {spec.id for spec in STUDY.trials()}
     assert len(outcome.ran) == 6
     assert (outcome.exit_code, outcome.unexpected) == (0, [])
-    assert "6 trials to run, about 10 s" in told
-    assert "failed as expected: m · fails · seed 0: memory: an encoder keeps no cache" in told
-    assert told.splitlines()[-1] == "6 trials: 5 done, 1 failed as expected"
+    assert "6 trials to run, about 10 s" in output
+    assert "failed as expected: m · fails · seed 0: memory: an encoder keeps no cache" in output
+    assert output.splitlines()[-1] == "6 trials: 5 done, 1 failed as expected"
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".json"], "no leases, no drafts"
 
 
@@ -118,11 +118,11 @@ def test_a_second_run_does_nothing(tmp_path: Path) -> None:
     run(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     fake = Fake()
-    outcome, told = run(tmp_path, fake)
+    outcome, output = run(tmp_path, fake)
     assert fake.ran == []
     assert len(outcome.skipped) == len(outcome.records) == 6
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-    assert "(6 were in the ledger already)" in told
+    assert "(6 were in the ledger already)" in output
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_second_run_does_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_a_trial_that_crashes_is_a_record_with_a_reason(tmp_path: Path, error: BaseException, reason: str) -> None:
-    outcome, told = run(tmp_path, Fake({"r1": raising(error)}))
+    outcome, output = run(tmp_path, Fake({"r1": raising(error)}))
     (failed,) = outcome.unexpected
     assert failed.reason.startswith(reason)
     assert "\n" not in failed.reason
@@ -144,7 +144,7 @@ def test_a_trial_that_crashes_is_a_record_with_a_reason(tmp_path: Path, error: B
     assert failed.environment["packages"]["taut"]
     assert outcome.exit_code == 1
     assert len(outcome.records) == 6
-    assert failed.reason in told
+    assert failed.reason in output
 
 
 def test_a_record_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
@@ -161,9 +161,9 @@ def test_a_surprise_is_told(tmp_path: Path) -> None:
         def validate(self, spec: TrialSpec) -> str | None:
             return None
 
-    outcome, told = run(tmp_path, Works())
+    outcome, output = run(tmp_path, Works())
     assert outcome.exit_code == 0
-    assert "the study expected it to fail" in told
+    assert "the study expected it to fail" in output
 
 
 def test_wrong_input_ends_the_run_before_the_first_trial(tmp_path: Path) -> None:
@@ -192,13 +192,13 @@ def test_a_study_none_of_whose_recipes_can_work_is_wrong_input(tmp_path: Path) -
 
 def test_a_trial_without_memory_is_refused_and_not_recorded(tmp_path: Path) -> None:
     fake = Fake(need={"r2": 1e18})
-    outcome, told = run(tmp_path, fake)
+    outcome, output = run(tmp_path, fake)
     ((spec, reason),) = outcome.refused
     assert spec.recipe_name == "r2"
     assert "needs about 1000000000.0 GB" in reason
     assert "r2" not in fake.ran
     assert outcome.exit_code == 1
-    assert "refused: m · r2 · seed 0" in told
+    assert "refused: m · r2 · seed 0" in output
     assert not Ledger(tmp_path).has(spec.id), "on a larger machine it runs"
     limited = STUDY.model_copy(update={"limits": STUDY.limits.model_copy(update={"ram": 10})})
     with pytest.raises(TautError, match="is the limit of the study"):
@@ -206,9 +206,9 @@ def test_a_trial_without_memory_is_refused_and_not_recorded(tmp_path: Path) -> N
 
 
 def test_ctrl_c_leaves_whole_records_and_goes_on_from_there(tmp_path: Path) -> None:
-    outcome, told = run(tmp_path, Fake({"r2": raising(KeyboardInterrupt())}))
+    outcome, output = run(tmp_path, Fake({"r2": raising(KeyboardInterrupt())}))
     assert outcome.exit_code == 130
-    assert "the same command goes on from there" in told
+    assert "repeat the command to continue" in output
     assert [one.recipe_name for one in Ledger(tmp_path).records()] == [one.recipe_name for one in outcome.records]
     assert len(outcome.records) == 3
     assert not list(tmp_path.glob("*.lease"))
@@ -226,7 +226,7 @@ def test_a_real_process_is_interrupted_or_killed(tmp_path: Path, blow: signal.Si
     command = [sys.executable, "-c", SCRIPT, str(ledger), str(mark)]
 
     def hear_interrupts() -> None:
-        """Whoever runs the tests in the background of a script has them ignored."""
+        """Interrupts are ignored in the background jobs of a script; here they must count."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     with subprocess.Popen(
@@ -237,10 +237,10 @@ def test_a_real_process_is_interrupted_or_killed(tmp_path: Path, blow: signal.Si
             time.sleep(0.02)
         assert mark.exists(), child.stderr.read()
         child.send_signal(blow)
-        told = child.communicate(timeout=180)[1]
+        output = child.communicate(timeout=180)[1]
     killed = blow == signal.SIGKILL
     assert child.returncode == (-blow if killed else 130)
-    assert ("interrupted" in told) != killed
+    assert ("interrupted" in output) != killed
     assert bool(list(ledger.glob("*.lease"))) == killed, "kill -9 leaves its lease behind"
     assert Ledger(ledger).damaged() == []
     before = {path: path.read_bytes() for path in ledger.glob("*.json")}
@@ -254,20 +254,20 @@ def test_a_real_process_is_interrupted_or_killed(tmp_path: Path, blow: signal.Si
 
 
 def test_two_runners_share_the_work(tmp_path: Path) -> None:
-    second, found = Fake(), []
+    second, runs = Fake(), []
 
     def meanwhile(spec: TrialSpec) -> Record:
-        found.append(run(tmp_path, second))
+        runs.append(run(tmp_path, second))
         return record(spec)
 
     first = Fake({"r1": meanwhile})
     outcome, _ = run(tmp_path, first)
-    inner, told = found[0]
+    inner, output = runs[0]
     ((spec, holder),) = inner.elsewhere
     assert spec.recipe_name == "r1"
     assert str(os.getpid()) in holder
-    assert "being run by" in told
-    assert "1 left to another runner" in told
+    assert "being run by" in output
+    assert "1 left to another runner" in output
     assert first.ran == ["identity", "dense", "r1"] or first.ran == ["dense", "identity", "r1"]
     assert second.ran == ["r2", "r3"]
     assert len(outcome.records) == 6
@@ -279,9 +279,9 @@ def test_a_damaged_record_is_named_and_its_trial_run_again(tmp_path: Path) -> No
     path = tmp_path / f"{spec.id}.json"
     path.write_text(path.read_text()[:100])
     fake = Fake()
-    outcome, told = run(tmp_path, fake)
+    outcome, output = run(tmp_path, fake)
     assert fake.ran == [spec.recipe_name]
-    assert f"damaged record skipped: {path}" in told
+    assert f"damaged record skipped: {path}" in output
     assert len(path.read_text()) == 100
     assert len(outcome.records) == 6
 
@@ -300,11 +300,11 @@ def test_a_trial_is_stopped_at_its_limit_of_time(tmp_path: Path) -> None:
 
 def test_a_run_outside_the_main_thread_works(tmp_path: Path) -> None:
     study = STUDY.model_copy(update={"limits": STUDY.limits.model_copy(update={"seconds": 30.0})})
-    found: list[runner.Outcome] = []
-    thread = threading.Thread(target=lambda: found.append(run(tmp_path, study=study)[0]))
+    outcomes: list[runner.Outcome] = []
+    thread = threading.Thread(target=lambda: outcomes.append(run(tmp_path, study=study)[0]))
     thread.start()
     thread.join()
-    assert len(found[0].records) == 6
+    assert len(outcomes[0].records) == 6
 
 
 def test_the_outcome_is_json(tmp_path: Path) -> None:
@@ -334,5 +334,5 @@ def test_an_unwritable_ledger_is_one_line(tmp_path: Path) -> None:
 def test_compare_needs_recipes_or_a_study(tmp_path: Path) -> None:
     with pytest.raises(TautError, match="--recipes light"):
         runner.compare("minilm")
-    with pytest.raises(TautError, match="has no place beside it"):
+    with pytest.raises(TautError, match="a study's file says what to compare"):
         runner.compare("study.yaml", ["light"])

@@ -25,7 +25,7 @@ WAYS = {
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny inputs then have several blocks, too, and go through them whatever it costs."""
+    """Tiny inputs get several blocks and go through them, whatever it costs."""
     monkeypatch.setattr(blocked, "CPU_ROWS", 4)
     monkeypatch.setattr(sections, "WORTH", 9.0)
 
@@ -57,8 +57,8 @@ def check(view: View, query: Tensor, key: Tensor, value: Tensor, rows: int) -> s
     assert ours.isfinite().all()
     assert (ours - formula).mul(seen).abs().max() <= 1e-12
     direction = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * seen
-    found, expected = (torch.autograd.grad((out * direction).sum(), (query, key, value)) for out in (ours, formula))
-    assert all((a - b).abs().max() <= 1e-12 for a, b in zip(found, expected, strict=True))
+    gradients, expected = (torch.autograd.grad((out * direction).sum(), (query, key, value)) for out in (ours, formula))
+    assert all((a - b).abs().max() <= 1e-12 for a, b in zip(gradients, expected, strict=True))
     return plan
 
 
@@ -101,7 +101,7 @@ def test_behind_a_cache(name: str, pads: tuple[int, ...], monkeypatch: pytest.Mo
     cache.finish()
     cache.begin(then)
     new = (torch.randn(2, 2, 40, 6, dtype=torch.float64, generator=generator) for _ in range(2))
-    key, value = (each.detach().requires_grad_() for each in cache.layers[0].update(*new))
+    key, value = (states.detach().requires_grad_() for states in cache.layers[0].update(*new))
     query = torch.randn(2, 2, 40, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     view = View(
         *(2, 40, key.shape[2], 30, 0, True),
@@ -120,20 +120,20 @@ def test_models_use_it(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method = Anchor.parse({"ids": ANCHORS, "longest": 7})
     model = tiny(family, dtype=torch.float64)
     install(model, method)
-    given = inputs(model, length=40)
-    packed = given | {"position_ids": torch.cat([torch.arange(25), torch.arange(15)])[None].expand(2, -1)}
+    batch = inputs(model, length=40)
+    packed = batch | {"position_ids": torch.cat([torch.arange(25), torch.arange(15)])[None].expand(2, -1)}
     del packed["attention_mask"]
-    padded = {name: each.clone() for name, each in given.items()}
+    padded = {name: tensor.clone() for name, tensor in batch.items()}
     padded["attention_mask"][0, :11] = 0
     calls = []
     whole = sections.attend
     monkeypatch.setattr(sections, "attend", lambda *args, **kwargs: calls.append(1) or whole(*args, **kwargs))
 
     def answers() -> list[Tensor]:
-        found = [logits(model, **given, use_cache=False), stepwise(model, [21, 1, 18], **given)[0]]
+        outputs = [logits(model, **batch, use_cache=False), stepwise(model, [21, 1, 18], **batch)[0]]
         if family != "bart":
-            found += [logits(model, **packed, use_cache=False), logits(model, **padded, use_cache=False)[:, 11:]]
-        return found
+            outputs += [logits(model, **packed, use_cache=False), logits(model, **padded, use_cache=False)[:, 11:]]
+        return outputs
 
     ours = answers()
     assert calls

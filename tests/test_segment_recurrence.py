@@ -36,7 +36,7 @@ def explicit(length: int, segment: int, memory: int) -> Tensor:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
 def test_in_few_bits_one_pass_is_the_rounding_and_steps_are(family: str) -> None:
     model = tiny(family, dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
+    batch = inputs(model, length=LENGTH)
     stored = SegmentRecurrence.parse({"segment": SEGMENT, "memory": MEMORY, "store": {"method": "low_bit"}})
     places = torch.arange(LENGTH)
 
@@ -44,10 +44,10 @@ def test_in_few_bits_one_pass_is_the_rounding_and_steps_are(family: str) -> None
         return stored.pattern().allowed(places, places)[None, None]
 
     with slowly(model, rule, stored.store):
-        expected = logits(model, **given, use_cache=False)
+        expected = logits(model, **batch, use_cache=False)
     install(model, stored)
-    assert (logits(model, **given, use_cache=False) - expected).abs().max() <= 1e-12
-    steps, past = stepwise(model, CHUNKS["in pieces"], **given)
+    assert (logits(model, **batch, use_cache=False) - expected).abs().max() <= 1e-12
+    steps, past = stepwise(model, CHUNKS["in pieces"], **batch)
     assert (steps - expected).abs().max() <= 1e-12
     assert all(layer.keys.dtype == torch.uint8 for layer in own(past).layers)
 
@@ -56,32 +56,32 @@ def test_in_few_bits_one_pass_is_the_rounding_and_steps_are(family: str) -> None
 @pytest.mark.parametrize("memory", [0, 4, 8, 12])
 def test_equals_the_model_under_the_explicit_mask(family: str, memory: int) -> None:
     model = tiny(family, dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
+    batch = inputs(model, length=LENGTH)
     name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
-    masked = logits(model, **given | {name: explicit(LENGTH, SEGMENT, memory)}, use_cache=False)
+    masked = logits(model, **batch | {name: explicit(LENGTH, SEGMENT, memory)}, use_cache=False)
     install(model, method(SEGMENT, memory))
-    assert (logits(model, **given, use_cache=False) - masked).abs().max() <= 1e-12
-    assert (stepwise(model, CHUNKS["in pieces"], **given)[0] - masked).abs().max() <= 1e-12
+    assert (logits(model, **batch, use_cache=False) - masked).abs().max() <= 1e-12
+    assert (stepwise(model, CHUNKS["in pieces"], **batch)[0] - masked).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
 @pytest.mark.parametrize("segment", [1, 7])
 def test_unlimited_memory_is_full_attention(depth: int, segment: int) -> None:
     model = tiny("llama", dtype=torch.float64, num_hidden_layers=depth)
-    given = inputs(model, length=LENGTH)
-    full = logits(model, **given, use_cache=False)
+    batch = inputs(model, length=LENGTH)
+    full = logits(model, **batch, use_cache=False)
     install(model, method(segment, LENGTH))
-    assert (logits(model, **given, use_cache=False) - full).abs().max() <= 1e-12
+    assert (logits(model, **batch, use_cache=False) - full).abs().max() <= 1e-12
     for chunks in CHUNKS.values():
-        assert (stepwise(model, chunks, **given)[0] - full).abs().max() <= 1e-12
+        assert (stepwise(model, chunks, **batch)[0] - full).abs().max() <= 1e-12
 
 
 def test_positions_counted_in_the_cache_would_be_wrong() -> None:
     model = tiny("llama", dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
+    batch = inputs(model, length=LENGTH)
     install(model, METHOD)
-    whole = logits(model, **given, use_cache=False)
-    shifted = given | {"position_ids": (torch.arange(LENGTH) % (SEGMENT + MEMORY)).expand(2, -1)}
+    whole = logits(model, **batch, use_cache=False)
+    shifted = batch | {"position_ids": (torch.arange(LENGTH) % (SEGMENT + MEMORY)).expand(2, -1)}
     assert (stepwise(model, [1] * LENGTH, **shifted)[0] - whole).abs().max() > 1e-2
 
 
@@ -91,9 +91,9 @@ def test_reach_grows_as_layers_times_segment(layers: int) -> None:
     model = tiny("llama", dtype=torch.float64, num_hidden_layers=layers)
     install(model, method(segment, segment))
     ids = inputs(model, batch=1, length=segment * segments)["input_ids"]
-    given = model.get_input_embeddings()(ids).detach().requires_grad_()
-    model(inputs_embeds=given, use_cache=False)["logits"][0, -1].square().sum().backward()
-    reached = given.grad[0].abs().sum(1) > 0
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=embeddings, use_cache=False)["logits"][0, -1].square().sum().backward()
+    reached = embeddings.grad[0].abs().sum(1) > 0
     assert int(reached.sum()) == (layers + 1) * segment
     assert bool(reached[-(layers + 1) * segment :].all())
 
@@ -113,16 +113,16 @@ def test_crop_over_a_border_equals_never_having_seen() -> None:
 
 def test_memory_may_be_longer_where_the_model_is_used(tmp_path: Path) -> None:
     model = tiny("llama", dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
-    masked = logits(model, **given | {"attention_mask": explicit(LENGTH, SEGMENT, 11)}, use_cache=False)
+    batch = inputs(model, length=LENGTH)
+    masked = logits(model, **batch | {"attention_mask": explicit(LENGTH, SEGMENT, 11)}, use_cache=False)
     taut.apply(model, {"memory": {"method": "segment_recurrence", "segment": SEGMENT, "memory": MEMORY}})
     model.save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()
     assert json.loads(config)["quantization_config"]
     (tmp_path / "config.json").write_text(config.replace(f'"memory": {MEMORY}', '"memory": 11'))
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert (logits(again, **given, use_cache=False) - masked).abs().max() <= 1e-12
-    assert (stepwise(again, CHUNKS["growing"], **given)[0] - masked).abs().max() <= 1e-12
+    assert (logits(again, **batch, use_cache=False) - masked).abs().max() <= 1e-12
+    assert (stepwise(again, CHUNKS["growing"], **batch)[0] - masked).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize(("segment", "memory"), [(8, 5), (16, 0), (3, 20)])
@@ -132,18 +132,18 @@ def test_long_text_goes_through_the_block_kernel(
 ) -> None:
     monkeypatch.setattr(blocked, "CPU_ROWS", 16)
     model = tiny("llama", dtype=torch.float64)
-    given = inputs(model, length=120)
-    given["attention_mask"][1, :pads] = 0
+    batch = inputs(model, length=120)
+    batch["attention_mask"][1, :pads] = 0
     install(model, method(segment, memory))
     calls = []
     attend = blocked.attend
     monkeypatch.setattr(blocked, "attend", lambda *args, **named: calls.append(args) or attend(*args, **named))
-    whole = logits(model, **given, use_cache=False)
+    whole = logits(model, **batch, use_cache=False)
     assert len(calls) == 2
     pattern = Recurrence(segment, memory)
     monkeypatch.setattr(Recurrence, "band", None)
-    dense = logits(model, **given, use_cache=False)
-    real = given["attention_mask"].bool()
+    dense = logits(model, **batch, use_cache=False)
+    real = batch["attention_mask"].bool()
     assert len(calls) == 2
     assert (whole - dense)[real].abs().max() <= 1e-12
     assert View(1, 120, 120, causal=True, pattern=pattern).dense(torch.device("cpu")).sum() == pattern.pairs(120)
@@ -162,7 +162,7 @@ def test_blocks_share_masks() -> None:
 
 
 def _gradients(model: PreTrainedModel, ids: Tensor, cuts: tuple[int, ...], detach: bool) -> dict[str, Tensor]:
-    """Of <logits, fixed random> when the text comes in pieces with the memory carried on."""
+    """Gradients of <logits, fixed random> when the text comes in pieces with carried memory."""
     direction = torch.randn(*ids.shape, model.config.vocab_size, generator=torch.Generator().manual_seed(1)).double()
     model.zero_grad()
     past, total, start = None, 0.0, 0
@@ -174,7 +174,7 @@ def _gradients(model: PreTrainedModel, ids: Tensor, cuts: tuple[int, ...], detac
             past.detach()
             assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in past.layers)
     total.backward()
-    return {name: each.grad.clone() for name, each in model.named_parameters()}
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def test_gradients_end_where_the_memory_is_detached() -> None:

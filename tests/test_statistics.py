@@ -39,11 +39,11 @@ def test_percentile_interval_equals_enumeration() -> None:
     variant, baseline = [1.0, 5.0, 9.0], [0.0, 1.0, 2.0]
     gaps = np.subtract(variant, baseline)
     means = sorted(np.mean(gaps[list(drawn)]) for drawn in itertools.product(range(3), repeat=3))
-    found = st.paired_bootstrap(variant, baseline, corrected=False, confidence=0.9)
+    interval = st.paired_bootstrap(variant, baseline, corrected=False, confidence=0.9)
     # 1/27 < 5 % < 1/27 + 3/27: the 5 % quantile is the second of the distinct means.
     distinct = sorted(set(np.round(means, 12)))
-    assert found.low == pytest.approx(distinct[1])
-    assert found.high == pytest.approx(distinct[-2])
+    assert interval.low == pytest.approx(distinct[1])
+    assert interval.high == pytest.approx(distinct[-2])
 
 
 @pytest.mark.parametrize("contrast", [st.difference, st.ratio])
@@ -81,9 +81,9 @@ def test_bootstrap_covers_what_it_should() -> None:
 
 
 def test_exponential_contrast_is_a_difference_of_perplexities() -> None:
-    found = st.paired_bootstrap(A, B, st.difference_of_exponentials)
-    assert found.value == pytest.approx(math.exp(np.mean(A)) - math.exp(np.mean(B)))
-    assert found.low < found.value < found.high
+    contrast = st.paired_bootstrap(A, B, st.difference_of_exponentials)
+    assert contrast.value == pytest.approx(math.exp(np.mean(A)) - math.exp(np.mean(B)))
+    assert contrast.low < contrast.value < contrast.high
 
 
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,9 +116,9 @@ def test_holm_is_the_textbook_example() -> None:
 
 
 def test_student_interval_is_the_textbook_one() -> None:
-    found = st.student_interval([1.0, 2.0, 3.0])
+    interval = st.student_interval([1.0, 2.0, 3.0])
     reach = 4.302652729911275 / math.sqrt(3)
-    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0 - reach, 2.0 + reach))
+    assert (interval.value, interval.low, interval.high) == pytest.approx((2.0, 2.0 - reach, 2.0 + reach))
     with pytest.raises(TautError, match="add seeds"):
         st.student_interval([1.0])
 
@@ -169,7 +169,7 @@ def timed(name: str, value: float, low: float | None, high: float | None) -> Rec
 
 def test_faster_needs_to_leave_the_error_bar_of_identity() -> None:
     dense = record(spec("dense"))
-    found = by_name(
+    rows = by_name(
         [
             dense,
             timed("identity", 1.03, 0.95, 1.06),
@@ -180,7 +180,7 @@ def test_faster_needs_to_leave_the_error_bar_of_identity() -> None:
             timed("low_rank", 0.5, None, None),
         ]
     )
-    words = {name: row.costs["latency_prefill"].gap.word for name, row in found.items() if row.role != "dense"}
+    words = {name: row.costs["latency_prefill"].gap.word for name, row in rows.items() if row.role != "dense"}
     assert words == {
         "identity1.03": NOISE,
         "low_rank0.97": NOISE,
@@ -246,7 +246,7 @@ def test_many_recipes_share_one_error_rate() -> None:
     assert alone.p == pytest.approx(0.0125, abs=0.01)
     assert among.p == pytest.approx(min(1.0, 10 * alone.p))
     assert (alone.word, among.word) == ("better", NOISE)
-    # A loss needs no correction: it is told as soon as its interval shows it.
+    # A loss needs no correction: it is reported as soon as its interval shows it.
     lost = scored("x", (base - shift).tolist())
     gap = by_name([scored("dense", base.tolist()), lost, *others])["x"].scores["t m"].gap
     assert gap.p > 0.05

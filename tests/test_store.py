@@ -1,4 +1,4 @@
-"""``store:`` nests once: factors in few bits, unpacked for training and compressed again."""
+"""``store:`` nests once: factors in few bits are unpacked for training and repacked."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_the_gradient_passes_straight_through() -> None:
     assert torch.equal(value.grad, weight)
 
 
-def test_a_part_loosens_and_tightens_to_itself() -> None:
+def test_a_part_unpacks_and_repacks_to_itself() -> None:
     method, part, _ = fitted(torch.float32, store={"bits": 8})
     before = {name: tensor.clone() for name, tensor in part.state_dict().items()}
     ids = torch.arange(SITE.rows)
@@ -81,7 +81,7 @@ def test_a_part_loosens_and_tightens_to_itself() -> None:
     torch.testing.assert_close(part(ids), unpacked, atol=1e-5, rtol=0)
 
 
-def test_training_a_loosened_part_helps_once_it_is_tight() -> None:
+def test_training_an_unpacked_part_helps_once_it_is_repacked() -> None:
     _, part, weight = fitted(torch.float32, store={"bits": 4})
     target = 1.5 * weight
     error = (part.merged() - target).square().mean()

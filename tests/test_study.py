@@ -53,21 +53,21 @@ def test_a_study_is_models_times_recipes_times_seeds(tmp_path: Path) -> None:
 def test_ids_do_not_depend_on_the_process(tmp_path: Path) -> None:
     ids = [trial.id for trial in load(tmp_path).trials()]
     code = "import sys; from taut.studies.study import Study; print(*[t.id for t in Study.load(sys.argv[1]).trials()])"
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "small.yaml")],
         capture_output=True,
         text=True,
         check=True,
         env=os.environ | {"PYTHONHASHSEED": "11"},
     )
-    assert found.stdout.split() == ids
+    assert done.stdout.split() == ids
 
 
 def test_a_study_needs_no_torch() -> None:
     rooms = "taut.studies.study, taut.studies.ledger, taut.studies.runner, taut.reporting.page"
     code = f"import sys; import {rooms}; print('torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_dense_and_identity_are_always_there() -> None:
@@ -99,7 +99,7 @@ def test_controls_under_other_names_are_not_doubled() -> None:
         ),
         (("keep: 0.5", "keep: 5"), "recipes.halves: embedding: keep = 5 is out of range"),
         (("expect: failed", "expect: fail"), "recipes.fails: expect = 'fail': did you mean 'failed'"),
-        (("dense: {}", "dense: {embedding: low_rank}"), "recipes.dense: kept for {}"),
+        (("dense: {}", "dense: {embedding: low_rank}"), "recipes.dense: reserved for {}"),
         (("dense: {}", "halves: {}"), "the key 'halves' is there twice"),
         (("dense: {}", "dense: 3"), "recipes.dense: expected a recipe"),
         (("dense: {}", "more: nowhere.yaml"), "recipes.more: nowhere.yaml: no such recipe file"),

@@ -1,4 +1,4 @@
-"""Whole journeys of a folder: tighten, save, open by stock tools, export, undo; and everything that may be wrong."""
+"""Whole journeys of a folder: compress, save, open with other tools, export, undo; and everything that may be wrong."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, pipeline
 import taut
 from taut.contract.tiny import inputs, logits, tiny
 from taut.contract.workers import bits_equal
+from taut.surgery.apply import apply
 from taut.surgery.loading import resolve
 
 LIGHT = {
@@ -35,10 +36,10 @@ def test_folder_to_folder(llama: Path, tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "light").iterdir()}
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "model.safetensors"} <= names
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "light")
-    given = inputs(again)
-    assert bits_equal(logits(again, **given), logits(model, **given))
-    assert bits_equal(logits(taut.load(tmp_path / "light"), **given), logits(model, **given))
-    assert torch.equal(again.generate(**given, max_new_tokens=8), model.generate(**given, max_new_tokens=8))
+    batch = inputs(again)
+    assert bits_equal(logits(again, **batch), logits(model, **batch))
+    assert bits_equal(logits(taut.load(tmp_path / "light"), **batch), logits(model, **batch))
+    assert torch.equal(again.generate(**batch, max_new_tokens=8), model.generate(**batch, max_new_tokens=8))
     text = pipeline("text-generation", model=str(tmp_path / "light"), device="cpu")("abc", max_new_tokens=4)
     assert isinstance(text[0]["generated_text"], str)
 
@@ -46,17 +47,17 @@ def test_folder_to_folder(llama: Path, tmp_path: Path) -> None:
 def test_base_model_opens_from_a_head_checkpoint(llama: Path, tmp_path: Path) -> None:
     model = taut.apply(llama, LIGHT, tmp_path / "light")
     base = AutoModel.from_pretrained(tmp_path / "light")
-    given = inputs(model)
+    batch = inputs(model)
     with torch.no_grad():
-        assert bits_equal(base(**given).last_hidden_state, model.model(**given).last_hidden_state)
+        assert bits_equal(base(**batch).last_hidden_state, model.model(**batch).last_hidden_state)
 
 
 def test_sharded_checkpoint(llama: Path, tmp_path: Path) -> None:
     model = taut.apply(llama, LIGHT)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-    given = inputs(model)
-    assert bits_equal(logits(taut.load(tmp_path / "sharded"), **given), logits(model, **given))
+    batch = inputs(model)
+    assert bits_equal(logits(taut.load(tmp_path / "sharded"), **batch), logits(model, **batch))
     (tmp_path / "sharded" / "model-00002-of-00003.safetensors").unlink(missing_ok=True)
     next((tmp_path / "sharded").glob("*.safetensors")).unlink()
     with pytest.raises(taut.TautError, match="missing"):
@@ -122,6 +123,11 @@ def test_no_second_time(llama: Path, tmp_path: Path) -> None:
     for twice in (model, tmp_path / "light"):
         with pytest.raises(taut.TautError, match="already carries a quantization"):
             taut.apply(twice, LIGHT)
+    model = tiny("llama")
+    plan = taut.plan(model, LIGHT)
+    apply(model, plan)
+    with pytest.raises(taut.TautError, match="already carries a quantization"):
+        apply(model, plan)
 
 
 def test_resizing_says_what_to_do() -> None:
@@ -137,22 +143,22 @@ def test_resizing_says_what_to_do() -> None:
 def test_train_and_reload(llama: Path, tmp_path: Path) -> None:
     """Gradient steps on a compressed model move its parts, and the folder holds what was trained."""
     model = taut.apply(llama, LIGHT).train()
-    given = inputs(model)
+    batch = inputs(model)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    model(**given, labels=given["input_ids"]).loss.backward()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
     optimizer.step()
     assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     model.eval().save_pretrained(tmp_path / "trained")
-    assert bits_equal(logits(taut.load(tmp_path / "trained"), **given), logits(model, **given))
+    assert bits_equal(logits(taut.load(tmp_path / "trained"), **batch), logits(model, **batch))
 
 
 def test_peft_attaches_and_trains(llama: Path) -> None:
     peft = pytest.importorskip("peft")
     model = taut.apply(llama, {"embedding": {"method": "low_bit"}})
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
-    given = inputs(model)
-    wrapped(**given, labels=given["input_ids"]).loss.backward()
+    batch = inputs(model)
+    wrapped(**batch, labels=batch["input_ids"]).loss.backward()
     assert any(parameter.grad is not None for name, parameter in wrapped.named_parameters() if "lora_B" in name)
 
 
@@ -286,10 +292,10 @@ def test_wrong_models(name: str, words: str) -> None:
 def test_scratch_specs() -> None:
     source = resolve("llama:hidden_size=64,num_hidden_layers=3,num_attention_heads=4,vocab_size=128")
     assert (source.config.hidden_size, source.config.num_hidden_layers) == (64, 3)
-    found = taut.plan("llama:hidden_size=64,intermediate_size=128,num_hidden_layers=3,num_attention_heads=4", LIGHT)
+    plan = taut.plan("llama:hidden_size=64,intermediate_size=128,num_hidden_layers=3,num_attention_heads=4", LIGHT)
     # Three maps each in the second and third layer: the first stays dense.
-    assert sum(step.site.slot == "feedforward" for step in found.steps) == 6
-    assert {row[1] for row in found.untouched} >= {"the recipe does not name this slot"}
+    assert sum(step.site.slot == "feedforward" for step in plan.steps) == 6
+    assert {row[1] for row in plan.untouched} >= {"the recipe does not name this slot"}
 
 
 def test_plan_predicts_the_file(llama: Path, tmp_path: Path) -> None:

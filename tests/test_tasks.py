@@ -1,4 +1,4 @@
-"""Tasks: scores against formulas worked out beside them, exact invariants, and what wrong input is told."""
+"""Tasks: scores against formulas worked out beside them, exact invariants, and the messages for wrong input."""
 
 import ast
 import math
@@ -31,7 +31,7 @@ def model(family: str, **overrides: object) -> PreTrainedModel:
 
 
 def quiet(done: int, total: int) -> None:
-    """Nobody watches."""
+    """A progress function that does nothing."""
 
 
 def samples(scores: Sequence[Score]) -> dict[str, tuple[float, ...]]:
@@ -45,11 +45,11 @@ def test_every_file_is_one_final_task():
     files = {path.stem for path in TASK_FILES if path.stem != "__init__"}
     assert set(TASKS.built_in()) == files
     for name in files:
-        found = TASKS.get(name)
-        assert issubclass(found, contract.Task)
-        assert not found.__subclasses__()
-        assert found.summary
-        assert all(field.description for field in found.Options.model_fields.values())
+        task = TASKS.get(name)
+        assert issubclass(task, contract.Task)
+        assert not task.__subclasses__()
+        assert task.summary
+        assert all(field.description for field in task.Options.model_fields.values())
 
 
 def test_tasks_import_core_data_and_what_tasks_share():
@@ -277,11 +277,11 @@ def test_the_probe_finds_the_minimum():
         summed = nn.functional.cross_entropy(logits, torch.tensor(labels), reduction="sum")
         return float(2.0 * summed + (weights[:-1] ** 2).sum() / 2)
 
-    found = fit(features, labels, 3, strength=2.0)
-    lowest = loss(found)
+    fitted = fit(features, labels, 3, strength=2.0)
+    lowest = loss(fitted)
     for _ in range(50):
-        assert loss(found + generator.normal(scale=0.01, size=found.shape)) > lowest
-    assert predict(features, found).shape == (40,)
+        assert loss(fitted + generator.normal(scale=0.01, size=fitted.shape)) > lowest
+    assert predict(features, fitted).shape == (40,)
     assert probe(features[:3], labels[:3], features, 3)[0].shape == (40,)
 
 

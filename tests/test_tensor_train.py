@@ -1,4 +1,4 @@
-"""Tensor-train tables: what is stored leads back to every row, and costs what was said."""
+"""Tensor-train tables: what is stored leads back to every row, and costs what was predicted."""
 
 import re
 
@@ -57,8 +57,8 @@ def test_whole_columns_are_a_low_rank_table_whose_narrow_factor_is_a_train():
     # With the rows' rank uncut, the best approximation of rank 5 and nothing else is lost.
     best = torch.linalg.svdvals(weight)[5:].square().sum()
     torch.testing.assert_close((part.merged() - weight).square().sum(), best)
-    told = method(rank=3, columns="whole", column_factors=(2, 3, 4)).fits(place)
-    assert "columns: whole sets the factors itself" in told
+    message = method(rank=3, columns="whole", column_factors=(2, 3, 4)).fits(place)
+    assert "columns: whole sets the factors itself" in message
 
 
 def test_order_of_a_permuted_vocabulary_gives_the_same_rows():
@@ -150,7 +150,7 @@ def test_neither_lookup_nor_head_nor_gradient_ever_holds_the_table(store):
     part = method(rank=4, hot=20, arrange="principal", store=store).build(place, CPU, torch.float32)
     ids = torch.randint(20_000, (100,), generator=torch.Generator().manual_seed(0))
     with Largest() as lookup:
-        found = part(ids)
+        rows = part(ids)
     assert lookup.numbers <= 2 * len(ids) * 64 + part.weight.numel()
     hidden = matrix(2, 64, dtype=torch.float32).requires_grad_()
     for ways in (1, 500):
@@ -159,7 +159,7 @@ def test_neither_lookup_nor_head_nor_gradient_ever_holds_the_table(store):
         assert head.numbers <= ways * 20_020 + 20_000 * 64 / 8
     if store is None:
         with Largest() as gradient:
-            found.sum().backward()
+            rows.sum().backward()
         assert gradient.numbers <= 4 * len(ids) * 64
 
 
@@ -195,15 +195,15 @@ def test_predicted_cost_is_what_the_part_holds(knobs):
 
 
 @pytest.mark.parametrize("hot", [0, 4])
-def test_packed_cores_are_loosened_trained_and_packed_again(hot):
+def test_packed_cores_are_unpacked_trained_and_repacked(hot):
     way = method(rank=6, hot=hot, store={"bits": 4, "group": 8})
     weight = matrix(ROWS, WIDTH, dtype=torch.float32)
     part = fitted(way, site(dtype="float32"), weight)
-    tight, other = part.merged(), matrix(ROWS, WIDTH, seed=3, dtype=torch.float32)
+    before, other = part.merged(), matrix(ROWS, WIDTH, seed=3, dtype=torch.float32)
     names = {name: tensor.shape for name, tensor in part.state_dict().items()}
     part.unpack(weight)
     every = torch.arange(ROWS)
-    torch.testing.assert_close(part(every), tight, rtol=0, atol=1e-4)
+    torch.testing.assert_close(part(every), before, rtol=0, atol=1e-4)
     first = F.mse_loss(part(every), other)
     adam = torch.optim.Adam(part.parameters(), 0.02)
     for _ in range(20):
@@ -240,9 +240,9 @@ def test_keep_is_the_greatest_rank_within_the_budget():
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(knobs, reason):
-    told = method(**knobs).fits(site())
-    assert re.search(reason, told), told
-    assert "\n" not in told
+    message = method(**knobs).fits(site())
+    assert re.search(reason, message), message
+    assert "\n" not in message
 
 
 def test_wrong_input_is_refused_in_one_line():
@@ -264,7 +264,7 @@ def test_note_tells_what_was_cut_and_how_the_head_is_computed():
     assert "ranks 6, 20; 100, 100 requested" in note
     assert "tied head" in note
     large = site(30_522, 768, "float32", heads=("head",))
-    told = method(rank=32, row_factors=(25, 30, 42), column_factors=(8, 8, 12)).note(large)
-    assert "rows computed once per call of 13 or more tokens" in told
+    other = method(rank=32, row_factors=(25, 30, 42), column_factors=(8, 8, 12)).note(large)
+    assert "rows computed once per call of 13 or more tokens" in other
     assert "contracted core by core" in method(rank=8).note(large)
     assert "tied" not in method(rank=8).note(site(30_522, 768, "float32"))

@@ -54,8 +54,8 @@ def test_rows_are_the_products_of_the_definition(shape):
     torch.testing.assert_close(expand(cores), table, rtol=1e-12, atol=1e-12)
     positions = torch.arange(shape.capacity)
     for share in (True, False):
-        found = vectors(prefixes(positions, shape.rows, share), cores)
-        torch.testing.assert_close(found, table, rtol=1e-12, atol=1e-12)
+        rows = vectors(prefixes(positions, shape.rows, share), cores)
+        torch.testing.assert_close(rows, table, rtol=1e-12, atol=1e-12)
     assert shape.numbers == sum(core.numel() for core in cores)
 
 
@@ -100,14 +100,14 @@ def test_lookup_in_small_steps_is_the_same(monkeypatch):
 def test_both_ways_to_the_tied_head_agree_and_the_cheaper_is_taken(monkeypatch):
     cores = [core.float() for core in random_cores(SHAPE)]
     hidden, table = matrix(2, 7, WIDTH, seed=3, dtype=torch.float32), expand(cores)[:ROWS]
-    found = {}
+    results = {}
     for ahead in (True, False):
         monkeypatch.setattr(TrainShape, "expands", lambda self, count, tokens, ahead=ahead: ahead)
-        found[ahead] = scores(hidden, cores, SHAPE, ROWS)
+        results[ahead] = scores(hidden, cores, SHAPE, ROWS)
     monkeypatch.undo()
-    scale = found[True].abs().max()
-    torch.testing.assert_close(found[True] / scale, found[False] / scale, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found[True], hidden @ table.T, rtol=1e-4, atol=1e-3)
+    scale = results[True].abs().max()
+    torch.testing.assert_close(results[True] / scale, results[False] / scale, rtol=0, atol=1e-5)
+    torch.testing.assert_close(results[True], hidden @ table.T, rtol=1e-4, atol=1e-3)
     large = TrainShape((25, 30, 42), (8, 8, 12), (32, 32))
     # 1.0 + 82.6 + 8.1 million multiply-adds to contract, against 23.4 million and 0.78 thousand million once.
     assert large.contraction_flops() == 2 * (8 * 8 * 42 * 32 * 12 + 8 * 30 * 42 * 32 * 8 * 32 + 31_500 * 32 * 8)
@@ -195,15 +195,15 @@ def test_least_squares_never_raise_the_weighted_error_and_are_exact_where_the_ta
     exact = expand(random_cores(SHAPE))
     target = torch.where(weights[:, None] > 0, exact, 100 * weight)
     near = [core + 0.05 * matrix(*core.shape, seed=7) for core in random_cores(SHAPE)]
-    found = expand(refine(near, target, (weights > 0).double(), 100))
-    torch.testing.assert_close(found[:50], exact[:50], rtol=0, atol=1e-4)
+    refined = expand(refine(near, target, (weights > 0).double(), 100))
+    torch.testing.assert_close(refined[:50], exact[:50], rtol=0, atol=1e-4)
 
 
 def test_separable_weights_are_recognised_and_make_the_decomposition_optimal_for_them():
     own = [torch.rand(count, dtype=torch.float64) + 0.1 for count in SHAPE.rows]
     weights = torch.einsum("a,b,c->abc", *own).flatten()
-    found = torch.einsum("a,b,c->abc", *separable(weights, SHAPE.rows)).flatten()
-    torch.testing.assert_close(found / found.sum(), weights / weights.sum())
+    product = torch.einsum("a,b,c->abc", *separable(weights, SHAPE.rows)).flatten()
+    torch.testing.assert_close(product / product.sum(), weights / weights.sum())
 
 
 @pytest.mark.parametrize("bits", [1, 3, 7, 8, 13, 16, 17, 25])

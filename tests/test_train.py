@@ -1,4 +1,4 @@
-"""taut train: going on where a run was cut off, what the folder says, and wrong input."""
+"""taut train: continuing a run that was cut off, what the folder says, and wrong input."""
 
 import json
 import math
@@ -30,15 +30,15 @@ from taut.training.trainer import TWICE, Stop
 
 
 class Cut(BaseException):
-    """As abrupt as a kill."""
+    """Ends a run as abruptly as a kill."""
 
 
 def cut_at(step: int):
-    def tell(moment) -> None:
+    def progress(moment) -> None:
         if moment.step == step and not moment.evaluation:
             raise Cut
 
-    return tell
+    return progress
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def test_a_run_leaves_a_whole_folder(tmp_path: Path) -> None:
     assert model(**tokenizer("Number 3", return_tensors="pt")).logits.shape[-1] == len(tokenizer)
     # Again: nothing to do; another spec: refused.
     assert taut.train(spec, tmp_path / "out").record == record
-    with pytest.raises(TautError, match=r"another spec gave: save.steps was 3, now None"):
+    with pytest.raises(TautError, match=r"the result of another spec: save.steps was 3, now None"):
         taut.train(small(tmp_path, recipe=LOW_RANK), tmp_path / "out")
 
 
@@ -96,7 +96,7 @@ def test_the_loss_is_that_of_the_saved_model(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_trained_further(tmp_path: Path) -> None:
-    """In its own dtype and with its own tokenizer; a masked model learns from hidden tokens."""
+    """It keeps its dtype and its tokenizer; a masked model learns from hidden tokens."""
     for family in ("gpt2", "bert"):
         folder = tiny_folder(tmp_path / family, family, dtype=torch.bfloat16)
         spec = small(
@@ -128,7 +128,7 @@ def test_seconds_end_a_run(tmp_path: Path) -> None:
     assert spent["steps"] == len(done.record["losses"]) > 1
     assert len(done.record["evaluations"]) == 2
     assert done.record["planned_steps"] is None
-    # What was spent before a cut counts.
+    # Time spent before a cut counts.
     with pytest.raises(Cut):
         train(small(tmp_path, budget={"seconds": 0.3}, save={"seconds": 0}), tmp_path / "cut", progress=cut_at(5))
     before = json.loads((newest(tmp_path / "cut.state") / "spent.json").read_text())["seconds"]
@@ -146,7 +146,7 @@ def test_a_run_cut_off_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         with pytest.raises(Cut):
             train(spec, tmp_path / "out", progress=cut_at(step))
         assert newest(tmp_path / "out.state").name == f"checkpoint-{step - 1}"
-    # One that was cut off while it was written is not used, and a checkpoint is a model that opens without its guides.
+    # A checkpoint that was cut off while it was written is not used. A whole one opens as a model, without its guides.
     broken = tmp_path / "out.state" / "checkpoint-7"
     broken.mkdir()
     (broken / "trainer_state.json").write_text('{"global_')
@@ -202,8 +202,8 @@ def test_a_run_that_learned_nothing_binds_nobody(tmp_path: Path) -> None:
 def test_a_loss_that_runs_away_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin, total, steps = LanguageModelling.begin, LanguageModelling.total, []
 
-    def spoiled(task: LanguageModelling, *given: Tensor, **named: Tensor) -> Tensor:
-        return total(task, *given, **named) * (math.nan if task.training and steps[-1] == 5 else 1.0)
+    def spoiled(task: LanguageModelling, *tensors: Tensor, **named: Tensor) -> Tensor:
+        return total(task, *tensors, **named) * (math.nan if task.training and steps[-1] == 5 else 1.0)
 
     monkeypatch.setattr(LanguageModelling, "begin", lambda task, step: (steps.append(step), begin(task, step)))
     monkeypatch.setattr(LanguageModelling, "total", spoiled)
@@ -226,11 +226,11 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pyte
     owner, name = (PreTrainedModel, "save_pretrained") if writer == "save_pretrained" else (torch, "save")
     write = getattr(owner, name)
 
-    def full(*given, **options):
+    def full(*arguments, **options):
         calls.append(1)
         if len(calls) > (2 if writer == "save_pretrained" else 7):
             raise OSError(28, "No space left on device")
-        return write(*given, **options)
+        return write(*arguments, **options)
 
     monkeypatch.setattr(owner, name, full)
     with pytest.raises(TautError, match=r"the disk is full; the checkpoint of step 4 is whole: free some space"):
@@ -256,7 +256,7 @@ def test_ctrl_c_stops_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     stop = Stop()
     with stop.heard(lambda text: None):
         os.kill(os.getpid(), signal.SIGINT)
-        # The same one, passed on by a launcher.
+        # The same signal, passed on by a launcher.
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(TWICE)
         with pytest.raises(KeyboardInterrupt):
@@ -294,22 +294,25 @@ def test_the_shipped_spec_is_valid() -> None:
         ({"lenght": 3}, "unknown key 'lenght': did you mean 'length'"),
         ({"length": 2}, "length = 2: Input should be greater"),
         ({"schedule": "cosin"}, "schedule = 'cosin'"),
-        ({"batch": 5, "accumulate": 2}, "batch = 5 is no multiple of accumulate = 2"),
+        ({"batch": 5, "accumulate": 2}, "batch = 5 is not a multiple of accumulate = 2"),
         ({"recipe": {"feedforwrd": {}}}, "recipe: recipe: unknown slot 'feedforwrd'"),
         ({"guide": {}}, "there is no recipe"),
-        ({"guide": {"share": 1.5}, "recipe": LOW_RANK}, "the guide would outlast the training; at most 1"),
+        ({"guide": {"share": 1.5}, "recipe": LOW_RANK}, "guide.share = 1.5: a share is at most 1"),
         ({"guide": {}, "recipe": LOW_RANK, "budget": {"seconds": 3}}, "its schedule counts steps"),
         ({"model": "t5:num_layers=1"}, "an encoder-decoder"),
         ({"model": LLAMA, "objective": "masked"}, "is causal"),
-        ({"model": "bert:hidden_size=32,num_attention_heads=4", "objective": "causal"}, "sees what comes after"),
+        ({"model": "bert:hidden_size=32,num_attention_heads=4", "objective": "causal"}, "attends to later tokens"),
         ({"length": 65}, "length = 65: .* has 64 positions"),
         ({"model": LLAMA + ",vocab_size=100"}, "a vocabulary of 100, but the tokenizer has 260"),
-        ({"model": "minilm"}, "has no head over its vocabulary: nothing to predict"),
+        ({"model": "minilm"}, "has no head over its vocabulary, so there is nothing to predict"),
         ({"report_to": "trackio"}, "not installed: pip install trackio"),
         ({"precision": "float16"}, "needs a GPU"),
         ({"text": "nowhere"}, "no such name, file or folder"),
-        ({"text": "tiny.txt", "length": 64, "batch": 4000}, "rows of 64 tokens to learn from, and 4000 is the least"),
-        ({"recipe": {"projection": {"method": "low_bit", "bits": 8}}, "guide": {}}, "a guide has nobody to teach"),
+        (
+            {"text": "tiny.txt", "length": 64, "batch": 4000},
+            "64 tokens to train on, but at least 4000 are needed",
+        ),
+        ({"recipe": {"projection": {"method": "low_bit", "bits": 8}}, "guide": {}}, "a guide cannot train it"),
         ({"recipe": {"embedding": {"method": "low_rank", "rank": 8}}, "guide": {}}, "puts no linear part into"),
     ],
 )

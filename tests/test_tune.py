@@ -1,4 +1,4 @@
-"""taut calibrate: dense copies answer where they were found faster, and nowhere else."""
+"""taut tune: dense copies answer where they were measured to be faster, and nowhere else."""
 
 import json
 import warnings
@@ -104,11 +104,13 @@ def test_copies_are_not_saved_and_go_when_the_part_learns() -> None:
 
 
 def test_a_folder_remembers(tmp_path: Path, slow_at_four: None) -> None:
-    folder = tmp_path / "tight"
+    folder = tmp_path / "compressed"
     taut.apply(tiny_folder(tmp_path / "m", "llama"), RECIPE, folder, text=None)
     weights = (folder / "model.safetensors").read_bytes()
-    found = taut.tune(folder, threads=(1, 2))
-    assert set(found.copies) == {f"feedforward.{layer}.{role}" for layer in range(2) for role in ("gate", "up", "down")}
+    result = taut.tune(folder, threads=(1, 2))
+    assert set(result.copies) == {
+        f"feedforward.{layer}.{role}" for layer in range(2) for role in ("gate", "up", "down")
+    }
     noted = json.loads((folder / "config.json").read_text())["quantization_config"]["tuned"]
     assert noted["processor"] == processor()
     assert noted["sites"]["feedforward.0.up"] == {"1": [[3, 5]], "2": [[3, 5]]}
@@ -117,7 +119,7 @@ def test_a_folder_remembers(tmp_path: Path, slow_at_four: None) -> None:
     copies = {name for name, part in parts(model).items() if part.dense_ranges}
     assert copies == {name for name in parts(model) if ".mlp." in name}
     assert taut.show(folder)["tuned"] == noted
-    # Saved again it still knows.
+    # A second save keeps the tuning.
     model.save_pretrained(tmp_path / "again")
     again = taut.load(tmp_path / "again")
     batch = inputs(model, 2, 2)
@@ -127,7 +129,7 @@ def test_a_folder_remembers(tmp_path: Path, slow_at_four: None) -> None:
 
 
 def test_another_processor_is_another_question(tmp_path: Path, slow_at_four: None) -> None:
-    folder = tmp_path / "tight"
+    folder = tmp_path / "compressed"
     taut.apply(tiny_folder(tmp_path / "m", "llama"), RECIPE, folder, text=None)
     taut.tune(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -138,7 +140,7 @@ def test_another_processor_is_another_question(tmp_path: Path, slow_at_four: Non
     assert not any(part.dense_ranges for part in parts(model).values())
 
 
-def test_a_model_in_memory_is_calibrated_undone_and_exported(tmp_path: Path, slow_at_four: None) -> None:
+def test_a_model_in_memory_is_tuned_undone_and_exported(tmp_path: Path, slow_at_four: None) -> None:
     original = tiny("llama")
     model = tiny("llama")
     apply(model, Recipe.parse(RECIPE))
@@ -154,7 +156,7 @@ def test_a_model_in_memory_is_calibrated_undone_and_exported(tmp_path: Path, slo
 
 
 def test_it_measures_for_real(tmp_path: Path) -> None:
-    folder = tmp_path / "tight"
+    folder = tmp_path / "compressed"
     recipe = {"feedforward": {"method": "low_rank", "rank": 4}}
     taut.apply(tiny_folder(tmp_path / "m", "llama"), recipe, folder, text=None)
     result = CliRunner().invoke(app, ["tune", str(folder), "--threads", "1"], catch_exceptions=False)

@@ -185,7 +185,7 @@ def test_bytes_are_codes_lengths_map_and_codebooks():
     assert round(solved.refine * rows) == refined
 
 
-def test_loosened_parts_compute_what_tightening_stores():
+def test_unpacked_parts_compute_what_repacking_stores():
     weight, ids = matrix(120, 16), torch.arange(120)
     weight[3] = 0
     for knobs in ({"rank": 12}, {"bits": 4}, {"store": {"bits": 4, "group": 8}, "rank": 12}, {"refine": 0.0}):
@@ -207,7 +207,7 @@ def test_loosened_parts_compute_what_tightening_stores():
 
 @pytest.mark.parametrize("choose", [True, False])
 @pytest.mark.parametrize("knobs", [{"rank": 12}, {"bits": 3}, {"store": {"bits": 4, "group": 8}}])
-def test_healing_lowers_the_error_and_may_choose_codes_anew(knobs, choose):
+def test_healing_lowers_the_error_and_may_choose_other_codes(knobs, choose):
     weight, ids = matrix(120, 16), torch.arange(120)
     weight[3] = 0
     part = fitted(two_stage(**knobs), table(padding_row=3), weight)

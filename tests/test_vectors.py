@@ -27,7 +27,7 @@ def test_bytes_are_those_of_the_rows(code: str):
     index = Index.build(units(90, 48), code, finer="int8", width=24, rotate=True)
     assert index.rows.kept.nbytes == 90 * index.rows.code.row_bytes
     assert index.bytes_per_vector == index.rows.code.row_bytes + 24
-    shared = sum(each.nbytes for rows in (index.rows, index.finer) for each in rows.code.fitted.values())
+    shared = sum(tensor.nbytes for rows in (index.rows, index.finer) for tensor in rows.code.fitted.values())
     assert index.shared_bytes == shared + 48 * 24 * 4
 
 
@@ -36,10 +36,10 @@ def test_a_prefix_is_cut_and_made_unit_again():
     short = prefix(vectors, 10)
     torch.testing.assert_close(short, vectors[:, :10] / vectors[:, :10].norm(dim=1, keepdim=True))
     queries = units(5, ODD, 1)
-    found = Index.build(vectors, "float", width=10).scores(queries)
-    torch.testing.assert_close(found, prefix(queries, 10) @ short.T)
+    scores = Index.build(vectors, "float", width=10).scores(queries)
+    torch.testing.assert_close(scores, prefix(queries, 10) @ short.T)
     # A query may come cut already.
-    torch.testing.assert_close(Index.build(vectors, "float", width=10).scores(prefix(queries, 10)), found)
+    torch.testing.assert_close(Index.build(vectors, "float", width=10).scores(prefix(queries, 10)), scores)
 
 
 def test_turning_alone_changes_no_score():
@@ -63,10 +63,10 @@ def test_principal_directions_come_first_and_lose_least():
 
 
 def test_fitting_follows_the_calibration_vectors():
-    vectors, known = units(80, 16), units(200, 16, 5)
-    built = Index.build(vectors, "int8", calibration=known)
-    torch.testing.assert_close(built.rows.code.fitted["middle"], (known.amax(0) + known.amin(0)) / 2)
-    again = Index.build(vectors, "int8", calibration=known)
+    vectors, calibration = units(80, 16), units(200, 16, 5)
+    built = Index.build(vectors, "int8", calibration=calibration)
+    torch.testing.assert_close(built.rows.code.fitted["middle"], (calibration.amax(0) + calibration.amin(0)) / 2)
+    again = Index.build(vectors, "int8", calibration=calibration)
     assert (built.rows.kept == again.rows.kept).all()
 
 
@@ -275,9 +275,9 @@ def test_from_texts_to_answers(tmp_path: Path):
     built = taut.index(folder, TEXTS, tmp_path / "index", code="binary", finer="int8", width=16)
     assert built.model == str(folder)
     for index in (built, tmp_path / "index"):
-        found = taut.search(index, TEXTS, 2, model=folder)
-        assert [hits[0]["text"] for hits in found] == TEXTS
-        assert [hits[0]["id"] for hits in found] == [0, 1, 2, 3]
+        answers = taut.search(index, TEXTS, 2, model=folder)
+        assert [hits[0]["text"] for hits in answers] == TEXTS
+        assert [hits[0]["id"] for hits in answers] == [0, 1, 2, 3]
     with pytest.raises(TautError, match="did you mean 'float'"):
         taut.index(folder, TEXTS, code="flaot")
 
@@ -297,13 +297,13 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
 
     code, facts = run("index", folder, tmp_path / "texts.txt", "--out", tmp_path / "index", "--width", 8, "--rotate")
     assert (code, facts["documents"], facts["bytes_per_vector"]) == (0, 4, 8)
-    code, found = run("search", tmp_path / "index", *TEXTS[:2], "--k", 1)
+    code, answers = run("search", tmp_path / "index", *TEXTS[:2], "--k", 1)
     assert code == 0
-    assert [row["hits"][0]["text"] for row in found["queries"]] == TEXTS[:2]
+    assert [row["hits"][0]["text"] for row in answers["queries"]] == TEXTS[:2]
     assert run("search", tmp_path / "nowhere", "x")[0] == 2
-    code, said = run("index", folder, tmp_path / "texts.txt", "--out", tmp_path / "other", "--code", "int4")
+    code, failure = run("index", folder, tmp_path / "texts.txt", "--out", tmp_path / "other", "--code", "int4")
     assert code == 2
-    assert "did you mean 'int8'" in said["error"]
+    assert "did you mean 'int8'" in failure["error"]
 
 
 def test_minilm_equals_sentence_transformers():

@@ -47,23 +47,23 @@ def test_ring_is_the_cache_it_stands_for(sinks: int, window: int) -> None:
 def test_holes_in_the_mask_stay_hidden() -> None:
     model = tiny("llama", dtype=torch.float64)
     _install(model)
-    given = inputs(model, length=LENGTH)
-    given["attention_mask"][0, [1, 8, 20]] = 0
-    changed = given["input_ids"].clone()
-    changed[given["attention_mask"] == 0] = 7
-    real = given["attention_mask"].bool()
-    one, _ = stepwise(model, CHUNKS["long prompt"], **given)
-    two, _ = stepwise(model, CHUNKS["long prompt"], **given | {"input_ids": changed})
+    batch = inputs(model, length=LENGTH)
+    batch["attention_mask"][0, [1, 8, 20]] = 0
+    changed = batch["input_ids"].clone()
+    changed[batch["attention_mask"] == 0] = 7
+    real = batch["attention_mask"].bool()
+    one, _ = stepwise(model, CHUNKS["long prompt"], **batch)
+    two, _ = stepwise(model, CHUNKS["long prompt"], **batch | {"input_ids": changed})
     assert (one - two)[real].abs().max() <= 1e-12
 
 
 def test_a_returned_cache_goes_on() -> None:
     model = tiny("llama")
     _install(model)
-    given = inputs(model, batch=1)
-    whole = model.generate(**given, max_new_tokens=16, min_new_tokens=16, do_sample=False)
+    batch = inputs(model, batch=1)
+    whole = model.generate(**batch, max_new_tokens=16, min_new_tokens=16, do_sample=False)
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
-    first = model.generate(**given, **options)
+    first = model.generate(**batch, **options)
     second = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=10, do_sample=False)
     assert torch.equal(second, whole[:, : second.shape[1]])
 
@@ -98,14 +98,14 @@ def test_crop_before_anything_was_dropped() -> None:
 def test_composes_with_local_attention(family: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked, "CPU_ROWS", 4)
     model = tiny(family, dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
+    batch = inputs(model, length=LENGTH)
     undo_local = _local(model, window)
-    local = logits(model, **given, use_cache=False)
+    local = logits(model, **batch, use_cache=False)
     undo = _install(model)
-    both = logits(model, **given, use_cache=False)
+    both = logits(model, **batch, use_cache=False)
     assert torch.allclose(local, both, atol=1e-12) == (window <= WINDOW)
     for chunks in CHUNKS.values():
-        steps, _ = stepwise(model, chunks, **given)
+        steps, _ = stepwise(model, chunks, **batch)
         assert (steps - both).abs().max() <= 1e-12
     undo_local()
     assert model.config._attn_implementation == "taut"
@@ -115,11 +115,11 @@ def test_composes_with_local_attention(family: str, window: int, monkeypatch: py
 
 def test_a_window_as_long_as_the_text_is_the_original() -> None:
     model = tiny("llama", dtype=torch.float64)
-    given = inputs(model, length=LENGTH)
-    before = logits(model, **given)
+    batch = inputs(model, length=LENGTH)
+    before = logits(model, **batch)
     _install(model, WindowSink.parse({"sinks": 0, "window": LENGTH}))
-    assert (logits(model, **given) - before).abs().max() <= 1e-12
-    assert (stepwise(model, CHUNKS["growing"], **given)[0] - before).abs().max() <= 1e-12
+    assert (logits(model, **batch) - before).abs().max() <= 1e-12
+    assert (stepwise(model, CHUNKS["growing"], **batch)[0] - before).abs().max() <= 1e-12
 
 
 def test_future_changes_nothing_to_the_bit() -> None:
@@ -154,21 +154,21 @@ def test_inference_mode_and_back() -> None:
 
 def test_what_cannot_be_served_is_told() -> None:
     model = tiny("llama")
-    given = inputs(model)
-    filled = model(**given, past_key_values=DynamicCache())["past_key_values"]
+    batch = inputs(model)
+    filled = model(**batch, past_key_values=DynamicCache())["past_key_values"]
     _install(model)
     with pytest.raises(TautError, match="already holds 12 tokens"):
-        model(input_ids=given["input_ids"][:, :1], past_key_values=filled)
+        model(input_ids=batch["input_ids"][:, :1], past_key_values=filled)
     with pytest.raises(TautError, match="StaticCache"):
-        model.generate(**given, max_new_tokens=4, cache_implementation="static")
+        model.generate(**batch, max_new_tokens=4, cache_implementation="static")
     with pytest.raises(TautError, match="of 4 axes"):
-        model(input_ids=given["input_ids"], attention_mask=torch.ones(2, 1, 12, 12, dtype=torch.bool))
+        model(input_ids=batch["input_ids"], attention_mask=torch.ones(2, 1, 12, 12, dtype=torch.bool))
     padded = padded_inputs(model)
     past = model(**padded, use_cache=True)["past_key_values"]
     with pytest.raises(TautError, match="left-padded"):
-        model(input_ids=given["input_ids"][:, :1], past_key_values=past)
+        model(input_ids=batch["input_ids"][:, :1], past_key_values=past)
     with pytest.raises(TautError, match="serves only the model"):
-        tiny("llama")(**given, past_key_values=METHOD.cache(2))
+        tiny("llama")(**batch, past_key_values=METHOD.cache(2))
 
 
 def test_cost_and_keep() -> None:

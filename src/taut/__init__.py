@@ -1,6 +1,6 @@
 """taut: efficient parts for any Hugging Face transformer, and an honest account of what each part costs.
 
-``import taut`` is light (no torch) and still makes ``AutoModel.from_pretrained`` understand compressed folders.
+``import taut`` is light (no torch) and still makes ``AutoModel.from_pretrained`` open compressed folders.
 """
 
 from importlib import import_module

@@ -1,7 +1,8 @@
-"""Registers taut with transformers at the moment transformers' quantizers are first imported, and not before.
+"""Registers taut with transformers when transformers' quantizers are first imported, and not before.
 
 ``import taut`` must be light and must still make ``AutoModel.from_pretrained`` work, in whatever order the two are
-imported. So one import finder waits for a single module, runs the registration after it, and removes itself.
+imported. So an import finder waits for that one module. It then removes itself, and the registration runs after the
+import.
 """
 
 import importlib
@@ -16,7 +17,7 @@ TARGET = "transformers.quantizers.auto"
 
 
 def arm() -> None:
-    """Register at once if transformers' quantizers are there already, else when they are imported."""
+    """Register at once if transformers' quantizers are already imported, else when they are."""
     if TARGET in sys.modules:
         _register()
     elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):

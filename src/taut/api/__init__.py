@@ -1,4 +1,4 @@
-"""One function per verb, for ``taut.X`` and for the command line alike. No logic lives here: rooms do the work."""
+"""One function per command, shared by ``taut.X`` and the command line. No logic: other packages do the work."""
 
 from taut.api.models import (
     anchor_token,

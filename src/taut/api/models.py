@@ -1,4 +1,4 @@
-"""Looking into a model, changing one, training one."""
+"""Inspect, change and train models."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 
 def methods(kind: str | None = None) -> list[dict[str, Any]]:
-    """Every method there is: id, one-line summary, source, dial, knobs with their defaults and meanings."""
-    found = []
+    """List the methods: id, one-line summary, source, dial, and knobs with their defaults and meanings.
+
+    ``kind`` is embedding, linear, attention or memory; None lists all.
+    """
+    rows = []
     for key in METHODS.ids(kind):
         method = METHODS.get(key)
         knobs = {
@@ -31,14 +34,15 @@ def methods(kind: str | None = None) -> list[dict[str, Any]]:
             for name, field in method.Knobs.model_fields.items()
         }
         row = {"id": key, "summary": method.summary, "source": method.source, "dial": method.dial, "knobs": knobs}
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def plan(model: "str | Path | PreTrainedModel", recipe: RecipeLike, length: int | None = None) -> "Plan":
-    """What ``recipe`` would do to ``model``, site by site, with exact bytes; from a config alone, no weight is read.
+    """Say what ``recipe`` would do to ``model``, site by site, with exact bytes.
 
-    ``length`` is the declared n of attention and memory costs. Raises TautError for wrong input.
+    Reads only the config of a folder, Hub id, ``minilm`` or scratch spec, and no weight. ``length`` is the declared n
+    of attention and memory costs. Raises TautError for wrong input.
     """
     from taut.surgery.loading import open_skeleton, resolve
     from taut.surgery.plan import make_plan
@@ -63,16 +67,17 @@ def apply(
     progress: Progress | None = None,
     healing: Progress | None = None,
 ) -> "PreTrainedModel":
-    """Tighten a model and return it; with ``out``, also write a complete folder there.
+    """Compress a model and return it; with ``out``, also write a complete folder there.
 
-    ``model`` in memory is changed in place and ``taut.undo`` restores it to the bit. A folder, Hub id, ``minilm`` or
-    scratch spec is opened first; methods that calibrate then run ``text`` (``builtin``, a text file, or None) through
-    the original. In memory, give them ``batches`` of model inputs instead, and methods that read the vocabulary a
-    ``tokenizer``.
+    A ``model`` in memory is changed in place, and ``taut.undo`` restores it bit for bit. A folder, Hub id, ``minilm``
+    or scratch spec is opened first. Methods that calibrate then run ``text`` (``builtin``, a text file, or None)
+    through the original. For a model in memory, pass ``batches`` of model inputs instead, and a ``tokenizer`` for
+    methods that read the vocabulary.
 
-    ``heal`` is a number of steps, or choices by name (see ``taut.healing.settings``), for training what was installed
-    to answer as the original did, on the same text. With ``out`` a run that was cut off goes on when it is repeated.
-    ``exclude`` names evaluation data (``stsb:dev``) of which no sentence may be read. Raises TautError for wrong input.
+    ``heal`` trains the installed parts to answer as the original did, on the same text. It is a number of steps, or
+    several options by name (see ``taut.healing.settings``). With ``out``, repeating the call continues an interrupted
+    run. ``exclude`` names evaluation data such as ``stsb:dev``; no text with one of its sentences is used. Raises
+    TautError for wrong input.
     """
     from taut.surgery import apply as surgery
     from taut.surgery.loading import resolve
@@ -94,7 +99,7 @@ def apply(
     if heal:
         from taut.healing.heal import compress_and_heal
 
-        # Beside the output, under a name that the next run with the same --out finds.
+        # The state lies beside the output, under a name that the next run with the same --out finds.
         options |= {
             "text": str(text),
             "healing": healing,
@@ -121,11 +126,11 @@ def heal(
     progress: Progress | None = None,
     **choices: Any,
 ) -> dict[str, Any]:
-    """Train what a recipe installed in ``model``, in place, to answer as ``original`` does; returns what the model's
-    config now says about it (steps, seed, target, loss at both ends).
+    """Train what a recipe installed in ``model``, in place, to answer as ``original`` does.
 
-    ``texts`` need the ``tokenizer``; or give ``batches`` of model inputs. With the folder ``state`` a run that was cut
-    off goes on there. ``choices``: see ``taut.healing.settings``. Raises TautError for wrong input.
+    Returns what the model's config then says about healing: steps, seed, target, first and last loss. Pass ``texts``
+    with their ``tokenizer``, or ``batches`` of model inputs. With the folder ``state``, repeating the call continues
+    an interrupted run. ``choices``: see ``taut.healing.settings``. Raises TautError for wrong input.
     """
     from taut.healing.heal import heal as train
 
@@ -141,11 +146,12 @@ def train(
     threads: int | None = None,
     progress: "Callable[[Moment], None] | None" = None,
 ) -> "Trained":
-    """Train a language model as ``spec`` says (a YAML file, or a mapping; see ``taut.training.spec``), from scratch or
-    from a checkpoint, with or without a recipe, and write a complete folder with the record beside it.
+    """Train a language model as ``spec`` says, and write a complete folder with the training record in it.
 
-    ``out`` is ``runs/NAME`` of the file by default. What was cut off goes on when the call is repeated. Under torchrun
-    or accelerate launch the processes share every batch. Raises TautError for wrong input.
+    ``spec`` is a YAML file or a mapping; see ``taut.training.spec``. Training starts from scratch or from a checkpoint,
+    with or without a recipe. ``out`` is ``runs/NAME`` of the file by default. Repeating the call continues an
+    interrupted run. Under torchrun or accelerate launch the processes share every batch. Raises TautError for wrong
+    input.
     """
     from taut.training.run import train as run
 
@@ -161,11 +167,11 @@ def anchor_token(
     after: Sequence[str] = (".", "!", "?"),
     start: str = "mean",
 ) -> Path:
-    """Write a copy of ``model`` whose tokenizer puts ``token`` behind each of the strings ``after``, to be trained
-    with the memory ``anchor`` and ``anchors: [TOKEN]``.
+    """Write a copy of ``model`` whose tokenizer puts ``token`` behind each of the strings ``after``.
 
-    The token's row starts as the ``mean`` of all rows or as a copy of another token's. Raises TautError for wrong
-    input, and for a model without a tokenizer.
+    Train the copy with the memory ``anchor`` and ``anchors: [TOKEN]``. ``start`` sets the first values of the token's
+    row: ``mean`` of all rows, or a copy of the row of the token that it names. Raises TautError for wrong input and for
+    a model without a tokenizer.
     """
     from taut.surgery.anchor_token import add_anchor_token, write
     from taut.surgery.apply import check_writable
@@ -175,7 +181,7 @@ def anchor_token(
     source = resolve(model)
     tokenizer = open_tokenizer(source)
     if tokenizer is None:
-        raise TautError(f"{model}: has no tokenizer to write the token")
+        raise TautError(f"{model}: has no tokenizer that could write the token")
     opened = open_model(source)
     return write(opened, add_anchor_token(opened, tokenizer, token, after, start), source, out)
 
@@ -185,12 +191,12 @@ def tune(
 ) -> "Tuning":
     """Measure where a dense copy of a structured map is faster than the map itself, on this machine.
 
-    Every structured map of a compressed model is tried with 1 to 1,024 tokens. From then on the faster form answers.
-    A copy costs memory, and its answers differ in the last bits.
+    Every structured map of a compressed model is measured with 1 to 1,024 tokens. From then on the model uses the
+    faster form. A copy costs memory, and its results differ in the last bits.
 
-    A folder keeps the result in its config.json, and makes the copies when it is opened on the same processor.
-    ``threads`` are the numbers of threads to measure; default: the present one. Raises TautError for a model that is
-    not compressed or has no such map.
+    For a folder, the result is stored in its config.json. Opening the folder on the same kind of processor makes the
+    copies. ``threads`` are the numbers of threads to measure; default: the present one. Raises TautError for a model
+    that is not compressed or has no such map.
     """
     from taut.surgery.tune import tune as measure_maps
 
@@ -198,7 +204,10 @@ def tune(
 
 
 def undo(model: "PreTrainedModel") -> "PreTrainedModel":
-    """Take every part out of a model that was compressed in memory, to the bit."""
+    """Restore a model that was compressed in memory, bit for bit, and return it.
+
+    Raises TautError for a model that is not compressed or was loaded in compressed form.
+    """
     from taut.surgery.apply import undo as take_out
 
     take_out(model)
@@ -208,22 +217,31 @@ def undo(model: "PreTrainedModel") -> "PreTrainedModel":
 def load(
     model: str | Path, *, dtype: "str | torch.dtype | None" = None, device: str = "cpu", seed: int = 0
 ) -> "PreTrainedModel":
-    """Open a model, compressed or not: picks the class, and raises TautError for any missing or unexpected key."""
+    """Open a model, compressed or not, in the class that fits it.
+
+    Raises TautError for wrong input and for any missing or unexpected key.
+    """
     from taut.surgery.loading import open_model, resolve
 
     return open_model(resolve(model), read_dtype(dtype), device, seed)
 
 
 def show(folder: str | Path) -> dict[str, Any]:
-    """What is inside a folder: recipe, steps, where it came from, and its bytes per slot; read from headers alone."""
+    """Describe a model folder: recipe, steps, original, tensors and bytes. Reads only headers, no tensor.
+
+    Raises TautError if the folder is not a model folder.
+    """
     from taut.surgery.inspect import inspect
 
     return inspect(Path(folder))
 
 
 def export(model: "str | Path | PreTrainedModel", out: str | Path) -> list[tuple[str, str]]:
-    """Write a plain dense checkpoint for tools without taut; returns the sites (name, reason) that have no dense
-    equivalent. Raises TautError when the model is not compressed or ``out`` cannot be written."""
+    """Write a plain dense checkpoint for tools without taut.
+
+    Returns (name, reason) of each site that has no dense equivalent. Raises TautError if the model is not compressed
+    or ``out`` cannot be written.
+    """
     from taut.surgery.apply import check_writable
     from taut.surgery.export import export as write
 
@@ -234,7 +252,7 @@ def export(model: "str | Path | PreTrainedModel", out: str | Path) -> list[tuple
 
 
 def footprint(model: "PreTrainedModel") -> str:
-    """One line to paste into an issue: class, parameters, bytes per slot, recipe."""
+    """Describe a model in one line to paste into an issue: class, parameters, bytes per slot, recipe."""
     from taut.studies.costs import footprint_line
 
     return footprint_line(model)

@@ -1,4 +1,4 @@
-"""What the verbs are given, in every form that users give it."""
+"""Reads the arguments that several functions share, in every form that they take."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ RecipeLike = str | Path | dict | Recipe
 
 
 def use_threads(threads: int | None) -> None:
-    """Processor threads for everything from here on; None leaves them as they are."""
+    """Set the number of processor threads from here on; None leaves it as it is."""
     import torch
 
     if threads is not None:
@@ -19,20 +19,20 @@ def use_threads(threads: int | None) -> None:
 
 
 def read_texts(text: str | Path | None, exclude: Sequence[str] = ()) -> Iterable[str]:
-    """The texts of a name, a file or nothing, without those of the evaluation data ``exclude``."""
+    """The texts of a name or a file, without those of the evaluation data ``exclude``; none for None."""
     from taut.data import Data, calibration_texts
 
-    taken = [Data(name, "all", tuple((row,) for row in calibration_texts(name))) for name in exclude]
-    return () if text is None else calibration_texts(text, taken)
+    excluded = [Data(name, "all", tuple((row,) for row in calibration_texts(name))) for name in exclude]
+    return () if text is None else calibration_texts(text, excluded)
 
 
 def read_dtype(dtype: Any) -> Any:
-    """A torch dtype from its name. Raises TautError for another word."""
+    """The torch dtype with this name. Raises TautError for any other word."""
     import torch
 
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    found = getattr(torch, str(dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    value = getattr(torch, str(dtype), None)
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise TautError(f"dtype = {dtype!r}: expected float32, bfloat16, float16 or float64")
-    return found
+    return value

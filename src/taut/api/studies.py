@@ -1,4 +1,4 @@
-"""Judging models: scores, costs, studies, reports, contracts."""
+"""Evaluate models: scores, costs, studies, reports, contracts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +30,12 @@ def evaluate(
     progress: Progress | None = None,
     **options: Any,
 ) -> tuple[Score, ...]:
-    """Scores of a model on one task, each beside its shortcut baselines. Raises TautError for wrong input."""
+    """Score a model on one task, beside the task's shortcut baselines.
+
+    ``data`` is a file or a named data set; default: the task's own. A model in memory needs its ``tokenizer``.
+    ``reference`` is the original model, for tasks that compare with it. ``options`` are further options of the task.
+    Raises TautError for wrong input.
+    """
     from taut.evaluation.evaluate import evaluate as run
 
     return run(
@@ -57,13 +62,13 @@ def context(
     progress: Progress | None = None,
     **options: Any,
 ) -> "Contexts":
-    """How much of their context the models of a group use: relative effective context length (Dai et al. 2019).
+    """Measure how much of their context models use: relative effective context length (Dai et al. 2019).
 
-    Losses of the same tokens of ``data``, behind exactly ``shortest``, ``shortest + step``, ... ``longest`` tokens. A
-    model goes up step by step as long as the share ``hardest`` of the tokens, those that the whole group finds hardest
-    at the shorter context, gains ``threshold`` of its perplexity. All models must share a tokenizer, which models in
-    memory need as ``tokenizer``. Further options: ``positions``, ``batch_size``, ``cached``, ``split``, ``limit``.
-    Raises TautError for wrong input.
+    Measures the losses of the same tokens of ``data`` after exactly ``shortest``, ``shortest + step``, ... ``longest``
+    tokens of context. The context of a model grows step by step as long as each step lowers its perplexity by the share
+    ``threshold`` or more. Only the share ``hardest`` of the tokens counts: those that the whole group finds hardest at
+    the shorter context. All models must share a tokenizer; for models in memory, pass it as ``tokenizer``. Further
+    options: ``positions``, ``batch_size``, ``cached``, ``split``, ``limit``. Raises TautError for wrong input.
     """
     from taut.evaluation.effective_context import context as run
 
@@ -82,7 +87,11 @@ def measure(
     progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> dict[str, Quantity]:
-    """Size, FLOPs, latency, memory and energy of a model; with ``against``, interleaved ratios to another one."""
+    """Measure the size, FLOPs, latency, memory and energy of a model.
+
+    With ``against``, also gives interleaved latency ratios to that model. ``options``: ``batch``, ``length``,
+    ``decode``, ``repeats``, ``threads``. Raises TautError for wrong input.
+    """
     from taut.studies.costs import measure as run
 
     chosen = {"device": device, "dtype": read_dtype(dtype), "seed": seed}
@@ -101,12 +110,12 @@ def compare(
     threads: int | None = None,
     **options: Any,
 ) -> "Outcome":
-    """Run a study, resuming what the ledger holds, and draw the report.
+    """Run the trials of a study that the ledger does not hold yet, and draw the report.
 
-    ``study`` is a YAML file; or a MODEL, with ``recipes`` (files, names or a shipped set such as ``light``) and
-    further fields of a study as ``options`` (tasks, seeds, measure, limits, dtype). ``only`` names the recipes to run
-    (``dense`` and ``identity`` always are). The ledger is a folder, ``runs/NAME`` by default. Raises TautError for
-    wrong input, before anything runs.
+    ``study`` is a YAML file, or a MODEL with ``recipes`` (files, names or a shipped set such as ``light``). For a
+    MODEL, ``options`` are further fields of a study (tasks, seeds, measure, limits, dtype). ``only`` names the recipes
+    to run; ``dense`` and ``identity`` always run. ``ledger`` is a folder, ``runs/NAME`` by default. ``report`` is the
+    page to write, ``figures`` a folder for PNG files. Raises TautError for wrong input, before anything runs.
     """
     from taut.studies import runner
 
@@ -118,20 +127,28 @@ def compare(
 
 
 def report(ledger: "Ledger | str | Path", out: str | Path | None, *, figures: str | Path | None = None) -> Path | None:
-    """Draw the report of a ledger: one self-contained page, and PNG figures with ``figures``."""
+    """Draw the report of a ledger: one self-contained page ``out``, and PNG files in the folder ``figures``.
+
+    Writes only what is given. Raises TautError if the ledger is empty or a file cannot be written.
+    """
     from taut.reporting.page import write
 
     return write(ledger, out, figures)
 
 
 draw = report
-"""The verb under a second name, for ``compare``, whose option ``report`` hides it."""
+"""``report`` under a second name, because the parameter ``report`` of ``compare`` hides it there."""
 
 
 def check(
     method: str, families: Sequence[str] = (), knobs: dict[str, Any] | None = None, *, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """Run the contract suite on one method; a row per check and case: ``passed``, ``skipped`` or ``failed``, why."""
+    """Run the contract suite on one method.
+
+    Returns a row for each check and case: ``passed``, ``skipped`` or ``failed``, with the reason. ``families`` are the
+    tiny model families to try; default: four representatives. ``knobs`` replaces the method's own test row. Raises
+    TautError for an unknown method or family, and for a missing device.
+    """
     from taut.contract.suite import run
 
     return run(method, tuple(families), knobs, device)

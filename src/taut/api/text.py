@@ -1,4 +1,4 @@
-"""Text from decoders, and prefixes that many texts share."""
+"""Generate text with decoders, and prepare prefixes that many texts share."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,18 +24,18 @@ def prefix(
     device: str = "cpu",
     dtype: "str | torch.dtype | None" = None,
 ) -> "Prefix":
-    """What a decoder keeps of ``text``, to be shared by everything that begins with it: ``prefix.cache()`` goes to
-    ``generate`` as ``past_key_values``, with ``prefix.before(ids)``. With ``out`` also written to a file.
+    """Read ``text`` once and keep the decoder's key/value cache, for all texts that begin with it.
 
-    ``text`` may be (T,) ids. Raises TautError for wrong input.
+    Call the model's ``generate`` with ``prefix.before(ids)`` and ``past_key_values=prefix.cache()``. With ``out``, also
+    write the prefix to that file. ``text`` may be ids (T,). Raises TautError for wrong input.
     """
     from taut.generation.prefix import read
 
-    opened, known = _opened(model, tokenizer, device, dtype)
-    found = read(opened, text, known)
+    opened, tokenizer = _opened(model, tokenizer, device, dtype)
+    result = read(opened, text, tokenizer)
     if out is not None:
-        found.save(out)
-    return found
+        result.save(out)
+    return result
 
 
 def generate(
@@ -49,19 +49,23 @@ def generate(
     seed: int = 0,
     device: str = "cpu",
     dtype: "str | torch.dtype | None" = None,
-    tell: Callable[[str], None] = lambda piece: None,
+    on_text: Callable[[str], None] = lambda piece: None,
 ) -> "Generated":
-    """A continuation of ``prompt``, after a ``prefix`` where there is one (a file, or what ``taut.prefix`` gave), with
-    its speed and the size of its cache. ``tell`` hears pieces as they come. Raises TautError for wrong input."""
+    """Continue ``prompt`` with at most ``tokens`` new tokens; also returns the speed and the size of the cache.
+
+    ``prefix`` comes before the prompt: a file, or what ``taut.prefix`` returned. At ``temperature`` 0 each step takes
+    the most likely token. ``on_text`` is called with each piece of text as soon as it is finished. Raises TautError for
+    wrong input.
+    """
     from taut.generation.generate import generate as run
     from taut.generation.prefix import Prefix
 
-    opened, known = _opened(model, tokenizer, device, dtype)
-    if known is None:
-        raise TautError("generate: no tokenizer beside the model: give tokenizer=")
+    opened, tokenizer = _opened(model, tokenizer, device, dtype)
+    if tokenizer is None:
+        raise TautError("generate: no tokenizer beside the model; give tokenizer=")
     earlier = Prefix.load(prefix, opened) if isinstance(prefix, str | Path) else prefix
-    options = {"tokens": tokens, "temperature": temperature, "seed": seed, "tell": tell}
-    return run(opened, known, prompt, prefix=earlier, **options)
+    options = {"tokens": tokens, "temperature": temperature, "seed": seed, "on_text": on_text}
+    return run(opened, tokenizer, prompt, prefix=earlier, **options)
 
 
 def _opened(model: Any, tokenizer: Any, device: str, dtype: Any) -> tuple[Any, Any]:

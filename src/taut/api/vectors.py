@@ -1,4 +1,4 @@
-"""Sentence vectors, and search in them."""
+"""Make sentence vectors, and search in them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +25,11 @@ def vectors(
     device: str = "cpu",
     seed: int = 0,
 ) -> "Encoder":
-    """Sentence vectors of a model: ``encode(sentences, width)`` gives unit rows, ``index(documents, code)`` something
-    to search in. Pooling is what the model's folder says, else the mean. Raises TautError for wrong input."""
+    """Make an encoder that turns sentences into vectors.
+
+    Its ``encode(sentences, width)`` returns unit vectors, one a row. Its ``index(documents, code)`` returns an index to
+    search in. The default ``pooling`` is what the model's folder says, else the mean. Raises TautError for wrong input.
+    """
     from taut.retrieval.encoder import open_encoder
 
     return open_encoder(
@@ -46,10 +49,11 @@ def index(
     progress: Progress | None = None,
     **options: Any,
 ) -> "Index":
-    """An index of documents by their sentence vectors; with ``out``, also written to that folder.
+    """Index documents by their sentence vectors; with ``out``, also write the index to that folder.
 
-    ``documents`` is a list, or the name of a text: its paragraphs, or its lines where none is blank. ``options``: code
-    (float, int8, binary, pq), width, rotate, bytes, finer. Raises TautError for wrong input.
+    ``documents`` is a list of texts, or the name of one text. That text is split into paragraphs, or into lines if it
+    has only one paragraph. ``options``: code (float, int8, binary, pq), width, rotate, bytes, finer. Raises TautError
+    for wrong input.
     """
     from taut.retrieval.encoder import documents_of
     from taut.surgery.apply import check_writable
@@ -75,8 +79,11 @@ def search(
     device: str = "cpu",
     candidates: int | None = None,
 ) -> list[list[dict[str, Any]]]:
-    """The k nearest documents of each query, as ``score``, ``id`` and ``text``. ``model`` None is the one the index was
-    made with. Raises TautError for wrong input."""
+    """Find the k nearest documents of each query, each as ``score``, ``id`` and ``text``.
+
+    The default ``model`` is the one that the index was made with. ``candidates`` is how many documents to score a
+    second time, more exactly. Raises TautError for wrong input.
+    """
     from taut.retrieval.index import Index
 
     opened = index if isinstance(index, Index) else Index.load(index)

@@ -1,4 +1,4 @@
-"""Words, then a verb, then printing. Nothing heavy is imported before a verb is called."""
+"""The command line: reads the arguments, calls the api, prints the result. Heavy imports wait until a command runs."""
 
 import json
 import os
@@ -14,9 +14,9 @@ __all__ = ["app", "main", "models", "studies", "text", "tools", "vectors"]
 
 
 def main() -> None:
-    """The entry point: a mistake in the input is one line on stderr and exit code 2."""
+    """The entry point. Wrong input gives one line on stderr and exit code 2."""
     as_json = "--json" in sys.argv
-    # Our own progress is enough; transformers' bar for every file would run through it.
+    # transformers' own bar for every file would disturb our progress display.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with _quiet_stdout(as_json):
@@ -33,7 +33,7 @@ def main() -> None:
 
 @contextmanager
 def _quiet_stdout(as_json: bool) -> Iterator[None]:
-    """Libraries that print end up on stderr when stdout is for a script."""
+    """With ``as_json``, send everything that libraries print to stderr, because a script reads stdout."""
     original = sys.stdout
     if as_json:
         sys.stdout = sys.stderr

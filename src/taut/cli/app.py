@@ -1,4 +1,4 @@
-"""The application that every command joins."""
+"""The typer application that holds all commands."""
 
 from typing import Annotated
 
@@ -19,7 +19,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def root(
-    version: Annotated[bool, typer.Option("--version", help="print the version and leave", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,
 ) -> None:
     if version:
         from importlib.metadata import version as installed

@@ -1,4 +1,4 @@
-"""Commands that look into a model, change one, or train one."""
+"""Commands that inspect, change and train models."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -20,10 +20,10 @@ class Kind(StrEnum):
 
 @app.command()
 def methods(
-    kind: Annotated[Kind | None, typer.Argument(help="only this kind")] = None,
+    kind: Annotated[Kind | None, typer.Argument(help="list only this kind")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the methods: what they are, where they come from, their knobs."""
+    """List the methods with what they do, their sources and their knobs."""
     from taut import api
     from taut.cli import tables
 
@@ -35,15 +35,15 @@ def methods(
 def plan(
     model: Model,
     recipe: RecipeName,
-    length: Annotated[int | None, typer.Option(min=1, help="declared n of attention and memory costs")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="sequence length n for attention and memory costs")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a recipe would do and cost, from the config alone."""
+    """Show what a recipe would do and cost. Read only the config of the model."""
     from taut import api
     from taut.cli import tables
 
-    found = api.plan(model, recipe, length)
-    finish(as_json, found.to_dict(), lambda: tables.plan(found.to_dict()))
+    result = api.plan(model, recipe, length)
+    finish(as_json, result.to_dict(), lambda: tables.plan(result.to_dict()))
 
 
 @app.command()
@@ -53,16 +53,18 @@ def apply(
     out: Annotated[Path, typer.Option(help="folder to write; appears whole or not at all")],
     text: Annotated[
         str,
-        typer.Option(help="to calibrate and heal with: builtin, none, a file, or names: wikitext2:train,sst2:train"),
+        typer.Option(
+            help="text to calibrate and heal with: builtin, none, a file, or names: wikitext2:train,sst2:train"
+        ),
     ] = "builtin",
     exclude: Annotated[
-        list[str] | None, typer.Option(help="evaluation data of which no sentence may be read, such as stsb:dev")
+        list[str] | None, typer.Option(help="evaluation data to keep out of that text, such as stsb:dev")
     ] = None,
     heal: Annotated[
-        int, typer.Option(min=0, metavar="STEPS", help="then train what was installed to answer as the original did")
+        int, typer.Option(min=0, metavar="STEPS", help="then train the new parts to answer as the original did")
     ] = 0,
     heal_option: Annotated[
-        list[str] | None, typer.Option(help="further choices of healing, key=value: batch, length, target, train, ...")
+        list[str] | None, typer.Option(help="more options of healing, key=value: batch, length, target, train, ...")
     ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -70,13 +72,13 @@ def apply(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Tighten a model and write a complete folder that AutoModel opens. Healing that was cut off goes on when the
-    command is repeated."""
+    """Compress a model and write a complete folder that AutoModel opens. Repeat the command to continue interrupted
+    healing."""
     from taut import api
     from taut.cli import tables
 
     if heal_option and not heal:
-        raise TautError("--heal-option: say --heal STEPS as well")
+        raise TautError("--heal-option: works only with --heal STEPS; add that option")
     api.use_threads(threads)
     with tables.stages("fitting parts", *(["healing"] if heal else [])) as steps:
         compressed = api.apply(
@@ -98,19 +100,19 @@ def apply(
 
 @app.command()
 def train(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="a training spec's YAML file")],
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="YAML file of a training spec")],
     out: Annotated[Path | None, typer.Option(help="folder to write, whole or not at all; default: runs/SPEC")] = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Train a language model, with or without a recipe. Cut off, it goes on when the command is repeated. Several
-    processes: torchrun --nproc-per-node 2 -m taut train SPEC."""
+    """Train a language model, with or without a recipe. Repeat the command to continue an interrupted run. Start
+    several processes with: torchrun --nproc-per-node 2 -m taut train SPEC."""
     from taut import api
     from taut.cli import tables
 
-    with tables.training(spec.stem) as tell:
-        outcome = api.train(spec, out, device=device, threads=threads, progress=tell)
+    with tables.training(spec.stem) as progress:
+        outcome = api.train(spec, out, device=device, threads=threads, progress=progress)
     if outcome.main:
         content = {"folder": str(outcome.folder), **outcome.record}
         finish(as_json, content, lambda: print(outcome.sentence()))
@@ -122,11 +124,11 @@ def anchor_token(
     model: Model,
     out: Annotated[Path, typer.Option(help="folder to write; appears whole or not at all")],
     token: Annotated[str, typer.Option(help="the new token")] = "<anchor>",
-    after: Annotated[list[str] | None, typer.Option(help="a string it stands behind; default: . ! and ?")] = None,
-    start: Annotated[str, typer.Option(help="its row: mean, or a token whose row to copy")] = "mean",
+    after: Annotated[list[str] | None, typer.Option(help="put it behind this string; default: . ! and ?")] = None,
+    start: Annotated[str, typer.Option(help="first values of its row: mean, or a token whose row to copy")] = "mean",
     as_json: Json = False,
 ) -> None:
-    """Give a model an anchor of its own: a token that its tokenizer puts behind every sentence."""
+    """Add an anchor token to a model: a token that its tokenizer puts behind every sentence."""
     from taut import api
 
     folder = api.anchor_token(model, out, token=token, after=after or (".", "!", "?"), start=start)
@@ -137,16 +139,18 @@ def anchor_token(
 @app.command()
 def tune(
     model: Annotated[Path, typer.Argument(metavar="FOLDER", help="a compressed model")],
-    threads: Annotated[list[int] | None, typer.Option(min=1, help="processor threads to measure; default: all")] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option(min=1, help="thread counts to measure; default: all threads")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure where a dense copy of a structured map is faster here, and note it in FOLDER: later it is used there."""
+    """Measure where a dense copy of a structured map is faster on this machine, and store the choice in FOLDER."""
     from taut import api
     from taut.cli import tables
 
     with tables.stages("measuring maps") as (progress,):
-        found = api.tune(model, threads or (), progress=progress)
-    finish(as_json, found.to_dict(), lambda: tables.tuning(found.to_dict()))
+        tuning = api.tune(model, threads or (), progress=progress)
+    finish(as_json, tuning.to_dict(), lambda: tables.tuning(tuning.to_dict()))
 
 
 @app.command()
@@ -158,8 +162,8 @@ def show(
     from taut import api
     from taut.cli import tables
 
-    found = api.show(folder)
-    finish(as_json, found, lambda: tables.folder(found))
+    content = api.show(folder)
+    finish(as_json, content, lambda: tables.folder(content))
 
 
 @app.command()
@@ -169,11 +173,11 @@ def export(
     dense: Annotated[bool, typer.Option("--dense", help="merge every part into dense weights")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a plain dense checkpoint, for tools that do not know taut."""
+    """Write a plain dense checkpoint, for tools without taut."""
     from taut import api
 
     if not dense:
-        raise TautError("export: say --dense; it is the only form there is")
+        raise TautError("export: add --dense; taut exports only dense checkpoints")
     kept = api.export(folder, out)
 
     def text() -> None:

@@ -1,4 +1,4 @@
-"""Running someone else's program with taut imported, so that it opens compressed folders."""
+"""Runs another program with taut imported, so that it opens compressed folders."""
 
 import os
 import subprocess
@@ -23,10 +23,10 @@ import taut
 
 
 def run(command: list[str]) -> int:
-    """The command's own exit code. Every Python it starts imports taut first (through ``sitecustomize`` on
-    ``PYTHONPATH``; a ``sitecustomize`` that was there already still runs).
+    """Run a command and return its exit code. Every Python that it starts imports taut first.
 
-    Raises TautError when the command does not exist.
+    A ``sitecustomize`` module on ``PYTHONPATH`` does that; one that was there before still runs. Raises TautError if
+    the command does not exist or cannot be executed.
     """
     with tempfile.TemporaryDirectory(prefix="taut-run-") as here:
         Path(here, "sitecustomize.py").write_text(START.format(here=here))

@@ -1,4 +1,4 @@
-"""Commands that judge models and compare them."""
+"""Commands that score, measure and compare models."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from taut.cli.app import app
-from taut.cli.options import Device, Dtype, Json, Model, Seed, Threads, finish, given, pairs
+from taut.cli.options import Device, Dtype, Json, Model, Seed, Threads, finish, pairs, without_none
 
 
 @app.command()
@@ -14,11 +14,11 @@ def evaluate(
     model: Model,
     task: Annotated[
         str,
-        typer.Option(help="docs_retrieval, sts, perplexity, agreement, classify, ...; see docs"),
+        typer.Option(help="task to run: docs_retrieval, sts, perplexity, agreement, classify, ...; see docs"),
     ],
     data: Annotated[str | None, typer.Option(help="file or named data set; default: the task's own")] = None,
     reference: Annotated[str | None, typer.Option(help="the original MODEL, for agreement")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="further task options, key=value")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="more options of the task, key=value")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -49,16 +49,16 @@ def evaluate(
 
 @app.command()
 def context(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="the group; all of one tokenizer")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="models to compare, all with one tokenizer")],
     data: Annotated[str, typer.Option(help="file or named text")] = "python_topics",
-    shortest: Annotated[int, typer.Option(min=1, help="tokens of context to begin with")] = 64,
-    step: Annotated[int, typer.Option(min=1, help="tokens more each time")] = 64,
-    longest: Annotated[int, typer.Option(min=1, help="tokens of context to end with")] = 512,
-    hardest: Annotated[float, typer.Option(help="share of the tokens that counts, the hardest")] = 0.1,
-    threshold: Annotated[float, typer.Option(help="share of its perplexity that a step must gain")] = 0.01,
-    positions: Annotated[int, typer.Option(min=1, help="tokens of the text to predict, evenly spread")] = 1000,
+    shortest: Annotated[int, typer.Option(min=1, help="shortest context, in tokens")] = 64,
+    step: Annotated[int, typer.Option(min=1, help="tokens to add at each step")] = 64,
+    longest: Annotated[int, typer.Option(min=1, help="longest context, in tokens")] = 512,
+    hardest: Annotated[float, typer.Option(help="share of the tokens that count: the hardest ones")] = 0.1,
+    threshold: Annotated[float, typer.Option(help="share by which a step must lower the perplexity")] = 0.01,
+    positions: Annotated[int, typer.Option(min=1, help="tokens to predict, evenly spread over the text")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="windows run at once")] = 32,
-    cached: Annotated[int | None, typer.Option(min=1, help="read so many tokens at a time through the cache")] = None,
+    cached: Annotated[int | None, typer.Option(min=1, help="use the cache, with this many tokens at a time")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -70,8 +70,8 @@ def context(
     from taut.cli import tables
 
     api.use_threads(threads)
-    with tables.progress("reading") as tell:
-        found = api.context(
+    with tables.progress("reading") as progress:
+        contexts = api.context(
             models,
             data,
             shortest=shortest,
@@ -85,15 +85,15 @@ def context(
             seed=seed,
             device=device,
             dtype=dtype,
-            progress=tell,
+            progress=progress,
         )
-    finish(as_json, found.to_dict(), lambda: tables.contexts(found.to_dict()))
+    finish(as_json, contexts.to_dict(), lambda: tables.contexts(contexts.to_dict()))
 
 
 @app.command()
 def measure(
     model: Model,
-    against: Annotated[str | None, typer.Option(help="another MODEL, for interleaved ratios")] = None,
+    against: Annotated[str | None, typer.Option(help="another MODEL, for interleaved latency ratios")] = None,
     batch: Annotated[int, typer.Option(min=1)] = 1,
     length: Annotated[int, typer.Option(min=1, help="tokens of the prompt or sentence")] = 128,
     decode: Annotated[int, typer.Option(min=0, help="tokens to decode (decoders)")] = 32,
@@ -108,8 +108,8 @@ def measure(
     from taut import api
     from taut.cli import tables
 
-    with tables.status("measuring") as tell:
-        found = api.measure(
+    with tables.status("measuring") as progress:
+        costs = api.measure(
             model,
             against=against,
             device=device,
@@ -120,20 +120,20 @@ def measure(
             decode=decode,
             repeats=repeats,
             threads=threads,
-            progress=tell,
+            progress=progress,
         )
-    content = {"model": model, "quantities": {name: found[name].model_dump(mode="json") for name in found}}
-    finish(as_json, content, lambda: tables.quantities(found))
+    content = {"model": model, "quantities": {name: costs[name].model_dump(mode="json") for name in costs}}
+    finish(as_json, content, lambda: tables.quantities(costs))
 
 
 @app.command()
 def compare(
-    study: Annotated[str, typer.Argument(metavar="STUDY|MODEL", help="a study's YAML file, or a MODEL")],
+    study: Annotated[str, typer.Argument(metavar="STUDY|MODEL", help="YAML file of a study, or a MODEL")],
     recipes: Annotated[list[str] | None, typer.Option(help="with MODEL: recipe files, names, or a shipped set")] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", hidden=True)] = None,
-    ledger: Annotated[Path | None, typer.Option(help="folder of the records; default: runs/STUDY")] = None,
-    report: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
-    figures: Annotated[Path | None, typer.Option(help="also write the pictures as PNG into this folder")] = None,
+    ledger: Annotated[Path | None, typer.Option(help="folder of records; default: runs/STUDY")] = None,
+    report: Annotated[Path, typer.Option(help="page to write")] = Path("report.html"),
+    figures: Annotated[Path | None, typer.Option(help="also write the figures as PNG files into this folder")] = None,
     only: Annotated[list[str] | None, typer.Option(help="run only these recipes of the study")] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="with MODEL: the tasks; default: docs_retrieval, agreement")
@@ -144,7 +144,7 @@ def compare(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Compare recipes fairly, and draw the report. Interrupted, it resumes where it was."""
+    """Compare recipes under equal conditions and draw the report. Repeat the command to continue an interrupted run."""
     from taut import api
     from taut.cli import tables
 
@@ -157,7 +157,7 @@ def compare(
         only=only or (),
         device=device,
         threads=threads,
-        **given(tasks=task, dtype=dtype, seeds=seed),
+        **without_none(tasks=task, dtype=dtype, seeds=seed),
     )
     content = outcome.to_dict() | {"report": None if outcome.interrupted else str(report)}
     finish(as_json, content, lambda: tables.outcome(outcome, report))
@@ -167,8 +167,8 @@ def compare(
 @app.command()
 def report(
     ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="folder of records")],
-    out: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
-    figures: Annotated[Path | None, typer.Option(help="also write the pictures as PNG into this folder")] = None,
+    out: Annotated[Path, typer.Option(help="page to write")] = Path("report.html"),
+    figures: Annotated[Path | None, typer.Option(help="also write the figures as PNG files into this folder")] = None,
     as_json: Json = False,
 ) -> None:
     """Draw the report of a ledger again."""

@@ -1,4 +1,4 @@
-"""What the command line prints: tables and progress for people. Progress goes to stderr, results to stdout."""
+"""Prints tables and progress for people. Progress goes to stderr, results to stdout."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -29,14 +29,14 @@ ERR = Console(stderr=True)
 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr fed by (done, total); nothing where stderr is not a terminal."""
+    """Show a bar on stderr, updated with (done, total). Shows nothing if stderr is not a terminal."""
     with stages(label) as (step,):
         yield step
 
 
 @contextmanager
 def stages(*labels: str) -> Iterator[list[Callable[[int, int], None]]]:
-    """A bar for each stage of a longer job, as ``progress``."""
+    """Show a bar for each stage of a longer job, as ``progress`` does for one."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
 
@@ -48,13 +48,15 @@ def stages(*labels: str) -> Iterator[list[Callable[[int, int], None]]]:
 
 @contextmanager
 def training(label: str) -> Iterator[Callable[[Any], None]]:
-    """A bar with loss, speed and time left, fed by moments of a training run; where stderr is not a terminal, a line
-    for each evaluation."""
+    """Show a bar with loss, speed and time left, updated with the moments of a training run.
+
+    Each evaluation adds a line, also if stderr is not a terminal; then there is no bar.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
         task = bar.add_task(escape(label), total=1.0)
 
-        def tell(moment: Any) -> None:
+        def show(moment: Any) -> None:
             speed = f"{moment.tokens_per_second:,.0f} tokens/s"
             if not moment.evaluation:
                 text = f"{label}: step {moment.step:,}, loss {moment.loss:.4f}, {speed}"
@@ -63,12 +65,12 @@ def training(label: str) -> Iterator[Callable[[Any], None]]:
                 text = f"step {moment.step:,} ({moment.done:.0%}): held-out loss {moment.loss:.4f}, {speed}"
                 bar.console.print(text, highlight=False, markup=False)
 
-        yield tell
+        yield show
 
 
 @contextmanager
 def status(label: str) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is being done right now."""
+    """Show a line on stderr that says what is being done."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as line:
         task = line.add_task(escape(label), total=None)
@@ -85,7 +87,7 @@ def methods(rows: list[dict[str, Any]]) -> None:
 
 
 def plan(content: dict[str, Any]) -> None:
-    """One line per slot and method, then what stays as it is and why."""
+    """Print one line per slot and method, then what is not touched and why."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for step in content["steps"]:
         groups.setdefault((step["site"].partition(".")[0], step["label"]), []).append(step)
@@ -146,7 +148,7 @@ def quantities(found: dict[str, Quantity]) -> None:
 
 
 def contexts(content: dict[str, Any]) -> None:
-    """A line for each model of a group, then what every step of context gained each of them."""
+    """Print a line for each model, then how much each step of context lowers the perplexity of each model."""
     lengths, settings, count = content["contexts"], content["settings"], len(content["models"])
     table = _table("model", "effective context", "95 % interval", f"nats at {lengths[0]}", f"nats at {lengths[-1]}")
     for row in content["models"]:
@@ -158,7 +160,7 @@ def contexts(content: dict[str, Any]) -> None:
     for place, length in enumerate(lengths[1:]):
         gains = (f"{row['gains'][place]:.4f}" for row in content["models"])
         steps.add_row(f"{lengths[place]} to {length}", *gains)
-    OUT.print("share of its perplexity that each step gains:")
+    OUT.print("share by which each step lowers the perplexity:")
     OUT.print(steps)
     OUT.print(
         f"in tokens, among these {count} models: {settings['positions']} tokens of {settings['data']['source']}, "
@@ -170,7 +172,7 @@ def contexts(content: dict[str, Any]) -> None:
 
 
 def hits(rows: list[dict[str, Any]]) -> None:
-    """Under each query its documents, best first."""
+    """Print each query, then its documents, best first."""
     for row in rows:
         OUT.print(escape(row["query"]), style="bold", highlight=False)
         for hit in row["hits"]:
@@ -178,7 +180,7 @@ def hits(rows: list[dict[str, Any]]) -> None:
 
 
 def checks(rows: list[dict[str, Any]]) -> None:
-    """Failures in full, the rest counted."""
+    """Print the counts for each check, then every failure in full."""
     names = list(dict.fromkeys(row["check"] for row in rows))
     table = _table("check", "passed", "skipped", "failed")
     for name in names:
@@ -191,7 +193,7 @@ def checks(rows: list[dict[str, Any]]) -> None:
 
 
 def outcome(found: Any, report: Path) -> None:
-    """The table of every model of a run, then where the page is."""
+    """Print a table for each model of a run, then the path of the report."""
     from taut.reporting.tables import terminal
 
     rows = found.rows
@@ -203,24 +205,24 @@ def outcome(found: Any, report: Path) -> None:
 
 
 def tuning(content: dict[str, Any]) -> None:
-    """What ``taut tune`` measured: a line for each kind of map and number of threads."""
+    """Print what ``taut tune`` measured, for each kind of map and number of threads."""
     lines: dict[tuple[str, int], list[str]] = {}
     for row in content["rows"]:
         speed = f"{row['tokens']}: {row['speed']['value']:.2f}"
         lines.setdefault((row["map"], row["threads"]), []).append(speed)
-    OUT.print("tokens: times as fast as a dense copy")
+    OUT.print("tokens: how many times as fast as a dense copy")
     for (label, threads), speeds in lines.items():
         OUT.print(f"{label}, {threads} thread{'s' if threads > 1 else ''}", markup=False, highlight=False)
         OUT.print(f"    {'  '.join(speeds)}", highlight=False)
     copies = len(content["copies"])
-    OUT.print(f"{copies} maps keep a dense copy for some numbers of tokens" if copies else "no copy is faster")
+    OUT.print(f"{copies} maps keep a dense copy for some numbers of tokens" if copies else "no dense copy is faster")
 
 
 STATUSES = ("passed", "skipped", "failed")
 
 
 def _table(*names: str, wide: str = "") -> Table:
-    """Plain columns; with ``wide``, only that one gives way in a narrow terminal."""
+    """A table of plain columns. With ``wide``, only the column of that name wraps in a narrow terminal."""
     table = Table(box=None, pad_edge=False)
     for name in names:
         table.add_column(name, overflow="fold", no_wrap=bool(wide) and name != wide)

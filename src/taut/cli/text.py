@@ -1,4 +1,4 @@
-"""Commands that write text, and prepare for it."""
+"""Commands that generate text and prepare prefixes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,66 +14,68 @@ from taut.core.errors import TautError
 def prefix(
     model: Model,
     out: Annotated[Path, typer.Option(metavar="CACHE", help="file to write; appears whole or not at all")],
-    text_file: Annotated[Path | None, typer.Option(metavar="F", help="what every text will begin with")] = None,
-    text: Annotated[str | None, typer.Option(help="the same, as words")] = None,
+    text_file: Annotated[
+        Path | None, typer.Option(metavar="F", help="file with the text that prompts begin with")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="that text itself")] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Read a text once and keep what the model's cache holds of it, for `taut generate --prefix`."""
+    """Read a text once and save the model's cache of it, for `taut generate --prefix`."""
     from taut import api
 
     api.use_threads(threads)
-    found = api.prefix(model, _said(text, text_file, "--text"), out=out, device=device, dtype=dtype)
-    content = {"out": str(out), "tokens": len(found.ids), "entries": found.entries, "cache_bytes": found.bytes}
-    line = f"{out}: {len(found.ids)} tokens, {found.entries} cache entries, {found.bytes:,} bytes"
+    result = api.prefix(model, _text_of(text, text_file, "--text"), out=out, device=device, dtype=dtype)
+    content = {"out": str(out), "tokens": len(result.ids), "entries": result.entries, "cache_bytes": result.bytes}
+    line = f"{out}: {len(result.ids)} tokens, {result.entries} cache entries, {result.bytes:,} bytes"
     finish(as_json, content, lambda: print(line))
 
 
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Option(help="what to go on from")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(metavar="F", help="a file with the prompt")] = None,
+    prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(metavar="F", help="file with the prompt")] = None,
     prefix: Annotated[
-        Path | None, typer.Option(metavar="CACHE", help="what `taut prefix` wrote for this model")
+        Path | None, typer.Option(metavar="CACHE", help="file that `taut prefix` wrote for this model")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="at most so many new ones")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.0,
+    tokens: Annotated[int, typer.Option(min=1, help="generate at most this many tokens")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always take the most likely token")] = 0.0,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt; the text comes as it is made, then its speed and the size of its cache."""
+    """Continue a prompt and print the text as it is generated, then its speed and the size of its cache."""
     from taut import api
 
     api.use_threads(threads)
-    said = _said(prompt, prompt_file, "--prompt")
-    # The prompt is shown once there is something to show behind it.
-    shown = iter([said])
+    prompt = _text_of(prompt, prompt_file, "--prompt")
+    # The prompt is shown together with the first piece of new text.
+    shown = iter([prompt])
 
     def show(piece: str) -> None:
         print(next(shown, ""), piece, sep="", end="", flush=True)
 
-    found = api.generate(
+    result = api.generate(
         model,
-        said,
+        prompt,
         prefix=prefix,
         tokens=tokens,
         temperature=temperature,
         seed=seed,
         device=device,
         dtype=dtype,
-        tell=(lambda piece: None) if as_json else show,
+        on_text=(lambda piece: None) if as_json else show,
     )
-    finish(as_json, found.to_dict(), lambda: print(f"\n{found.sentence()}"))
+    finish(as_json, result.to_dict(), lambda: print(f"\n{result.sentence()}"))
 
 
-def _said(words: str | None, file: Path | None, option: str) -> str:
-    """Words, or what a file says. Raises TautError for both, for neither, and for a file that cannot be read."""
+def _text_of(words: str | None, file: Path | None, option: str) -> str:
+    """The given words, or the content of a file. Raises TautError for both, neither, and an unreadable file."""
     if (words is None) == (file is None):
         raise TautError(f"give {option} or {option}-file" + ("" if words is None else ", not both"))
     if words is not None:

@@ -13,13 +13,13 @@ from taut.core.errors import TautError
 def check(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="an id such as embedding.low_bit")],
     family: Annotated[
-        list[str] | None, typer.Option(help="tiny families to try; default: four representatives")
+        list[str] | None, typer.Option(help="tiny model families to try; default: four representatives")
     ] = None,
-    knob: Annotated[list[str] | None, typer.Option(help="key=value instead of the method's own test row")] = None,
+    knob: Annotated[list[str] | None, typer.Option(help="knob, key=value; replaces the method's own test row")] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Run the contract suite on one method, yours included."""
+    """Run the contract suite on one method, for example your own."""
     from taut import api
     from taut.cli import tables
 
@@ -32,7 +32,7 @@ def check(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context) -> None:
-    """Run any command with taut imported in its Python: taut run -- lm_eval --model hf ..."""
+    """Run another program with taut imported in its Python: taut run -- lm_eval --model hf ..."""
     from taut.cli import run_with_taut
 
     if not context.args:

@@ -12,20 +12,24 @@ from taut.cli.options import Device, Dtype, Json, Model, Seed, Threads, finish
 @app.command()
 def index(
     model: Model,
-    documents: Annotated[str, typer.Argument(metavar="TEXT", help="file or named text: paragraphs, else lines")],
+    documents: Annotated[
+        str, typer.Argument(metavar="TEXT", help="file or named text; split into paragraphs, else lines")
+    ],
     out: Annotated[Path, typer.Option(help="folder to write; appears whole or not at all")],
-    code: Annotated[str, typer.Option(help="how vectors are kept: float, int8, binary, pq")] = "int8",
-    width: Annotated[int | None, typer.Option(min=1, help="numbers kept of each vector")] = None,
-    rotate: Annotated[bool, typer.Option("--rotate", help="principal directions first, before --width")] = False,
-    bytes: Annotated[int | None, typer.Option(min=1, help="bytes a vector, for pq")] = None,
-    finer: Annotated[str | None, typer.Option(help="second code, to score the best again")] = None,
+    code: Annotated[str, typer.Option(help="how to store vectors: float, int8, binary, pq")] = "int8",
+    width: Annotated[int | None, typer.Option(min=1, help="numbers to keep of each vector")] = None,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="rotate principal directions first, then cut to --width")
+    ] = False,
+    bytes: Annotated[int | None, typer.Option(min=1, help="bytes per vector, for pq")] = None,
+    finer: Annotated[str | None, typer.Option(help="second code, to rescore the best documents")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Index the paragraphs of a text by their sentence vectors, in few bytes."""
+    """Index the paragraphs of a text by compact sentence vectors."""
     from taut import api
     from taut.cli import tables
 
@@ -43,7 +47,7 @@ def search(
     folder: Annotated[Path, typer.Argument(metavar="INDEX", help="folder that taut index wrote")],
     queries: Annotated[list[str], typer.Argument(metavar="QUERY...")],
     k: Annotated[int, typer.Option("--k", min=1, help="documents for each query")] = 5,
-    model: Annotated[str | None, typer.Option(help="MODEL; default: the one the index was made with")] = None,
+    model: Annotated[str | None, typer.Option(help="MODEL; default: the one that made the index")] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     threads: Threads = None,
@@ -54,6 +58,6 @@ def search(
     from taut.cli import tables
 
     api.use_threads(threads)
-    found = api.search(folder, queries, k, model=model, device=device, dtype=dtype)
-    rows = [{"query": query, "hits": hits} for query, hits in zip(queries, found, strict=True)]
+    results = api.search(folder, queries, k, model=model, device=device, dtype=dtype)
+    rows = [{"query": query, "hits": hits} for query, hits in zip(queries, results, strict=True)]
     finish(as_json, {"queries": rows}, lambda: tables.hits(rows))

@@ -1,2 +1,4 @@
-"""What every method must keep, checked on tiny random models of every family. The gate of the project, and the tool
-of an outside author: ``taut check METHOD``."""
+"""The contract that every method must keep, checked on tiny random models of every family.
+
+The project's tests use it, and so can authors of other methods: ``taut check METHOD``.
+"""

@@ -1,4 +1,4 @@
-"""One method with some knobs on one family: everything a check needs, built freshly."""
+"""A case: one method with some knobs on one model family. It builds what a check needs."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,13 +21,15 @@ from taut.surgery.plan import Plan, make_plan
 
 
 class Skip(Exception):
-    """The check does not apply here, with the reason."""
+    """Raised with the reason when a check does not apply to a case."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """``entry`` is what a recipe would say for the method's slot, without the method's name. Everything happens on
-    ``device``."""
+    """A method, its knobs and a family; all models are on ``device``.
+
+    ``entry`` is the recipe's entry for the method's slot, without the method's name.
+    """
 
     method: str
     family: str
@@ -56,7 +58,7 @@ class Case:
         return tiny(self.family, dtype=dtype, seed=seed, head=head).to(self.device)
 
     def batches(self, model: PreTrainedModel) -> list[dict[str, Tensor]]:
-        """Calibration: different tokens than the checks use."""
+        """Make batches for calibration, of other tokens than the checks use."""
         return [inputs(model, batch=4, length=24, seed=100 + seed) for seed in range(2)]
 
     def compressed(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
@@ -65,7 +67,7 @@ class Case:
         return model
 
     def planned(self, model: PreTrainedModel, length: int | None = None) -> Plan:
-        """The plan, or Skip with the refusal when the family has no place for the method. ``length`` as make has it."""
+        """Make the plan; ``length`` as in ``make_plan``. Raises Skip with the reason if the method fits no site."""
         try:
             return make_plan(model, self.recipe(), length)
         except TautError as error:
@@ -79,7 +81,7 @@ class Case:
 
     def need_decoder(self) -> None:
         if not self.decoder:
-            raise Skip("an encoder has no past and no future")
+            raise Skip("an encoder is not causal and has no cache")
 
     def need_equal_steps(self, model: PreTrainedModel) -> None:
         for step in model.hf_quantizer.surgery.steps:
@@ -91,14 +93,14 @@ class Case:
 
 
 def rows() -> dict[str, list[dict[str, Any]]]:
-    """The test row of every method: recipe entries to try, by id."""
+    """Read the recipe entries to test each method with, by method id."""
     return yaml.safe_load(files("taut.contract").joinpath("rows.yaml").read_text())
 
 
 def cases(
     method: str, families: tuple[str, ...], entries: list[dict[str, Any]] | None = None, device: str = "cpu"
 ) -> list[Case]:
-    """Every entry of the method's row on every family; a method without a row is tried with its defaults."""
+    """Make a case for every entry of the method and every family. Without entries, its defaults are tested."""
     METHODS.get(method)
     chosen = rows().get(method, [{}]) if entries is None else entries
     return [Case(method, family, tuple(entry.items()), device) for family in families for entry in chosen]

@@ -1,4 +1,4 @@
-"""The checks, each a function of a case. A failed assertion is a broken contract; Skip says why one does not apply."""
+"""The checks, each a function of a case. A failed assertion breaks the contract; Skip gives why one does not apply."""
 
 import copy
 import itertools
@@ -40,7 +40,7 @@ COMPANIONS = {
 
 
 def shape_and_dtype(case: Case) -> None:
-    """Same shape and dtype as the original's answer, finite, in float32 and bfloat16."""
+    """The output is finite, with the shape and dtype of the original's output, in float32 and bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
         original, model = case.model(dtype), case.compressed(dtype)
         before, after = case.answer(original), case.answer(model)
@@ -49,7 +49,7 @@ def shape_and_dtype(case: Case) -> None:
 
 
 def predicted_is_counted(case: Case) -> None:
-    """Predicted bytes are the bytes of the part's tensors, predicted parameters their numbers; both exact."""
+    """Predicted bytes are exactly those of the part's tensors, and predicted parameters exactly its numbers."""
     for step in (model := case.compressed()).hf_quantizer.surgery.steps:
         part, dense = model.get_submodule(step.site.path), step.site.dense()
         if not isinstance(step.method, PartMethod):
@@ -63,7 +63,7 @@ def predicted_is_counted(case: Case) -> None:
 
 
 def flops_are_counted(case: Case) -> None:
-    """Predicted FLOPs are within 2 % of PyTorch's counter, or the method says why the counter cannot see them."""
+    """Predicted FLOPs are within 2 % of PyTorch's counter, or the method says why it cannot count them."""
     model = case.compressed()
     seen = 0
     for step in model.hf_quantizer.surgery.steps:
@@ -88,7 +88,7 @@ def flops_are_counted(case: Case) -> None:
 
 
 def cost_is_monotone(case: Case) -> None:
-    """A smaller keep never costs more, and never more than it promised."""
+    """A smaller ``keep`` never costs more, and parts never need more bytes than the dense weights."""
     method = METHODS.get(case.method)
     if method.dial is None:
         raise Skip("no dial")
@@ -104,7 +104,7 @@ def cost_is_monotone(case: Case) -> None:
         costs.append((after.parameters, after.bytes, after.flops_per_token, after.cache_bytes_per_token))
         assert after.bytes <= before.bytes or not isinstance(plan.steps[0].method, PartMethod)
     if len(costs) < 2:
-        raise Skip("fewer than two legal settings at this size")
+        raise Skip("fewer than two values of keep are possible at this size")
     assert all(a[1] <= b[1] and a[2] <= b[2] and a[3] <= b[3] for a, b in itertools.pairwise(costs))
 
 
@@ -128,35 +128,35 @@ def gradients_flow(case: Case) -> None:
 
 
 def future_does_not_leak(case: Case) -> None:
-    """Changing a token leaves every earlier answer as it was, to the bit."""
+    """Changing a token leaves the outputs at all earlier positions unchanged, to the bit."""
     case.need_decoder()
     model = case.compressed()
-    given = inputs(model, length=14)
-    key = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
-    changed = {name: tensor.clone() for name, tensor in given.items()}
+    batch = inputs(model, length=14)
+    key = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
+    changed = {name: tensor.clone() for name, tensor in batch.items()}
     changed[key][:, 9] = (changed[key][:, 9] + 7) % 90 + 5
-    before, after = logits(model, **given), logits(model, **changed)
+    before, after = logits(model, **batch), logits(model, **changed)
     assert bits_equal(before[:, :9], after[:, :9])
     assert not torch.equal(before[:, 9:], after[:, 9:])
 
 
 def padding_does_not_leak(case: Case) -> None:
-    """What stands in the padding does not matter, and a padded row equals the row alone."""
+    """The tokens in the padding do not matter, and a padded row gives the same output as the row alone."""
     model = case.compressed(torch.float32)
-    given = padded_inputs(model, length=14)
-    other = {name: tensor.clone() for name, tensor in given.items()}
-    padding = given["attention_mask"] == 0
+    batch = padded_inputs(model, length=14)
+    other = {name: tensor.clone() for name, tensor in batch.items()}
+    padding = batch["attention_mask"] == 0
     other["input_ids"][padding] = 50
     if not model.config.is_encoder_decoder and case.decoder:
-        positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        given["position_ids"] = other["position_ids"] = positions
-    before, after = logits(model, **given), logits(model, **other)
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        batch["position_ids"] = other["position_ids"] = positions
+    before, after = logits(model, **batch), logits(model, **other)
     real = torch.ones(before.shape[:2], dtype=torch.bool, device=before.device)
     if not model.config.is_encoder_decoder:
         real = ~padding
     assert torch.allclose(before[real], after[real], atol=2e-5, rtol=0)
-    keep = given["attention_mask"][-1].bool()
-    alone = {name: tensor[-1:] for name, tensor in given.items()}
+    keep = batch["attention_mask"][-1].bool()
+    alone = {name: tensor[-1:] for name, tensor in batch.items()}
     alone["input_ids"] = alone["input_ids"][:, keep]
     alone["attention_mask"] = alone["attention_mask"][:, keep]
     if "position_ids" in alone:
@@ -166,18 +166,18 @@ def padding_does_not_leak(case: Case) -> None:
 
 
 def steps_equal_full_pass(case: Case) -> None:
-    """Decoding token by token through the cache gives what one pass over the whole text gives."""
+    """Decoding token by token through the cache gives the same output as one pass over the whole text."""
     case.need_decoder()
     model = case.compressed()
     case.need_equal_steps(model)
-    given = inputs(model, length=14)
-    whole = logits(model, **given, use_cache=False)
-    steps, _ = stepwise(model, [4, *[1] * 10], **given)
+    batch = inputs(model, length=14)
+    whole = logits(model, **batch, use_cache=False)
+    steps, _ = stepwise(model, [4, *[1] * 10], **batch)
     assert_close(model, steps, whole, atol=1e-4)
 
 
 def undo_to_the_bit(case: Case) -> None:
-    """After undo the model is the original: same tensors, same answer, same ties, no trace in the config."""
+    """After undo the model equals the original: same tensors, output and ties, and no trace in the config."""
     original, model = case.model(), case.compressed()
     undo(model)
     assert "quantization_config" not in model.config.to_dict()
@@ -190,7 +190,7 @@ def undo_to_the_bit(case: Case) -> None:
 
 
 def same_seed_same_bits(case: Case) -> None:
-    """Applying twice gives the same tensors; the answer too."""
+    """Compressing twice gives the same tensors and the same output, to the bit."""
     first, second = case.compressed(), case.compressed()
     a, b = first.state_dict(), second.state_dict()
     assert list(a) == list(b)
@@ -199,13 +199,13 @@ def same_seed_same_bits(case: Case) -> None:
 
 
 def reloads_to_the_bit(case: Case, worker: Worker) -> None:
-    """Saved here, opened by stock transformers in another process: the same answer, and saved again the same file."""
+    """Another process opens a saved model: same output to the bit, and same file when saved again."""
     model = case.compressed()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         model.save_pretrained(path)
-        given = inputs(model)
-        save_file(given, f"{folder}/inputs")
+        batch = inputs(model)
+        save_file(batch, f"{folder}/inputs")
         reply = worker.open(path, Path(folder) / "inputs", type(model).__name__, Path(folder) / "again")
         assert reply["opened"], reply.get("error")
         assert bits_equal(reply["answer"], case.answer(model))
@@ -214,7 +214,7 @@ def reloads_to_the_bit(case: Case, worker: Worker) -> None:
 
 
 def loud_without_taut(case: Case, worker: Worker) -> None:
-    """Opened where taut is not imported, the folder raises instead of starting with random weights."""
+    """Opened without taut, a folder raises an error about sizes instead of starting with random weights."""
     model = case.compressed()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model"
@@ -226,7 +226,7 @@ def loud_without_taut(case: Case, worker: Worker) -> None:
 
 
 def casting_keeps_codes(case: Case) -> None:
-    """half, bfloat16, float and back: integer tensors stay, floating ones follow, the model still answers."""
+    """A cast to bfloat16, half or float changes all float tensors, but no integer ones. The output stays finite."""
     model = case.compressed()
     codes = {name: tensor.clone() for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
     for cast in (lambda: model.to(torch.bfloat16), lambda: model.half(), lambda: model.float()):
@@ -239,7 +239,7 @@ def casting_keeps_codes(case: Case) -> None:
 
 
 def merged_is_equivalent(case: Case) -> None:
-    """The dense equivalent of every part computes what the part computes, and export gives a model that agrees."""
+    """The dense equivalent of every part computes what the part computes, and the exported model agrees."""
     model = case.compressed()
     parts = {name: module for name, module in model.named_modules() if isinstance(module, Part)}
     if not parts:
@@ -262,7 +262,7 @@ def merged_is_equivalent(case: Case) -> None:
 
 
 def builds_from_scratch(case: Case) -> None:
-    """A part built from shapes alone is finite and sound, without any trained weight."""
+    """A part built from shapes alone, without any trained weight, gives a finite output."""
     model = case.model()
     seen = 0
     for step in case.planned(model).steps:
@@ -279,7 +279,7 @@ def builds_from_scratch(case: Case) -> None:
 
 
 def copies_deeply(case: Case) -> None:
-    """copy.deepcopy of a compressed model is independent and gives the same answer."""
+    """copy.deepcopy of a compressed model is independent and gives the same output."""
     model = case.compressed()
     before = case.answer(model)
     twin = copy.deepcopy(model)
@@ -290,8 +290,11 @@ def copies_deeply(case: Case) -> None:
 
 
 def heals(case: Case) -> None:
-    """Made loose, the parts compute what they will store; a gradient reaches every number that may learn; some steps
-    towards the original's answers do no harm; and afterwards the tensors have the same names, shapes and types."""
+    """Healing works, from unpacking to repacking.
+
+    Unpacked parts compute what they will store. A finite gradient reaches every trainable number. Six steps towards the
+    original's outputs do no harm. Afterwards the tensors have the same names, shapes and dtypes.
+    """
     model, original = case.compressed(), case.model()
     before, answer = model.state_dict(), case.answer(model)
     batches = case.batches(original)
@@ -300,7 +303,7 @@ def heals(case: Case) -> None:
     try:
         with unpacked(model, original) as trained:
             room = max(1e-3, _approximate(model))
-            assert (case.answer(model) - answer).norm() <= room * answer.norm(), "loose and tight answers differ"
+            assert (case.answer(model) - answer).norm() <= room * answer.norm(), "unpacked and packed outputs differ"
             adam = optimizer(trained, 0.01)
             for _ in range(6):
                 adam.zero_grad()
@@ -314,13 +317,13 @@ def heals(case: Case) -> None:
     after = model.state_dict()
     assert list(after) == list(before)
     assert all((after[name].shape, after[name].dtype) == (before[name].shape, before[name].dtype) for name in after)
-    # Where activations are rounded, what is left of the loss is mostly that rounding, which a step shakes anew.
+    # If activations are rounded, most of the remaining loss is that rounding, which changes with every step.
     room = 1.25 if _approximate(model) else 1.02
     assert comparison.mean(range(len(batches))) <= room * first + 1e-9, "six steps towards the original did harm"
 
 
 def composes(case: Case) -> None:
-    """Together with a real method in every other slot that this family has."""
+    """The method works, and reloads to the bit, together with a real method in every other slot of this family."""
     model = case.model()
     case.planned(model)
     content = dict(case.recipe().to_dict())
@@ -340,7 +343,7 @@ def composes(case: Case) -> None:
 
 
 def _inputs_of_maps(case: Case, model: PreTrainedModel) -> dict[str, Tensor]:
-    """What every linear part is given, (tokens, inputs) by its name: what has been calibrated may expect no other."""
+    """Collect the inputs of every linear part, (tokens, inputs) by name: calibrated parts may expect such inputs."""
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for name, module in model.named_modules():
@@ -352,14 +355,16 @@ def _inputs_of_maps(case: Case, model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _approximate(model: PreTrainedModel) -> float:
-    """How far rounded activations take an answer from the exact one, 0 where none are rounded. Where they are, the last
-    bit of a float may flip a code, and bits become a tolerance."""
+    """Return the relative error that rounded activations may cause, 0 if none are rounded.
+
+    With rounding, the last bit of a float may change a code, so results agree only within a tolerance.
+    """
     steps = model.hf_quantizer.surgery.steps
     return max((float(step.method.approximate) for step in steps), default=0.0)
 
 
 def assert_close(model: PreTrainedModel, a: Tensor, b: Tensor, atol: float) -> None:
-    """Two answers of a model are one up to rounding; how far that goes, its methods say."""
+    """Assert that two outputs of a model are equal up to rounding, within the tolerance of its methods or ``atol``."""
     if _approximate(model):
         assert (a - b).norm() <= _approximate(model) * b.norm()
     else:

@@ -1,4 +1,4 @@
-"""Checks for another device than the CPU: what a model does there is what it does here."""
+"""Checks for devices other than the CPU: a model must work there as it does on the CPU."""
 
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
@@ -13,13 +13,13 @@ from taut.contract.workers import bits_equal
 
 
 def answers_as_on_the_cpu(case: Case) -> None:
-    """Compressed on the CPU and moved: the same answer up to rounding. Moved back: the same tensors."""
+    """A model moved from the CPU gives the same output up to rounding. Moved back, it has the same tensors."""
     model = _on_the_cpu(case)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    given = padded_inputs(model)
-    expected = logits(model, **given)
-    # What stands in the padding of a decoder means nothing; an encoder-decoder answers with other tokens.
-    real = given["attention_mask"].bool() | model.config.is_encoder_decoder
+    batch = padded_inputs(model)
+    expected = logits(model, **batch)
+    # Outputs at padding mean nothing. The outputs of an encoder-decoder are at other tokens, which are not padded.
+    real = batch["attention_mask"].bool() | model.config.is_encoder_decoder
     moved = model.to(case.device)
     assert_close(moved, logits(moved, **padded_inputs(moved)).cpu()[real], expected[real], atol=1e-4)
     after = model.to("cpu").state_dict()
@@ -27,28 +27,28 @@ def answers_as_on_the_cpu(case: Case) -> None:
 
 
 def decodes_as_on_the_cpu(case: Case) -> None:
-    """A prompt of several tokens, then one at a time through the cache, also where no full pass gives the same."""
+    """Decoding a prompt, then single tokens, gives the CPU's output, even if it may differ from that of a full pass."""
     case.need_decoder()
     model = _on_the_cpu(case)
     chunks = [6, *[1] * 8]
     expected, _ = stepwise(model, chunks, **inputs(model, length=14))
     moved = model.to(case.device)
-    found, _ = stepwise(moved, chunks, **inputs(moved, length=14))
-    assert_close(moved, found.cpu(), expected, atol=1e-4)
+    outputs, _ = stepwise(moved, chunks, **inputs(moved, length=14))
+    assert_close(moved, outputs.cpu(), expected, atol=1e-4)
 
 
 def generates(case: Case) -> None:
-    """Plain ``generate`` with left padding and beams ends with as many tokens as asked for."""
+    """Plain ``generate`` with left padding and beams gives the requested number of tokens."""
     case.need_decoder()
     model = case.compressed()
-    given = {name: each for name, each in padded_inputs(model).items() if name != "decoder_input_ids"}
-    found = model.generate(**given, max_new_tokens=6, min_new_tokens=6, num_beams=2, do_sample=False)
-    assert found.device == model.device
-    assert found.shape[1] == 6 + (1 if model.config.is_encoder_decoder else given["input_ids"].shape[1])
+    batch = {name: tensor for name, tensor in padded_inputs(model).items() if name != "decoder_input_ids"}
+    ids = model.generate(**batch, max_new_tokens=6, min_new_tokens=6, num_beams=2, do_sample=False)
+    assert ids.device == model.device
+    assert ids.shape[1] == 6 + (1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1])
 
 
 def opens_on_the_device(case: Case) -> None:
-    """Saved from the device and opened onto it: every tensor lies there, and the answer is the same to the bit."""
+    """All tensors are on the device. Saved and opened there again, the model gives the same output to the bit."""
     model = case.compressed()
     assert {tensor.device.type for tensor in model.state_dict().values()} == {torch.device(case.device).type}
     with TemporaryDirectory() as folder:
@@ -58,7 +58,7 @@ def opens_on_the_device(case: Case) -> None:
 
 
 def learns_in_bfloat16(case: Case) -> None:
-    """A step of training under autocast, weights in float32: gradients are finite, and the model still answers."""
+    """A training step under autocast, with weights in float32, gives finite gradients and then a finite output."""
     model = case.compressed().train()
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     with torch.autocast(torch.device(case.device).type, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Running the contract of one method, for ``taut check``."""
+"""Runs the contract of one method, for ``taut check``."""
 
 from typing import Any
 
@@ -15,10 +15,11 @@ from taut.surgery.loading import check_device
 def run(
     method: str, families: tuple[str, ...] = (), knobs: dict[str, Any] | None = None, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """A row for every check on every case. ``knobs`` replaces the method's own test row. On another ``device`` than the
-    CPU the checks are those of one process, and that what happens there is what happens on the CPU.
+    """Run every check on every case, and return a row for each.
 
-    Raises TautError for an unknown method or family, and for a device that is not there.
+    ``knobs`` replaces the method's own test entries. On a ``device`` other than the CPU, the checks that need other
+    processes are left out, and the DEVICE_CHECKS are added. Raises TautError for an unknown method or family, and for a
+    device that is not on this machine.
     """
     METHODS.get(method)
     for family in families:
@@ -39,7 +40,7 @@ def run(
                 except Skip as skip:
                     status, reason = "skipped", str(skip)
                 except Exception as error:
-                    # A method under test may fail in any way; every way is a finding, none ends the run.
+                    # A method under test may raise any error. It becomes a row, and the run continues.
                     status, reason = "failed", f"{type(error).__name__}: {error}".strip()
                 rows.append({"check": name, "case": case.label, "status": status, "reason": reason})
     finally:

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, the same weights every time."""
+"""Tiny random models of every family, with the same weights every time."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ STANDARD_DEVIATION = 0.3
 
 @dataclass(frozen=True)
 class Family:
-    """How to build one tiny model. ``table_scale`` widens the table where the model itself shrinks the logits."""
+    """How to build one tiny model. ``table_scale`` multiplies the table, if the model itself shrinks the logits."""
 
     config: str
     arguments: dict[str, Any]
@@ -98,7 +98,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2Config", DECODER | {"tie_word_embeddings": True}, "Qwen2ForCausalLM", True),
     "qwen3": Family("Qwen3Config", GEMMA | {"tie_word_embeddings": True}, "Qwen3ForCausalLM", True),
     "gemma": Family("GemmaConfig", GEMMA, "GemmaForCausalLM", True),
-    # Gemma 2 caps its attention scores, which the stock sdpa cannot do: transformers refuses it.
+    # Gemma 2 caps its attention scores. sdpa cannot do this, so transformers refuses it.
     "gemma2": Family(
         "Gemma2Config",
         GEMMA | SLIDING | {"query_pre_attn_scalar": 8},
@@ -136,10 +136,10 @@ def tiny(
     device: str = "cpu",
     **overrides: Any,
 ) -> PreTrainedModel:
-    """A small random model in eval mode, attention "sdpa" (Gemma 2: "eager"); a seed fixes its weights.
+    """Build a small random model in evaluation mode, with attention "sdpa" (Gemma 2: "eager"); ``seed`` fixes it.
 
     ``head`` is ``default`` (the language-modelling head), ``base`` (AutoModel), or a transformers class name such as
-    ``BertForSequenceClassification``. ``overrides`` change the configuration. ``device="meta"`` gives shapes alone.
+    ``BertForSequenceClassification``. ``overrides`` change the configuration. ``device="meta"`` gives only shapes.
     """
     row = FAMILIES[family]
     config = getattr(transformers, row.config)(**(row.arguments | overrides))
@@ -158,31 +158,33 @@ def is_decoder(model: PreTrainedModel) -> bool:
 
 
 def inputs(model: PreTrainedModel, batch: int = 2, length: int = 12, seed: int = 0) -> dict[str, Tensor]:
-    """Random ids without special tokens and a mask of ones, (B, T) int64; ``decoder_input_ids`` (B, T) when needed.
-    They lie where the model does, and are the same everywhere."""
+    """Make random ids without special tokens and a mask of ones, (B, T) int64; also ``decoder_input_ids`` if needed.
+
+    They are on the model's device, with the same values on every device.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=generator).to(model.device)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         decoded = torch.randint(5, model.config.vocab_size, (batch, length), generator=generator)
-        given["decoder_input_ids"] = decoded.to(model.device)
-    return given
+        tensors["decoder_input_ids"] = decoded.to(model.device)
+    return tensors
 
 
 def padded_inputs(
     model: PreTrainedModel, batch: int = 2, length: int = 12, seed: int = 0, pads: int = 4
 ) -> dict[str, Tensor]:
-    """As ``inputs``, but the last row has ``pads`` padding positions: on the left for decoders, else on the right."""
-    given = inputs(model, batch, length, seed)
+    """Make ``inputs`` whose last row has ``pads`` padding positions: on the left for decoders, else on the right."""
+    tensors = inputs(model, batch, length, seed)
     left = is_decoder(model) and not model.config.is_encoder_decoder
     padded = slice(0, pads) if left else slice(length - pads, length)
-    given["attention_mask"][-1, padded] = 0
-    given["input_ids"][-1, padded] = model.config.pad_token_id or 0
-    return given
+    tensors["attention_mask"][-1, padded] = 0
+    tensors["input_ids"][-1, padded] = model.config.pad_token_id or 0
+    return tensors
 
 
 def logits(model: PreTrainedModel, **given: Tensor) -> Tensor:
-    """Logits (B, T, V) of a model with a head, else the last hidden state (B, T, D). No gradient."""
+    """Compute the logits (B, T, V) of a model with a head, else the last hidden state (B, T, D). No gradient."""
     with torch.no_grad():
         output = model(**given)
     return output["logits"] if "logits" in output else output["last_hidden_state"]
@@ -191,7 +193,7 @@ def logits(model: PreTrainedModel, **given: Tensor) -> Tensor:
 def stepwise(
     model: PreTrainedModel, chunks: list[int], past: Cache | None = None, **given: Tensor
 ) -> tuple[Tensor, Cache]:
-    """Logits (B, T, V) of a text that comes in these ``chunks``, through the model's cache, and the cache."""
+    """Run a text through the model's cache, in chunks of these lengths. Returns the logits (B, T, V) and the cache."""
     key = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
     ids, places = given.pop(key), given.pop("position_ids", None)
     mask = given.pop("attention_mask", None) if key == "input_ids" else None
@@ -212,7 +214,7 @@ def stepwise(
 
 @torch.no_grad()
 def _randomise(model: PreTrainedModel, seed: int, table_scale: float) -> None:
-    """Gaussian weights, small biases; norms stay near their own start (one, or zero in Gemma). Shared tensors once."""
+    """Set Gaussian weights and small biases, shared tensors once. Norms stay near their start (one; zero in Gemma)."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * STANDARD_DEVIATION

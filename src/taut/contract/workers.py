@@ -1,6 +1,6 @@
-"""Fresh processes that open saved folders: one where taut is imported, one where it is not.
+"""New processes that open saved folders: one with taut imported, and one without.
 
-A process costs seconds to start, so each is started once and answers one request a line.
+A process takes seconds to start. So each is started once and answers one request per line.
 """
 
 import json
@@ -36,7 +36,7 @@ for line in sys.stdin:
 
 
 class Worker:
-    """A process that opens model folders with stock transformers, with or without ``import taut``."""
+    """A process that opens model folders with transformers, with or without ``import taut``."""
 
     def __init__(self, with_taut: bool) -> None:
         code = ("import taut\n" if with_taut else "") + OPENER
@@ -49,7 +49,11 @@ class Worker:
         )
 
     def open(self, folder: Path, inputs: Path, model_class: str, resave: Path | None = None) -> dict[str, Any]:
-        """``{"opened": True, "answer": Tensor}`` or ``{"opened": False, "error": str}``."""
+        """Open a folder, run the model on ``inputs``, and save the model in ``resave`` if given.
+
+        Returns ``{"opened": True, "answer": Tensor}`` or ``{"opened": False, "error": str}``. Raises RuntimeError if
+        the process ended.
+        """
         answer = folder / "answer.safetensors.out"
         request = {"folder": str(folder), "inputs": str(inputs), "answer": str(answer), "model_class": model_class}
         if resave is not None:
@@ -62,7 +66,7 @@ class Worker:
                 if reply["opened"]:
                     reply["answer"] = _take(answer)
                 return reply
-        raise RuntimeError(f"the opening process ended with {self._process.wait()}")
+        raise RuntimeError(f"the process that opens folders ended with exit code {self._process.wait()}")
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -76,7 +80,7 @@ def _take(path: Path) -> Tensor:
 
 
 def bits_equal(a: Tensor, b: Tensor) -> bool:
-    """Same shape, dtype and bits (NaNs included)."""
+    """Whether two tensors have the same shape, dtype and bits (NaNs included)."""
     return (
         a.dtype == b.dtype
         and a.shape == b.shape

@@ -1,1 +1,1 @@
-"""The nouns: slot, site, cost, recipe, record, registry, environment. No torch, and nothing else of ours."""
+"""Basic types: slot, site, cost, recipe, record, registry, environment. Needs neither torch nor the rest of taut."""

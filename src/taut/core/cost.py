@@ -1,4 +1,4 @@
-"""What a part costs, before anyone pays it."""
+"""The predicted cost of a part: parameters, bytes, FLOPs and cache bytes."""
 
 from dataclasses import dataclass, fields
 
@@ -9,9 +9,9 @@ BYTES_OF_DTYPE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8
 class Cost:
     """Parameters and stored bytes are exact; FLOPs and cache bytes are per token at the site's declared length.
 
-    ``parameters`` counts the numbers the part stands for (a 4-bit table has as many as the dense one), ``bytes``
-    what it stores, ``flops_per_token`` counts a multiply-add as two, ``cache_bytes_per_token`` is the mean over
-    the ``length`` tokens of a full context.
+    ``parameters`` counts the numbers that the part represents: a 4-bit table has as many as the dense one. ``bytes`` is
+    the size of what it stores. ``flops_per_token`` counts a multiply-add as two. ``cache_bytes_per_token`` is the mean
+    over the ``length`` tokens of a full context.
     """
 
     parameters: int = 0

@@ -1,4 +1,4 @@
-"""Where a number was taken: versions, processor, threads, commit."""
+"""The environment of a measurement: versions, processor, threads, commit."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ PACKAGES = ("taut", "torch", "transformers", "safetensors", "accelerate", "numpy
 
 
 def environment(threads: int | None = None) -> dict[str, Any]:
-    """Versions, processor, cores, threads and the commit of taut where it runs from a checkout; None where unknown."""
+    """Versions, processor, cores, threads, and the commit if taut runs from a checkout. Unknown values are None."""
     return {
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -31,7 +31,7 @@ def _version(package: str) -> str | None:
 
 
 def processor() -> str:
-    """The model name of the processor, where the system tells it."""
+    """The model name of the processor from /proc/cpuinfo, else the name that ``platform`` gives."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -40,7 +40,7 @@ def processor() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout taut itself lies in, never the folder the user happens to stand in."""
+    """The commit of the checkout that contains taut, not that of the current directory."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None

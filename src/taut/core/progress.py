@@ -1,9 +1,9 @@
-"""How long work tells how far it is."""
+"""How long computations report their progress."""
 
 from collections.abc import Callable
 
 Progress = Callable[[int, int], None]
-"""Called with how much is done and how much there is."""
+"""Called with the amount that is done and the total amount."""
 
 
 def silent(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""A recipe: which method fills which slot, in which layers, and how hard. All that a user has to write."""
+"""A recipe: which method fills which slot, in which layers, and how strongly. Users write nothing else."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ RESERVED = ("method", "keep", "layers", "store")
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a recipe: a method in a slot, for some layers, with its knobs and perhaps a nested ``store``."""
+    """One entry of a recipe: a method in a slot, for some layers, with its knobs and optionally a nested ``store``."""
 
     slot: str
     method: str
@@ -30,7 +30,7 @@ class Entry:
         return f"{KIND_OF_SLOT[self.slot]}.{self.method}"
 
     def covers(self, layer: int | None, count: int) -> bool:
-        """Whether ``layers`` (``0``, ``1:``, ``:-1``, ``0,3,5``, ``::2``) selects this one of ``count`` layers."""
+        """Whether ``layers`` (``0``, ``1:``, ``:-1``, ``0,3,5``, ``::2``) selects layer ``layer`` of ``count``."""
         return layer is None or self.layers is None or layer in _selected(self.layers, count)
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,16 +41,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. Knobs are checked by the methods themselves, when the plan is made."""
+    """A checked recipe. Methods check their knobs later, when the plan is made."""
 
     entries: tuple[Entry, ...]
     source: str = "recipe"
 
     @classmethod
     def load(cls, source: "str | Path | dict | Recipe") -> "Recipe":
-        """From a YAML file, the name of a recipe shipped with taut, a mapping, or a recipe.
+        """Load a YAML file, a recipe shipped with taut (by name), a mapping, or a recipe.
 
-        Raises TautError naming the file, the key and the nearest valid choice.
+        Raises TautError that names the file, the key and the nearest valid choice.
         """
         if isinstance(source, Recipe):
             return source
@@ -83,14 +83,14 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """A hash of the content, whatever the order of the keys."""
+        """A hash of the content that does not depend on the order of the keys."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def for_slot(self, slot: str) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if entry.slot == slot)
 
     def check_overlap(self, slot: str, count: int) -> None:
-        """Raises TautError when two entries of a slot claim one of the ``count`` layers."""
+        """Raises TautError if two entries of a slot cover the same one of ``count`` layers."""
         owner: dict[int, Entry] = {}
         for entry in self.for_slot(slot):
             for layer in range(count):
@@ -110,14 +110,14 @@ def shipped() -> dict[str, Path]:
 
 
 def find(source: str | Path) -> Path:
-    """The file of a recipe, or of a shipped one by name. Raises TautError with the nearest name."""
+    """The file of a recipe, given its path or the name of a shipped one. Raises TautError with the nearest name."""
     path = Path(source)
     if path.is_file():
         return path
-    known = shipped()
-    if str(source) in known:
-        return known[str(source)]
-    raise TautError(f"{source}: no such recipe file, nor a shipped recipe: {nearest(str(source), known)}")
+    recipes = shipped()
+    if str(source) in recipes:
+        return recipes[str(source)]
+    raise TautError(f"{source}: no such recipe file or shipped recipe: {nearest(str(source), recipes)}")
 
 
 def _entry(slot: str, line: Any, where: str, nested: bool = False) -> Entry:
@@ -137,7 +137,7 @@ def _entry(slot: str, line: Any, where: str, nested: bool = False) -> Entry:
         _selected(layers, 1, where)
     if store is not None:
         if nested:
-            raise TautError(f"{where}: store nests once only")
+            raise TautError(f"{where}: a store cannot have a store of its own")
         store = _entry(slot, store, f"{where}.store", nested=True)
     knobs = {str(key): value for key, value in line.items() if key not in RESERVED}
     return Entry(slot, line["method"], keep, layers, store, knobs)

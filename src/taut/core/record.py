@@ -1,18 +1,18 @@
-"""What a trial leaves behind: quantities with their samples, and where everything came from."""
+"""The record of a trial: quantities with their samples, and what they were measured on."""
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 FORMER_COSTS = {"tighten_seconds": "compress_seconds"}
-"""What costs were called in records of earlier versions."""
+"""The former names of costs, in records of earlier versions, with the present names."""
 
 
 class Quantity(BaseModel):
-    """A value with its unit, its raw samples and how it was taken. What could not be taken is None, never a number.
+    """A value with its unit, its raw samples and how it was measured. A value that could not be measured is None.
 
-    ``samples`` are repeats of a timing, or one score per item of a task (then two records of the same task can be
-    compared item by item); ``low`` and ``high`` bound the 95 % interval when there is one.
+    ``samples`` are repeats of a timing, or one score per item of a task. Two records of the same task can then be
+    compared item by item. ``low`` and ``high`` bound the 95 % interval, if there is one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,7 +26,7 @@ class Quantity(BaseModel):
 
 
 class Score(BaseModel):
-    """One metric of one task: the model's value beside the shortcut baselines computed on the very same split."""
+    """One metric of one task: the model's value, and the shortcut baselines computed on the same split."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,7 +39,7 @@ class Score(BaseModel):
 
 
 class Record(BaseModel):
-    """One cell of a study. Written once, never edited; a failed trial is a record with a reason."""
+    """One cell of a study. It is written once and never edited. A failed trial has a record with a reason."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,11 +53,11 @@ class Record(BaseModel):
     recipe: dict[str, Any]
     recipe_digest: str
     seed: int
-    text: str = Field("builtin", description="what calibration and healing read")
+    text: str = Field("builtin", description="the text for calibration and healing")
     heal: int = Field(0, description="steps of healing after compressing")
     status: Literal["done", "failed"]
     reason: str | None = None
-    expect: Literal["done", "failed"] = Field("done", description="what the study said would happen")
+    expect: Literal["done", "failed"] = Field("done", description="the status that the study expects")
     scores: tuple[Score, ...] = ()
     costs: dict[str, Quantity] = Field(default_factory=dict)
     bytes_per_slot: dict[str, int] = Field(default_factory=dict)
@@ -70,7 +70,7 @@ class Record(BaseModel):
     @field_validator("costs", mode="before")
     @classmethod
     def _renamed(cls, costs: Any) -> Any:
-        """Records of earlier versions name some costs otherwise."""
+        """Replace the former names of costs in records of earlier versions."""
         return (
             {FORMER_COSTS.get(name, name): cost for name, cost in costs.items()} if isinstance(costs, dict) else costs
         )

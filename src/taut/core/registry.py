@@ -1,4 +1,4 @@
-"""The folder is the list: ids are found by listing files, classes are imported when asked for."""
+"""Registries of methods and tasks: ids come from listing files, and a class is imported when it is needed."""
 
 import importlib
 import pkgutil
@@ -16,12 +16,11 @@ FOLDER_MODULE = "method"
 
 @dataclass(frozen=True)
 class Registry:
-    """Finds one class a file or folder, in the folders ``kinds`` of a package and in the entry points of ``group``.
+    """Finds one class per file or folder, in the folders ``kinds`` of a package and in the entry points of ``group``.
 
-    An id is ``kind.name`` (or ``name`` where there are no kinds). ``name`` is a file, or a folder with ``method.py``
-    and whatever that method alone needs; a name that begins with ``_`` is neither. The class is the one whose own
-    ``id`` says the same. Packages outside add theirs through the entry-point group, with the id as the entry point's
-    name.
+    An id is ``kind.name``, or ``name`` if there are no kinds. ``name`` is a file, or a folder with ``method.py`` and
+    the modules that only this method needs. Names that begin with ``_`` are skipped. The class is the one that itself
+    defines this ``id``. Other packages add classes through the entry-point group; the entry point's name is the id.
     """
 
     noun: str
@@ -32,7 +31,7 @@ class Registry:
     @cached_property
     def _built_in(self) -> dict[str, str]:
         root = Path(__file__).parent.parent / self.package.removeprefix("taut.").replace(".", "/")
-        found: dict[str, str] = {}
+        modules: dict[str, str] = {}
         for kind in self.kinds or ("",):
             for info in pkgutil.iter_modules([str(root / kind)]):
                 if info.name.startswith("_"):
@@ -40,12 +39,12 @@ class Registry:
                 parts = [part for part in (kind, info.name) if part]
                 module = [FOLDER_MODULE] if info.ispkg else []
                 if not info.ispkg or (root / kind / info.name / f"{FOLDER_MODULE}.py").is_file():
-                    found[".".join(parts)] = ".".join([self.package, *parts, *module])
-        return found
+                    modules[".".join(parts)] = ".".join([self.package, *parts, *module])
+        return modules
 
     @cached_property
     def _outside(self) -> dict[str, EntryPoint]:
-        """A package outside adds to the list; it cannot replace what is there."""
+        """The entry points of other packages. They cannot replace built-in ids."""
         return {point.name: point for point in entry_points(group=self.group) if point.name not in self._built_in}
 
     def built_in(self) -> tuple[str, ...]:
@@ -59,11 +58,14 @@ class Registry:
         )
 
     def get(self, key: str) -> type:
-        """The class with this id. Raises TautError naming the nearest id when there is none, and when a package
-        outside is broken or gives a class with another id."""
+        """Return the class with this id.
+
+        Raises TautError with the nearest id if this one is unknown, if its entry point cannot be loaded, and if there
+        is no class with this id where it should be.
+        """
         if key in self._built_in:
             where = self._built_in[key]
-            found = [value for value in vars(importlib.import_module(where)).values() if _has_id(value, key)]
+            classes = [value for value in vars(importlib.import_module(where)).values() if _has_id(value, key)]
         elif key in self._outside:
             point = self._outside[key]
             where = f"entry point {point.value!r} of {self.group}"
@@ -71,15 +73,15 @@ class Registry:
                 loaded = point.load()
             except (ImportError, AttributeError) as error:
                 raise TautError(f"{self.noun} {key!r}: {where} cannot be loaded: {error}") from None
-            found = [loaded] if _has_id(loaded, key) else []
+            classes = [loaded] if _has_id(loaded, key) else []
         else:
             kind, _, name = key.rpartition(".")
             choices = [choice.rpartition(".")[2] for choice in self.ids(kind or None)]
             label = f"{kind} {self.noun}" if kind else self.noun
             raise TautError(f"unknown {label} {name!r}: {nearest(name, choices)}")
-        if not found:
+        if not classes:
             raise TautError(f"{where} defines no class with id = {key!r}; add `id = {key!r}` to its class")
-        return found[0]
+        return classes[0]
 
 
 def _has_id(value: object, key: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a safetensors file says about itself, read without its tensors."""
+"""The header of a safetensors file, read without the tensors."""
 
 import json
 import struct
@@ -11,8 +11,10 @@ from taut.core.errors import TautError
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """``tensors``: ``dtype``, ``shape`` and ``data_offsets`` by name. ``header_bytes`` (the length field included) and
-    ``data_bytes`` add up to the file."""
+    """``tensors`` holds ``dtype``, ``shape`` and ``data_offsets`` by name.
+
+    ``header_bytes`` includes the length field. ``header_bytes`` and ``data_bytes`` add up to the size of the file.
+    """
 
     tensors: dict[str, dict[str, Any]]
     header_bytes: int
@@ -20,7 +22,7 @@ class SafetensorsHeader:
 
 
 def read_header(path: Path) -> SafetensorsHeader:
-    """The header of a file. Raises TautError when the file is no safetensors file, or is not whole."""
+    """Read the header of a file. Raises TautError if it is not a safetensors file or is truncated."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
@@ -34,5 +36,5 @@ def read_header(path: Path) -> SafetensorsHeader:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise TautError(f"{path}: not a safetensors file (its header is damaged)") from None
     if 8 + length + end != size:
-        raise TautError(f"{path}: truncated: {size:,} bytes, its header promises {8 + length + end:,}")
+        raise TautError(f"{path}: truncated: {size:,} bytes, but its header describes {8 + length + end:,}")
     return SafetensorsHeader(tensors, 8 + length, end)

@@ -1,4 +1,4 @@
-"""One place in one model where a part can be exchanged: shapes and ties, no tensors."""
+"""A site: a place in a model where a part can be exchanged. It holds shapes and ties, no tensors."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from taut.core.slot import KIND_OF_SLOT
 
 @dataclass(frozen=True, kw_only=True)
 class Site(ABC):
-    """Common to all sites.
+    """Abstract: what all sites have.
 
-    ``name`` is stable whatever head the model is loaded with (``feedforward.3.up``, ``projection.decoder.0.q``,
-    ``embedding``); ``path`` is where the module sits in this very model.
+    ``name`` (``feedforward.3.up``, ``projection.decoder.0.q``, ``embedding``) does not depend on the head that the
+    model is loaded with. ``path`` is the path of the module in this model.
     """
 
     slot: str
@@ -37,15 +37,15 @@ class Site(ABC):
 
     @abstractmethod
     def dense(self) -> Cost:
-        """The cost of what the original model has here."""
+        """The cost of the original part at this site."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableSite(Site):
-    """The token table (V rows x D columns), every other module that shares it, and the heads tied to it.
+    """The token table (V rows x D columns), all other modules that share it, and the heads tied to it.
 
-    ``scale`` multiplies what a lookup returns (BART, Gemma 3); ``copies`` are other lookups of the same table
-    (T5 encoder and decoder); ``heads`` are tied output maps, whose own bias, if any, stays.
+    ``scale`` multiplies the result of a lookup (BART, Gemma 3). ``copies`` are other lookups of the same table (T5
+    encoder and decoder). ``heads`` are tied output projections; their own bias, if any, is not replaced.
     """
 
     rows: int
@@ -83,10 +83,10 @@ class LinearSite(Site):
 class AttentionSite(Site):
     """One self-attention: H heads of width K over ``length`` positions (the declared n).
 
-    ``position`` says how order enters: ``rope``, ``learned``, ``bias`` (T5: a bias added to the scores) or ``none``;
-    ``positions`` are the paths of the modules that do it, rotary ones or tables, for all layers of the stack together,
-    and empty where they cannot be taken out. ``window`` is the model's own sliding window, if any, and ``softcap`` its
-    cap on the scores (Gemma 2).
+    ``position`` says how positions enter: ``rope``, ``learned``, ``bias`` (T5: a bias added to the scores) or ``none``.
+    ``positions`` are the paths of the modules that do this, rotary ones or tables, for all layers of the stack; empty
+    if they cannot be removed. ``window`` is the model's own sliding window, if any. ``softcap`` is its cap on the
+    scores (Gemma 2).
     """
 
     heads: int
@@ -100,7 +100,7 @@ class AttentionSite(Site):
     positions: tuple[str, ...] = ()
 
     def flops(self, pairs: float) -> float:
-        """FLOPs per token when ``pairs`` of the n x n score pairs are computed: q.k and a.v, two each."""
+        """FLOPs per token when ``pairs`` of the n x n score pairs are computed: q.k and a.v, two per multiply-add."""
         return 4.0 * self.heads * self.head_width * pairs / self.length
 
     def dense(self) -> Cost:
@@ -109,9 +109,10 @@ class AttentionSite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySite(Site):
-    """The decoder's KV cache: ``layers`` layers, ``key_heads`` heads of width ``head_width``, ``length`` positions.
+    """The key/value cache of a decoder: ``layers`` layers, ``key_heads`` heads of width ``head_width``, ``length``
+    positions.
 
-    ``window`` is the model's own sliding window in any layer, if any, and ``softcap`` its cap on the scores (Gemma 2).
+    ``window`` is the model's own sliding window, if any layer has one. ``softcap`` is its cap on the scores (Gemma 2).
     """
 
     layers: int
@@ -124,7 +125,7 @@ class MemorySite(Site):
 
     @property
     def entry_bytes(self) -> int:
-        """Bytes of the keys and values of one position, all layers together."""
+        """Bytes of the keys and values of one position, in all layers together."""
         return 2 * self.layers * self.key_heads * self.head_width * self.width_in_bytes
 
     def dense(self) -> Cost:

@@ -1,4 +1,4 @@
-"""What one trial is, before it runs: everything that decides its outcome, and the id made from exactly that."""
+"""The specification of a trial: everything that determines its outcome, and the id made from it."""
 
 import hashlib
 import json
@@ -11,32 +11,35 @@ from taut.core.record import Record
 
 
 class TrialSpec(BaseModel):
-    """One cell of a study. ``study``, ``name``, ``recipe_name``, ``limits`` and ``expect`` do not enter the id, so
-    two studies that ask for the same thing share one record."""
+    """One cell of a study.
+
+    ``study``, ``study_digest``, ``recipe_name``, ``ram``, ``seconds`` and ``expect`` do not enter the id, so that two
+    studies with the same trial share one record.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     study: str
     study_digest: str = ""
     model: str
-    model_digest: str | None = Field(None, description="fingerprint of a local folder; None for what has a name")
+    model_digest: str | None = Field(None, description="fingerprint of a local folder; None for a model given by name")
     recipe_name: str
     recipe: dict[str, Any]
     seed: int = 0
-    tasks: tuple[dict[str, Any], ...] = Field((), description="each with name and the options of that task")
+    tasks: tuple[dict[str, Any], ...] = Field((), description="name and options of each task")
     measure: dict[str, Any] = Field(default_factory=dict)
-    text: str = Field("builtin", description="what calibration and healing read; see taut.data.calibration_texts")
+    text: str = Field("builtin", description="text for calibration and healing; see taut.data.calibration_texts")
     heal: int = Field(0, description="steps of healing after compressing")
     device: str = "cpu"
     dtype: str = "float32"
-    ram: int | None = Field(None, description="the most bytes a trial may need")
-    seconds: float | None = Field(None, description="the longest a trial may take")
+    ram: int | None = Field(None, description="most bytes that a trial may need")
+    seconds: float | None = Field(None, description="longest time that a trial may take, in seconds")
     expect: Literal["done", "failed"] = "done"
 
     @property
     def id(self) -> str:
         shared = {"model", "model_digest", "recipe", "seed", "tasks", "measure", "device", "dtype"}
-        # Only where they matter: the original is the same whatever text the others calibrate on.
+        # Without a recipe, text and healing change nothing, so they must not change the id.
         content = self.model_dump(include=shared)
         if self.recipe and self.text != "builtin":
             content["text"] = self.text
@@ -49,7 +52,7 @@ class TrialSpec(BaseModel):
         return f"{self.model} · {self.recipe_name} · seed {self.seed}"
 
     def record(self, status: Literal["done", "failed"], **found: Any) -> Record:
-        """The record of this trial: what was asked for, and what was ``found`` (scores, costs, reason, ...)."""
+        """The record of this trial: its specification, and what was ``found`` (scores, costs, reason, ...)."""
         return Record(
             id=self.id,
             study=self.study,

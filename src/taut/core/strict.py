@@ -1,4 +1,4 @@
-"""Files that people write: YAML read strictly, and models of it that name what is wrong."""
+"""Strict reading of YAML files that users write. Errors name the wrong key and the nearest valid one."""
 
 import re
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     former: ClassVar[dict[str, str]] = {}
-    """Keys that had another name once, each with the present one: the error names it."""
+    """The former names of keys, each with the present one, which the error names."""
 
     @model_validator(mode="before")
     @classmethod
@@ -32,29 +32,29 @@ class Strict(BaseModel):
 
     @classmethod
     def checked(cls, content: dict[str, Any], source: str) -> Self:
-        """From a mapping. Raises TautError in one line: ``source``, the key, what was given, what was expected."""
+        """Build from a mapping. Raises TautError in one line: ``source``, the key, the value, what was expected."""
         try:
             return cls(**content)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(step) for step in first["loc"])
             text = first["msg"].removeprefix("Value error, ")
-            given = "" if first["type"] in ("value_error", "missing") else f" = {first['input']!r}"
-            raise TautError(f"{source}: {key}{given}: {text}" if key else f"{source}: {text}") from None
+            value = "" if first["type"] in ("value_error", "missing") else f" = {first['input']!r}"
+            raise TautError(f"{source}: {key}{value}: {text}" if key else f"{source}: {text}") from None
 
 
 def check_names(model: type[BaseModel], names: Iterable[str], where: str, owner: str, noun: str) -> None:
-    """Raises TautError for a name that is no field of ``model``; see ``parse_options``."""
+    """Raises TautError for a name that is not a field of ``model``; see ``parse_options``."""
     for name in names:
         if name not in model.model_fields:
             raise TautError(f"{where}: {owner} has no {noun} {name!r}: {nearest(name, model.model_fields)}")
 
 
 def parse_options(model: type[Options], values: dict[str, Any], where: str, owner: str, noun: str) -> Options:
-    """``values`` as a ``model`` of the choices of ``owner``.
+    """Check ``values`` and return them as ``model``, the knobs or options of ``owner``.
 
-    Raises TautError in one line that begins with ``where``. It names the nearest ``noun`` (knob, option) for an unknown
-    one, and what was expected for a wrong value.
+    Raises TautError in one line that begins with ``where``. For an unknown ``noun`` (knob, option) it names the nearest
+    one; for a wrong value it says what was expected.
     """
     check_names(model, values, where, owner, noun)
     try:
@@ -69,7 +69,7 @@ def parse_options(model: type[Options], values: dict[str, Any], where: str, owne
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """The content of a file; ``what`` is what the user knows it as. Raises TautError naming the file."""
+    """Read a YAML file. ``what`` names it in error messages. Raises TautError that names the file."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
@@ -79,12 +79,12 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def kind(value: Any) -> str:
-    """What a value is, for an error message."""
+    """The type of a value in words, for an error message."""
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys and says nothing; a recipe would vanish from a study."""
+    """Refuses equal keys. Plain YAML silently keeps the last one, so a recipe would vanish from a study."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

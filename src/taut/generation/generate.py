@@ -58,9 +58,9 @@ class Generated:
 class _Pieces(TextStreamer):
     """Passes finished pieces of text on, and records the time of the first token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tell: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.tell = tell
+        self.on_text = on_text
         self.first: float | None = None
 
     def put(self, value: Tensor) -> None:
@@ -70,7 +70,7 @@ class _Pieces(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.tell(text)
+        self.on_text(text)
 
 
 @torch.no_grad()
@@ -83,13 +83,13 @@ def generate(
     tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
-    tell: Callable[[str], None] = lambda piece: None,
+    on_text: Callable[[str], None] = lambda piece: None,
 ) -> Generated:
     """Generate at most ``tokens`` tokens after ``prefix`` and ``prompt``.
 
-    At ``temperature`` 0 each step takes the most likely token. ``tell`` is called with each piece of text as soon as it
-    is finished. Raises TautError for an empty prompt, a text longer than the model's positions, and a model that is no
-    decoder.
+    At ``temperature`` 0 each step takes the most likely token. ``on_text`` is called with each piece of text as soon as
+    it is finished. Raises TautError for an empty prompt, a text longer than the model's positions, and a model that is
+    no decoder.
     """
     cache = empty_cache(model) if prefix is None else prefix.cache()
     begins = prefix is None
@@ -98,7 +98,7 @@ def generate(
         raise TautError("the prompt is empty: give at least one token")
     earlier = 0 if prefix is None else len(prefix.ids)
     check_length(model, earlier + ids.shape[1] + tokens)
-    pieces = _Pieces(tokenizer, tell)
+    pieces = _Pieces(tokenizer, on_text)
     chosen: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": tokens}
     if temperature > 0:
         torch.manual_seed(seed)

@@ -1,1 +1,1 @@
-"""Training the parts of a compressed model to answer as the original did."""
+"""Healing: training the parts of a compressed model to give the outputs of the original."""

@@ -1,4 +1,4 @@
-"""LoRA beside the maps that a recipe left dense: few numbers to train, merged into the maps at the end."""
+"""LoRA for the linear maps that a recipe left dense: few numbers to train, merged into the maps at the end."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ NAME = "healing"
 
 @contextmanager
 def adapted(model: PreTrainedModel, paths: Sequence[str], rank: int, seed: int) -> Iterator[dict[nn.Parameter, float]]:
-    """LoRA (Hu et al. 2021, arXiv 2106.09685) of ``rank`` at ``paths``, by PEFT: W x + B A x, with B zero at the start.
+    """Add LoRA (Hu et al. 2021, arXiv 2106.09685) of ``rank`` at ``paths`` with PEFT: W x + B A x, where B starts at 0.
 
-    Gives the new tensors with the root mean square that each counts as having: B's is that of its A. At the end B A is
-    added to the maps and the model has its own modules again; after a failure the maps are as they were. Raises
-    TautError when there is no map or PEFT is not installed.
+    Yields the new tensors, each with the root mean square that its step size is based on; B uses that of its A. At the
+    end B A is added to the maps, and the model has its own modules again. After a failure the maps are unchanged.
+    Raises TautError if ``paths`` is empty or PEFT is not installed.
     """
     if not paths:
         raise TautError("heal: train = adapters, but the recipe left no map dense; use parts, norms or all")
@@ -28,7 +28,7 @@ def adapted(model: PreTrainedModel, paths: Sequence[str], rank: int, seed: int) 
         raise TautError("heal: train = adapters needs the package peft: pip install 'taut[adapters]'") from None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        # Alpha equal to the rank: the product counts as it is.
+        # With alpha equal to the rank, PEFT does not scale the product.
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(paths))
         lora = LoraModel(model, config, NAME)
     sizes = {}

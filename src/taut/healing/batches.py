@@ -1,4 +1,4 @@
-"""From texts to batches of model inputs, the same every time."""
+"""Reproducible batches of model inputs from texts."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from taut.data.token_rows import text_rows
 from taut.healing.losses import IGNORED
 
 POOL = 16
-"""Batches sorted by length together: near neighbours need little padding, and the order stays random."""
+"""The number of batches that are sorted by length together. It limits padding, and the order stays random."""
 MASKED = 0.15
 """The share of tokens hidden from a masked language model, as in its own training."""
 
@@ -27,22 +27,22 @@ def text_batches(
     length: int = 64,
     seed: int = 0,
 ) -> list[dict[str, Tensor]]:
-    """Model inputs on the CPU: ``size`` texts of similar length, padded on the right, with an ``attention_mask``.
+    """Make model inputs on the CPU: ``size`` texts of similar length, padded on the right, with an ``attention_mask``.
 
-    Every text is in one batch; the order follows from ``seed``. Encoder-decoders get the same tokens on both sides;
-    masked language models find some of them hidden, and ``labels`` says which. Raises TautError for less text than one
-    batch.
+    Every text is in one batch; the order depends only on ``seed``. Encoder-decoders get the same tokens on both sides.
+    For masked language models some tokens are hidden, and ``labels`` holds them. Raises TautError for less text than
+    one batch.
     """
     rows = text_rows(tokenizer, texts, min(length, tokenizer.model_max_length, position_limit(model.config) or length))
     if len(rows) < size:
-        raise TautError(f"too little text: {len(rows)} texts of two tokens or more, and a batch takes {size}")
-    draw = random.Random(seed)
-    draw.shuffle(rows)
+        raise TautError(f"too little text: {len(rows)} texts of two tokens or more, but a batch needs {size}")
+    order = random.Random(seed)
+    order.shuffle(rows)
     chunks: list[list[list[int]]] = []
     for start in range(0, len(rows), size * POOL):
         pool = sorted(rows[start : start + size * POOL], key=len)
         chunks += [pool[at : at + size] for at in range(0, len(pool), size)]
-    draw.shuffle(chunks)
+    order.shuffle(chunks)
     padding = tokenizer.pad_token_id or 0
     batches = [_padded(chunk, padding) for chunk in chunks]
     if model.config.is_encoder_decoder:
@@ -59,14 +59,14 @@ def text_batches(
 
 
 def next_tokens(ids: Tensor, real: Tensor) -> Tensor:
-    """(B, T) ids and which are real -> (B, T) labels of a causal model: at each place the token that follows."""
+    """(B, T) ids and which are real -> (B, T) labels of a causal model: at each position the next token."""
     labels = ids.masked_fill(~real, IGNORED).roll(-1, dims=1)
     labels[:, -1] = IGNORED
     return labels
 
 
 def predicts_masked(model: PreTrainedModel) -> bool:
-    """Whether the model fills in masked tokens: an output map over the vocabulary and no causal decoder."""
+    """Whether the model predicts masked tokens, by the name of its class."""
     return type(model).__name__.endswith("ForMaskedLM")
 
 

@@ -1,8 +1,8 @@
-"""Healing: what a recipe installed learns, on unlabelled text, to answer as the original did.
+"""Healing: train the parts that a recipe installed, on unlabelled text, to give the outputs of the original.
 
 Knowledge distillation (Hinton et al. 2015, arXiv 1503.02531) of last hidden states and logits at temperature 1.
-Changed: nothing but the new parts learns unless asked, and the rate of a tensor is relative to its size and to how far
-its part is from the original.
+Changed: by default only the new parts are trained. The learning rate of a tensor is relative to its size and to the
+distance of its part from the original.
 """
 
 import hashlib
@@ -34,9 +34,9 @@ from taut.surgery.loading import open_model
 from taut.surgery.prepare import Prepared
 
 HELD = 8
-"""Batches that judge the result."""
+"""The most batches that measure the result."""
 RUN = "run.json"
-"""What a folder of checkpoints belongs to."""
+"""The file that says which run a folder of checkpoints belongs to."""
 
 
 def heal(
@@ -52,18 +52,18 @@ def heal(
     seconds: float = 30.0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train what was installed in ``model``, in place, to answer as ``original``; returns what its config records.
+    """Train the parts installed in ``model``, in place, to give the outputs of ``original``. Return what is recorded.
 
-    ``texts`` need the ``tokenizer``; or give ``batches`` of model inputs. ``text`` is what the record calls them.
-    ``choices``: a number of steps, or a Healing. The loss is measured before and after, on batches that nothing was
-    learned from where there is text for that; what was fitted is put back when healing did not lower it (``kept``).
+    Give ``texts`` and their ``tokenizer``, or ``batches`` of model inputs. ``text`` is their name in the record, which
+    the model's config keeps. ``choices``: a number of steps, or a Healing. The loss is measured before and after, on
+    held-out batches if there is enough text. If healing raises it, the fitted values are restored (``kept`` is False).
 
-    With the folder ``state`` a run that was cut off goes on there to the bits it would have had, a checkpoint every
-    ``seconds`` (0: after every step); the folder is removed at the end.
+    With the folder ``state``, an interrupted run continues there and reaches the same bits. A checkpoint is written
+    every ``seconds`` (0: after every step). The folder is removed at the end.
 
-    The model computes in float32 meanwhile and has its dtypes back afterwards; both models end in evaluation mode. When
-    anything fails the model is as before. Once more than the parts has learned, ``taut.undo`` is refused. Raises
-    TautError when the model is not compressed, when nothing in it can learn, for too little text, and when ``state``
+    The model computes in float32 during healing and has its dtypes back afterwards. Both models end in evaluation mode.
+    After a failure the model is as before. Once more than the parts was trained, ``taut.undo`` is refused. Raises
+    TautError if the model is not compressed, if nothing in it can be trained, for too little text, and if ``state``
     belongs to another run.
     """
     chosen = Healing.parse(choices)
@@ -75,35 +75,35 @@ def heal(
             raise TautError("heal: give texts and their tokenizer=, or batches= of model inputs")
         batches = text_batches(tokenizer, texts, model, size=chosen.batch, length=chosen.length, seed=chosen.seed)
     targets = _targets(model, original, chosen.target, batches[0])
-    # A file is called by its name alone: a checkpoint holds no path of the machine it was made on.
+    # Only the name of a file is recorded, so that a checkpoint holds no path of this machine.
     text = Path(text).name if Path(text).is_file() else text
     facts: dict[str, Any] = {"steps": chosen.steps, "seed": chosen.seed, "text": text}
     facts |= {"target": "+".join(targets), "train": chosen.train, "by": chosen.by}
-    known = model.hf_quantizer.quantization_config
-    belongs = {"recipe": known.recipe, "original": known.original, "batches": _digest(batches)}
+    config = model.hf_quantizer.quantization_config
+    belongs = {"recipe": config.recipe, "original": config.original, "batches": _digest(batches)}
     run = facts | chosen.model_dump() | belongs
     if chosen.by == "layer":
         blocks_of(original)
     original.eval()
     comparison = Comparison(model, original, batches, targets)
-    learned, held = _split(len(batches))
+    learned, held_out = _split(len(batches))
     with _state(state, run) as folder:
-        facts["loss_first"] = comparison.mean(held)
+        facts["loss_first"] = comparison.mean(held_out)
         fitted = Snapshot(learners(model, original, chosen.train))
         with unpacked(model, original, chosen.train, chosen.rank, chosen.seed) as trained:
             if chosen.by == "layer":
-                own = [batches[number] for number in learned]
-                heal_by_layer(model, original, own, trained, chosen, folder, seconds, progress)
+                training = [batches[number] for number in learned]
+                heal_by_layer(model, original, training, trained, chosen, folder, seconds, progress)
             else:
                 task = Distillation(comparison, trained, learned, chosen.seed)
                 train(task, optimizer(trained, chosen.learning_rate), chosen, folder, seconds, progress)
-        facts["loss_last"] = comparison.mean(held)
+        facts["loss_last"] = comparison.mean(held_out)
     facts["kept"] = facts["loss_last"] <= facts["loss_first"]
     if not facts["kept"]:
         fitted.put_back()
     elif chosen.train != "parts":
         surgery_of(model).reversible = False
-    known.healed = facts
+    config.healed = facts
     return facts
 
 
@@ -119,10 +119,10 @@ def compress_and_heal(
     progress: Progress | None = None,
     healing: Progress | None = None,
 ) -> PreTrainedModel:
-    """``surgery.apply.compress``, then ``heal`` on the same texts, beside a second copy of the original.
+    """Compress a model (``surgery.apply.compress``), then ``heal`` it on the same texts with a copy of the original.
 
-    ``seed`` counts for both unless ``choices`` has its own. The text is checked before any weight is read. Raises
-    TautError as the two do, and for a source without a tokenizer.
+    ``seed`` applies to both unless ``choices`` has its own. The text is checked before any weight is read. Raises
+    TautError as both functions do, and for a source without a tokenizer.
     """
     chosen = Healing.parse(choices, seed)
     if not chosen.steps:
@@ -134,7 +134,7 @@ def compress_and_heal(
     sizes = {"size": chosen.batch, "length": chosen.length, "seed": chosen.seed}
     batches = text_batches(tokenizer, texts, prepared.skeleton, **sizes)
     model = compress(prepared, texts, device=device, seed=seed, progress=progress)
-    # Healing by layer is for models of which two do not fit: the second one stays on disk.
+    # Healing by layer is for models that do not fit into memory twice, so the original stays on disk.
     place = "disk" if chosen.by == "layer" else device
     original = open_model(prepared.source, prepared.skeleton.dtype, place, seed)
     heal(model, original, choices=chosen, batches=batches, text=text, state=state, progress=healing)
@@ -142,7 +142,7 @@ def compress_and_heal(
 
 
 def _split(count: int) -> tuple[range, range]:
-    """Which batches are learned from, and which judge the result: others where there is enough text."""
+    """Which batches to train on, and which to measure the result on: different ones if there is enough text."""
     held = min(HELD, count // 8)
     return range(held, count), range(held or min(HELD, count))
 
@@ -150,7 +150,7 @@ def _split(count: int) -> tuple[range, range]:
 def _targets(
     model: PreTrainedModel, original: PreTrainedModel, target: str, batch: dict[str, Tensor]
 ) -> tuple[str, ...]:
-    """What is imitated, with ``auto`` settled. Raises TautError for logits or labels of a model that has none."""
+    """The targets, with ``auto`` resolved. Raises TautError for logits or labels of a model that has none."""
     inputs = {name: tensor[:1].to(model.device) for name, tensor in batch.items() if name != "labels"}
     with torch.no_grad():
         logits = model(**inputs).get("logits")
@@ -167,12 +167,12 @@ def _targets(
 
 
 def _causal(model: PreTrainedModel) -> bool:
-    """Whether any of its tokens is kept from seeing later ones: then a mean over tokens is no vector of the text."""
+    """Whether some attention is causal. Then a mean over tokens does not represent the text."""
     return any(site.causal for site in locate(model).sites if isinstance(site, AttentionSite))
 
 
 def _digest(batches: Sequence[dict[str, Tensor]]) -> str:
-    """A hash of all inputs: a checkpoint is only good for the same text in the same order."""
+    """A hash of all inputs. A checkpoint is valid only for the same text in the same order."""
     total = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):
@@ -182,21 +182,21 @@ def _digest(batches: Sequence[dict[str, Tensor]]) -> str:
 
 @contextmanager
 def _state(folder: str | Path | None, run: dict[str, Any]) -> Iterator[Path]:
-    """Where checkpoints lie: ``folder``, kept when the block fails, or a temporary one."""
+    """The folder of checkpoints: ``folder``, which stays if the block fails, or a temporary one."""
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="taut-") as temporary:
             yield Path(temporary)
         return
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    known = path / RUN
-    if known.is_file() and json.loads(known.read_text()) != run:
-        other = json.loads(known.read_text())
+    file = path / RUN
+    if file.is_file() and json.loads(file.read_text()) != run:
+        other = json.loads(file.read_text())
         change = next(key for key in {**other, **run} if other.get(key) != run.get(key))
         raise TautError(
             f"{path}: holds another healing run ({change} {other.get(change)!r}, now {run.get(change)!r}); remove it "
-            "to start anew"
+            "to start again"
         )
-    known.write_text(json.dumps(run, sort_keys=True))
+    file.write_text(json.dumps(run, sort_keys=True))
     yield path
     shutil.rmtree(path)

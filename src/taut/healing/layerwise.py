@@ -1,5 +1,7 @@
-"""Healing one block after the other: each learns to give, from what the healed blocks before it gave, what the
-original's gave. The original may stay on disk, of which one block at a time is in memory.
+"""Healing one block after the other: each is trained to give the output of the original's block.
+
+Its input is the output of the healed blocks before it. The original may stay on disk, with one block at a time in
+memory.
 
 Block-wise distillation as in Li et al. 2021, BRECQ (arXiv 2102.05426). Changed: the loss is the relative error of the
 block's output, and a block's target comes from the original's own input rather than from the student's.
@@ -26,10 +28,10 @@ CACHES = ("past_key_values", "past_key_value", "use_cache", "cache_position")
 
 
 class LayerBlock:
-    """How far one block of a student is from its targets: what Distillation lowers.
+    """The loss of one block of a student against its targets, for Distillation.
 
-    ``inputs`` and ``targets``, one (B, T, D) tensor for each batch; ``calls`` the other arguments of the block;
-    ``real`` (B, T) bool.
+    Every batch has ``inputs`` and ``targets`` (B, T, D) of the block, its other arguments in ``calls``, and ``real``
+    (B, T) bool.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class LayerBlock:
         self.student, self.inputs, self.targets, self.calls, self.real = student, inputs, targets, calls, real
 
     def loss(self, index: int) -> Tensor:
-        """Of one batch, float32 scalar."""
+        """The loss of one batch, float32 scalar."""
         output, real = self.calls[index](self.student, self.inputs[index]), self.real[index]
         return relative_error(output[real].float(), self.targets[index][real].float())
 
@@ -58,10 +60,10 @@ def heal_by_layer(
     seconds: float = 30.0,
     progress: Progress | None = None,
 ) -> None:
-    """Train what learns (``trained``, with the sizes of its steps) in each block for ``choices.steps`` steps, in place.
+    """Train the tensors ``trained``, with their step sizes, in each block for ``choices.steps`` steps, in place.
 
-    Holds the hidden states of at most that many batches, twice. Finished blocks are kept in ``folder``, so that a run
-    cut off goes on where it was. Raises TautError for a model with two stacks, and when no block has anything to learn.
+    Holds the hidden states of at most that many batches, twice. Finished blocks are kept in ``folder``, from which an
+    interrupted run continues. Raises TautError for a model with two stacks, and if no block has anything to train.
     """
     paths = blocks_of(original)
     learning = [{p: trained[p] for p in model.get_submodule(path).parameters() if p in trained} for path in paths]
@@ -73,20 +75,20 @@ def heal_by_layer(
     inputs, calls = _enter(model, paths, batches)
     theirs, _ = _enter(original, paths[:1], batches)
     before = 0
-    for number, (path, own) in enumerate(zip(paths, learning, strict=True)):
+    for number, (path, group) in enumerate(zip(paths, learning, strict=True)):
         block = model.get_submodule(path)
         targets = _through(original.get_submodule(path), theirs, calls[number])
-        if own:
+        if group:
             finished = folder / f"layer-{number}.safetensors"
             if finished.is_file():
-                _fill(own, load_file(finished))
+                _fill(group, load_file(finished))
             else:
                 task = Distillation(
-                    LayerBlock(block, inputs, targets, calls[number], real), own, range(len(batches)), choices.seed
+                    LayerBlock(block, inputs, targets, calls[number], real), group, range(len(batches)), choices.seed
                 )
                 seen = None if progress is None else partial(_report, progress, before, total)
-                train(task, optimizer(own, choices.learning_rate), choices, folder / f"layer-{number}", seconds, seen)
-                _keep(own, finished)
+                train(task, optimizer(group, choices.learning_rate), choices, folder / f"layer-{number}", seconds, seen)
+                _keep(group, finished)
             before += choices.steps
         inputs, theirs = _through(block, inputs, calls[number]), targets
 
@@ -103,7 +105,7 @@ def blocks_of(original: PreTrainedModel) -> tuple[str, ...]:
 def _enter(
     model: PreTrainedModel, paths: Sequence[str], batches: Sequence[dict[str, Tensor]]
 ) -> tuple[list[Tensor], list[list[partial]]]:
-    """For every batch what the first block gets, and for each block and batch how it is called."""
+    """The input of the first block for every batch, and the other arguments of each block for every batch."""
     inputs: list[Tensor] = []
     calls: list[list[partial]] = [[] for _ in paths]
 
@@ -128,7 +130,7 @@ def _enter(
 
 
 def _device(model: PreTrainedModel) -> torch.device:
-    """Where a model wants its inputs; one that stays on disk computes on the CPU."""
+    """The device of a model's inputs. A model that stays on disk computes on the CPU."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
@@ -147,7 +149,7 @@ def _report(progress: Progress, before: int, total: int, done: int, _: int) -> N
 
 
 def _keep(learned: Mapping[nn.Parameter, float], path: Path) -> None:
-    """Whole or not at all."""
+    """Write the file completely or not at all."""
     partial_file = path.with_suffix(".part")
     save_file({str(number): tensor.detach().contiguous() for number, tensor in enumerate(learned)}, partial_file)
     partial_file.replace(path)

@@ -1,5 +1,7 @@
-"""How far a student's answers are from its teacher's. All losses are means in nats or in shares of a variance, so they
-do not depend on widths, lengths or batch sizes."""
+"""Losses between the outputs of a student and those of its teacher.
+
+All are means, in nats or in shares of a variance, so they do not depend on widths, lengths or batch sizes.
+"""
 
 from collections.abc import Collection
 from typing import Any
@@ -11,14 +13,14 @@ from torch.nn import functional as F
 from taut.core.errors import TautError, nearest
 
 IGNORED = -100
-"""The label of a position where nothing is asked, as everywhere in transformers."""
+"""The label of a position where nothing is predicted, as everywhere in transformers."""
 TARGETS = ("hidden", "layers", "vectors", "logits", "labels")
 """What a student can learn from: the last hidden states, those after every layer, the mean vector of each text and how
 similar the texts of a batch are, the logits, and the text itself."""
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """``hidden+vectors`` -> ("hidden", "vectors"), in the order of ``TARGETS``. Raises TautError with the nearest."""
+    """``hidden+vectors`` -> ("hidden", "vectors"), in the order of ``TARGETS``. Raises TautError for others."""
     words = text.split("+")
     for word in words:
         if word not in TARGETS:
@@ -51,51 +53,50 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def answers(output: Any, real: Tensor, targets: Collection[str]) -> dict[str, Tensor]:
-    """What of a model's output is imitated, float32, under the names of ``targets`` (``labels`` aside).
+    """Select from a model's output what is imitated, float32, under the names of ``targets`` except ``labels``.
 
     ``hidden``: the last states of the N real tokens, (N, D). ``layers``: those of the layers before it, (L - 1, N, D).
     ``vectors``: (B, D), the mean state of each text, of length one. ``logits``: (N, V) of the same tokens, or (B, C) of
-    a classifier. ``real`` (B, T) bool marks the real tokens of what the output is about: the decoder's where there is
-    one.
+    a classifier. ``real`` (B, T) bool marks the real tokens: those of the decoder, if there is one.
     """
     states = output.get("decoder_hidden_states") or output.get("hidden_states")
     last = output["last_hidden_state"] if "last_hidden_state" in output else states[-1]
-    found = {}
+    selected = {}
     if "hidden" in targets:
-        found["hidden"] = last[real].float()
+        selected["hidden"] = last[real].float()
     if "layers" in targets:
-        found["layers"] = torch.stack([state[real] for state in states[1:-1]]).float()
+        selected["layers"] = torch.stack([state[real] for state in states[1:-1]]).float()
     if "vectors" in targets:
         weights = real[..., None].float()
-        found["vectors"] = F.normalize((last.float() * weights).sum(1) / weights.sum(1).clamp_min(1), dim=-1)
+        selected["vectors"] = F.normalize((last.float() * weights).sum(1) / weights.sum(1).clamp_min(1), dim=-1)
     if "logits" in targets:
         logits = output["logits"]
-        found["logits"] = (logits[real] if logits.shape[:2] == real.shape else logits).float()
-    return found
+        selected["logits"] = (logits[real] if logits.shape[:2] == real.shape else logits).float()
+    return selected
 
 
 def imitation(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
-    """The loss of one batch: a term for each of the teacher's answers, all of weight one.
+    """The loss of one batch: a term of weight one for each output of the teacher.
 
-    ``hidden`` and ``layers`` (their mean) count with their relative error, ``vectors`` with theirs and that of their
-    similarities, ``logits`` with their divergence.
+    ``hidden`` and ``layers`` (their mean) count with their relative error; ``vectors`` with theirs and that of their
+    similarities; ``logits`` with their divergence.
     """
     terms = []
-    for name, taught in teacher.items():
-        given = student[name]
+    for name, target in teacher.items():
+        output = student[name]
         match name:
             case "hidden":
-                terms.append(relative_error(given, taught))
+                terms.append(relative_error(output, target))
             case "layers":
-                pairs = zip(given, taught, strict=True)
-                terms.append(torch.stack([relative_error(own, other) for own, other in pairs]).mean())
+                pairs = zip(output, target, strict=True)
+                terms.append(torch.stack([relative_error(layer, target_layer) for layer, target_layer in pairs]).mean())
             case "vectors":
-                terms += [relative_error(given, taught), similarity_error(given, taught)]
+                terms += [relative_error(output, target), similarity_error(output, target)]
             case "logits":
-                terms.append(divergence(given, taught))
+                terms.append(divergence(output, target))
     return torch.stack(terms).sum()
 
 
 def text_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, T, V) logits, (B, T) integer labels with -100 where nothing is asked -> mean cross-entropy, nats."""
+    """(B, T, V) logits, (B, T) integer labels with -100 where nothing is predicted -> mean cross-entropy, nats."""
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)

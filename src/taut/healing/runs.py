@@ -1,4 +1,4 @@
-"""What every run of transformers.Trainer here shares: its settings, when it saves, and what ends it."""
+"""What all runs of transformers.Trainer in taut share: the settings, when to save, and what ends a run."""
 
 import json
 import math
@@ -19,11 +19,11 @@ from taut.core.errors import TautError
 FINISHED = "trainer_state.json"
 """The file that Trainer writes last: a checkpoint without it was cut off."""
 SHARE = 20
-"""Checkpoints take at most one part in this many of the time."""
+"""Writing checkpoints takes at most one part in this many of the time."""
 
 
 class Diverged(TautError):
-    """The loss, its gradient or a weight is not finite any more."""
+    """The loss, its gradient or a weight is no longer finite."""
 
 
 class SaveClock:
@@ -47,9 +47,9 @@ class SaveClock:
 
 
 def training_arguments(folder: Path, device: str, *, steps: int, seed: int, **options: Any) -> TrainingArguments:
-    """Settings for ``steps`` steps over rows in their order, with every loss logged and no checkpoint by itself.
+    """Settings for ``steps`` steps over rows in their order. Every loss is logged, and Trainer saves only on request.
 
-    ``device`` is a kind such as ``cpu``. ``options`` are further fields of TrainingArguments.
+    ``device`` is a type such as ``cpu``. ``options`` are further fields of TrainingArguments.
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -91,7 +91,7 @@ def newest(folder: Path) -> Path | None:
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Put the random states of torch, Python and NumPy back afterwards: Trainer seeds them all."""
+    """Restore the random states of torch, Python and NumPy afterwards, because Trainer seeds them all."""
     python, numbers = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng():
         try:

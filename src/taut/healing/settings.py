@@ -1,4 +1,4 @@
-"""What healing may be told."""
+"""The settings of healing."""
 
 from typing import Any, Literal, Self
 
@@ -11,31 +11,36 @@ Trained = Literal["parts", "norms", "adapters", "body", "all"]
 
 
 class Healing(Strict):
-    """The choices of one healing run. Two runs with equal choices on equal text give equal bits."""
+    """The settings of one healing run. Equal settings on equal text give equal bits."""
 
     steps: int = Field(ge=0, description="optimizer steps; 0 changes nothing")
-    batch: int = Field(32, ge=1, description="texts in a step")
-    length: int = Field(64, ge=4, description="tokens of a text at most; longer ones are cut into several")
+    batch: int = Field(32, ge=1, description="texts per step")
+    length: int = Field(64, ge=4, description="most tokens of a text; longer texts are cut into several")
     by: Literal["model", "layer"] = Field(
         "model",
-        description="model: the whole at once; layer: one block after the other, steps for each, the original on disk",
+        description="model: all blocks at once; layer: one after the other, steps for each, the original on disk",
     )
     target: str = Field(
         "auto",
         description="what to learn from, joined by +: hidden, layers, vectors, logits, labels; auto: hidden+logits "
-        "where there is a head, hidden+vectors for an encoder without one, else hidden",
+        "with a head, hidden+vectors for an encoder without one, else hidden",
     )
     train: Trained = Field(
         "parts",
-        description="parts: only what the recipe installed; norms: and the norms; adapters: and LoRA on the other "
-        "maps, merged at the end; body: all but token tables that stay; or all",
+        description="parts: only what the recipe installed; norms: also the norms; adapters: also LoRA on the other "
+        "maps, merged at the end; body: all but token tables that were not replaced; or all",
     )
-    rank: int = Field(8, ge=1, description="of the adapters, with train=adapters")
+    rank: int = Field(8, ge=1, description="rank of the adapters, with train=adapters")
     learning_rate: float = Field(
-        0.03, gt=0, le=1, description="of a tensor, as a share of its root mean square times its part's relative error"
+        0.03,
+        gt=0,
+        le=1,
+        description="rate of a tensor, as a share of its root mean square times its part's relative error",
     )
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises; then a cosine")
-    seed: int = Field(0, ge=0, description="of the order of the texts")
+    warmup: float = Field(
+        0.05, ge=0, lt=1, description="share of the steps in which the rate rises; then it follows a cosine"
+    )
+    seed: int = Field(0, ge=0, description="seed of the order of texts, of adapters and of random steps")
 
     @field_validator("target")
     @classmethod
@@ -45,14 +50,16 @@ class Healing(Strict):
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.by == "layer" and self.target != "auto":
-            raise ValueError(f"target = {self.target!r}: by=layer imitates what each block gives; leave target out")
+            raise ValueError(f"target = {self.target!r}: by=layer imitates the output of each block; leave target out")
         return self
 
     @classmethod
     def parse(cls, choices: "int | dict[str, Any] | Healing", seed: int = 0) -> "Healing":
-        """A number of steps, or several choices by name; ``seed`` where they have none. Raises TautError naming the
-        choice that is wrong."""
+        """Parse a number of steps, or settings by name. ``seed`` is the default of theirs.
+
+        Raises TautError that names the wrong setting.
+        """
         if isinstance(choices, Healing):
             return choices
-        given = choices if isinstance(choices, dict) else {"steps": choices}
-        return cls.checked({"seed": seed} | given, "heal")
+        values = choices if isinstance(choices, dict) else {"steps": choices}
+        return cls.checked({"seed": seed} | values, "heal")

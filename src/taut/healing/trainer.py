@@ -1,4 +1,4 @@
-"""transformers.Trainer, told to train a Distillation and nothing else."""
+"""transformers.Trainer for Distillation."""
 
 import math
 import time
@@ -27,11 +27,11 @@ def train(
     seconds: float = 30.0,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Run all steps, or those that the newest whole checkpoint in ``folder`` lacks; the loss of every step.
+    """Run all steps, or those after the newest complete checkpoint in ``folder``. Return the loss of every step.
 
-    A checkpoint is written every ``seconds`` (0: after every step), or less often where writing would take more than a
-    twentieth of the time. Torch's, Python's and NumPy's random states are as before afterwards. Raises TautError when
-    the loss is no longer finite.
+    A checkpoint is written every ``seconds`` (0: after every step), or less often if writing would take more than a
+    twentieth of the time. The random states of torch, Python and NumPy are restored afterwards. Raises TautError if the
+    loss is no longer finite, and if Trainer would use another device than the model's.
     """
     device = task.trained[0].device
     arguments = training_arguments(
@@ -46,7 +46,7 @@ def train(
         report_to="none",
     )
     if (arguments.device.type, arguments.device.index or 0) != (device.type, device.index or 0):
-        raise TautError(f"healing: the model is on {device}, and Trainer trains on {arguments.device}; move the model")
+        raise TautError(f"healing: the model is on {device}, but Trainer uses {arguments.device}; move the model")
     with random_states_kept():
         trainer = Trainer(
             task,
@@ -63,9 +63,9 @@ def train(
 
 
 def optimizer(trained: Mapping[nn.Parameter, float], rate: float) -> torch.optim.Optimizer:
-    """Adam whose rate for a tensor is ``rate`` times the size that ``trained`` gives it.
+    """Make Adam with a rate for each tensor: ``rate`` times its size in ``trained``.
 
-    Adam's steps do not shrink with the gradient: codebooks, norms and tables differ in scale by orders of magnitude,
+    Adam's steps do not shrink with the gradient. Codebooks, norms and tables differ in scale by orders of magnitude,
     and steps that suit a table in 2 bits would spoil one in 8.
     """
     groups = [{"params": [tensor], "lr": rate * size} for tensor, size in trained.items()]
@@ -74,7 +74,7 @@ def optimizer(trained: Mapping[nn.Parameter, float], rate: float) -> torch.optim
 
 
 class _Steps(Dataset):
-    """The numbers of the steps; what a step does follows from its number alone."""
+    """The numbers of the steps. What a step does depends only on its number."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps

@@ -1,4 +1,4 @@
-"""A compressed model made ready to learn, and put back."""
+"""Unpack the parts of a compressed model for training, and repack them afterwards."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,16 +18,16 @@ from taut.surgery.align import align_tensors
 from taut.surgery.apply import surgery_of
 
 UNPACKED = "_unpacked"
-"""How a part names what it will round."""
+"""The ending of the names of parameters that ``repack`` will round."""
 ROUNDED = 0.1
-"""How much shorter the steps of such numbers are: rounding hides movements from the loss, and what it hides becomes
-noise. Found by trying on tables in 2 bits and on factors of low rank."""
+"""The factor on the step sizes of such parameters. Rounding hides small changes from the loss, and what it hides
+becomes noise. Chosen by experiments on tables in 2 bits and on factors of low rank."""
 LEAST = 1e-3
-"""The root mean square that a tensor of zeros is taken to have."""
+"""The least root mean square that a step size is based on, for tensors of zeros."""
 
 
 class Snapshot:
-    """The tensors of some modules as they are now, to be put back."""
+    """A copy of the tensors of some modules, to restore them later."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._states = [
@@ -40,8 +40,10 @@ class Snapshot:
 
 
 def originals(model: PreTrainedModel, original: PreTrainedModel) -> Iterator[tuple[Part, Tensor]]:
-    """Every part with tensors, and the original's dense weight there: (V, D) of a table, (outputs, inputs) of a map.
-    One after the other, as an original that stays on disk is larger than memory."""
+    """Yield every part with tensors, and the original's dense weight: (V, D) of a table, (outputs, inputs) of a map.
+
+    One after the other, because an original that stays on disk may be larger than memory.
+    """
     for step in surgery_of(model).steps:
         if isinstance(step.method, PartMethod):
             module = original.get_submodule(step.site.path)
@@ -52,7 +54,7 @@ def originals(model: PreTrainedModel, original: PreTrainedModel) -> Iterator[tup
 
 
 def learners(model: PreTrainedModel, original: PreTrainedModel, which: str) -> list[nn.Module]:
-    """The modules that may change: parts, those and the norms or the maps left dense, or the model."""
+    """The modules that may change: the parts, alone or with the norms or the maps left dense; or the whole model."""
     if which in ("body", "all"):
         return [model]
     kept = set(_left_dense(model, original)) if which == "adapters" else set()
@@ -67,14 +69,15 @@ def learners(model: PreTrainedModel, original: PreTrainedModel, which: str) -> l
 def unpacked(
     model: PreTrainedModel, original: PreTrainedModel, which: str = "parts", rank: int = 8, seed: int = 0
 ) -> Iterator[dict[nn.Parameter, float]]:
-    """The parameters that may learn, float32, each with the size of its steps; everything else is frozen.
+    """Unpack the parts and yield the parameters to train, float32, each with its step size. All others are frozen.
 
-    That is its root mean square times how far it has to go: the relative error ||E' - E|| / ||E||, at most 1, of what
-    its part stands for against the original's weight; outside of parts the mean of theirs. Numbers that are rounded on
-    the way count for a part of it (``ROUNDED``). ``rank`` and ``seed`` are those of adapters.
+    The step size is the root mean square of the tensor times the relative error ||E' - E|| / ||E||, at most 1. E' is
+    the dense equivalent of its part and E the original's weight. Outside of parts, the error is the mean over the
+    tensors of parts. Parameters that will be rounded have smaller steps (``ROUNDED``). ``rank`` and ``seed`` are those
+    of adapters.
 
-    Afterwards the parts are tight, and dtypes and ``requires_grad`` as before; after a failure the values too. Raises
-    TautError when nothing can learn.
+    Afterwards the parts are repacked, and dtypes and ``requires_grad`` are as before; after a failure the values too.
+    Raises TautError if nothing can be trained.
     """
     parts = [module for module in model.modules() if isinstance(module, Part)]
     modules = learners(model, original, which)
@@ -91,7 +94,7 @@ def unpacked(
         mean = sum(errors.values()) / max(1, len(errors))
         dense = _left_dense(model, original) if which == "adapters" else []
         with adapted(model, dense, rank, seed) if which == "adapters" else nullcontext({}) as sizes:
-            # PEFT has just frozen everything but its own.
+            # PEFT has just frozen everything but its own tensors.
             _allow(model, modules, which)
             learning = [tensor for tensor in model.parameters() if tensor.requires_grad]
             start = [(tensor, tensor.detach().clone()) for tensor in learning]
@@ -100,7 +103,7 @@ def unpacked(
                 raise TautError(f"heal: nothing here can learn ({names}); use train: norms or all")
             yield {tensor: sizes.get(tensor, _size(tensor)) * errors.get(tensor, mean) for tensor in learning}
     except BaseException:
-        # What cannot be stored (a loss that ran away) must not reach ``tighten``.
+        # After a loss has diverged, values may not be storable. They must not reach ``repack``.
         with torch.no_grad():
             for tensor, value in start:
                 tensor.copy_(value)
@@ -111,30 +114,32 @@ def unpacked(
 
 
 def _allow(model: PreTrainedModel, modules: Sequence[nn.Module], which: str) -> None:
-    """Let those that may learn have gradients."""
+    """Enable gradients for what is trained."""
     for module in modules:
         if which != "adapters" or isinstance(module, Part):
             module.requires_grad_(True)
     table = model.get_input_embeddings()
     if which == "body" and not isinstance(table, Part):
-        # A head tied to the table is the same tensor.
+        # This freezes a tied head too, because it is the same tensor.
         table.requires_grad_(False)
 
 
 def _left_dense(model: PreTrainedModel, original: PreTrainedModel) -> list[str]:
-    """The paths of the maps in the blocks that no part took. Where they are is read off the original."""
+    """The paths of the linear maps in the blocks that no part replaces, as located in the original."""
     taken = {step.site.path for step in surgery_of(model).steps}
     return [site.path for site in locate(original).sites if isinstance(site, LinearSite) and site.path not in taken]
 
 
 def _size(tensor: Tensor) -> float:
-    """Root mean square; a tensor of zeros, such as a fresh bias, counts as small and not as nothing."""
+    """The root mean square. A tensor of zeros, such as a new bias, counts as small, so that it can be trained."""
     return max(float(tensor.detach().float().square().mean().sqrt()), LEAST)
 
 
 class _Marks:
-    """Dtypes and ``requires_grad`` of a model, to be put back. Not all tensors of a half-precision model are half: its
-    rotary frequencies, for one, would suffer from a round trip."""
+    """Dtypes and ``requires_grad`` of all tensors of a model, to restore them later.
+
+    Not all tensors of a half-precision model are half: rotary frequencies, for example, would lose precision.
+    """
 
     def __init__(self, model: PreTrainedModel, parts: Sequence[Part]) -> None:
         self.model, self.parts = model, [(part, part.dtype) for part in parts]

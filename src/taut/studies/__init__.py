@@ -1,1 +1,1 @@
-"""Studies and what follows from their records: numbers only, no torch."""
+"""Studies, their records, and comparisons of them. Files that only count, decide or draw do without torch."""

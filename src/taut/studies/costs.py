@@ -22,7 +22,7 @@ from taut.surgery.apply import is_compressed, save, sites_of, steps_of
 from taut.surgery.loading import open_model, resolve
 
 Report = Callable[[str], None]
-"""Called with a word or two about what is being done."""
+"""Called with a few words on what is being done."""
 
 
 def measure(
@@ -35,7 +35,7 @@ def measure(
     seed: int = 0,
     report: Report = lambda text: None,
 ) -> dict[str, Quantity]:
-    """Everything measurable about one model; see ``taut.measure``. ``options`` are those of ``latencies``."""
+    """Measure all costs of one model; see ``taut.measure``. ``options`` are those of ``latencies``."""
     report("opening")
     subject = open_model(resolve(model), dtype, device, seed) if isinstance(model, str | Path) else model
     other = open_model(resolve(against), dtype, device, seed) if isinstance(against, str | Path) else against
@@ -56,7 +56,7 @@ def measure(
 
 
 def footprint_line(model: PreTrainedModel) -> str:
-    """One line: class, parameters, stored bytes of each slot, bits a parameter, recipe."""
+    """One line: class, parameters, stored bytes of each slot, bits per parameter, recipe."""
     footprint = footprint_of(model)
     slots = ", ".join(f"{slot} {_bytes(share.stored)}" for slot, share in footprint.slots.items() if share.stored)
     recipe = model.hf_quantizer.quantization_config.recipe if is_compressed(model) else None
@@ -68,9 +68,9 @@ def footprint_line(model: PreTrainedModel) -> str:
 
 
 def footprint_of(model: PreTrainedModel, sites: Sequence[Site] | None = None) -> Footprint:
-    """Parameters and bytes of each slot. A packed part counts for the parameters it stands for.
+    """Count parameters and bytes of each slot. A packed part counts as the parameters that it stands for.
 
-    ``sites`` are those of the model where they are known, for example from its plan.
+    ``sites`` are the model's sites if they are known already, for example from its plan.
     """
     steps = steps_of(model) if is_compressed(model) else ()
     parts = {step.site.path: step.cost.parameters for step in steps if isinstance(step.method, PartMethod)}
@@ -83,7 +83,7 @@ def footprint_of(model: PreTrainedModel, sites: Sequence[Site] | None = None) ->
 
 @contextmanager
 def saved(model: PreTrainedModel) -> Iterator[Path]:
-    """The model in a folder that is removed afterwards, so that sizes are those of real files."""
+    """Save the model in a folder that is removed afterwards, so that sizes are those of real files."""
     with tempfile.TemporaryDirectory(prefix="taut-") as temporary:
         folder = Path(temporary) / "model"
         save(model, folder)
@@ -91,16 +91,16 @@ def saved(model: PreTrainedModel) -> Iterator[Path]:
 
 
 def sizes(model: PreTrainedModel, footprint: Footprint, folder: Path, length: int) -> dict[str, Quantity]:
-    """Bytes and FLOPs for ``length`` tokens. ``file_bytes`` is read from the disk."""
+    """Count bytes and FLOPs for ``length`` tokens. ``file_bytes`` is read from the disk."""
     files = folder_bytes(folder)
     inputs = sample_inputs(model, 1, length)
     cache = filled_cache(model, inputs)
-    stored, held = "tensors of the state dict, shared ones once", "storages of all tensors held, each once"
+    stored, resident = "tensors of the state dict, shared ones once", "storages of all tensors held, each once"
     costs = {
         "logical_parameters": _counted(footprint.parameters, "parameters", "counted, shared tensors once"),
         "stored_bytes": _counted(footprint.stored, "bytes", stored),
         "file_bytes": _counted(files.total, "bytes", f"size of {len(files.files)} saved weight file(s)"),
-        "resident_bytes": _counted(footprint.resident, "bytes", held),
+        "resident_bytes": _counted(footprint.resident, "bytes", resident),
         "flops_per_token": _flops(model, inputs),
     }
     if cache is not None:
@@ -111,7 +111,7 @@ def sizes(model: PreTrainedModel, footprint: Footprint, folder: Path, length: in
 
 
 def latencies(model: PreTrainedModel, dense: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, Quantity]:
-    """Prefill and decode, interleaved with ``dense`` when it is another model. Ratios are model / dense.
+    """Time prefill and decoding, interleaved with ``dense`` if it is another model. Ratios are model / dense.
 
     ``options``: ``batch``, ``length``, ``decode``, ``repeats``, ``threads``, as in a study's ``latency``.
     """
@@ -136,7 +136,7 @@ def latencies(model: PreTrainedModel, dense: PreTrainedModel, options: Mapping[s
 
 
 def peak(folder: Path, device: str, options: Mapping[str, Any]) -> Quantity:
-    """Peak memory of a fresh process that loads ``folder`` and runs one forward pass."""
+    """Measure peak memory in a fresh process that loads ``folder`` and runs one forward pass."""
     return peak_memory(
         folder,
         batch=options.get("batch") or 1,
@@ -159,7 +159,7 @@ def _counted(value: float, unit: str, how: str) -> Quantity:
 
 
 def _flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Quantity:
-    """Counted by PyTorch. What its counter cannot see on a CPU (integer kernels) is added as predicted."""
+    """FLOPs as PyTorch counts them. On a CPU its counter misses integer kernels; their predicted FLOPs are added."""
     counted = flops_per_token(model, inputs)
     if not is_compressed(model) or model.device.type != "cpu":
         return counted
@@ -167,7 +167,7 @@ def _flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Quantity:
     if not hidden:
         return counted
     unseen = sum(step.cost.flops_per_token for step in hidden)
-    how = f"{counted.how}; {len(hidden)} parts that it cannot see as predicted"
+    how = f"{counted.how}; {len(hidden)} parts that it misses are added as predicted"
     return counted.model_copy(update={"value": counted.value + unseen, "how": how})
 
 

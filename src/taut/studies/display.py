@@ -1,4 +1,4 @@
-"""What the user sees of a run, on standard error."""
+"""Shows the progress of a run to the user, on standard error."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -11,30 +11,30 @@ from taut.core.spec import TrialSpec
 
 
 class Display(ABC):
-    """Abstract: what the user sees of a run. Everything goes to standard error."""
+    """Abstract: shows the progress of a run. Everything goes to standard error."""
 
     @abstractmethod
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line that stays."""
 
     @abstractmethod
     def begin(self, spec: TrialSpec, number: int, total: int) -> None:
-        """Trial ``number`` of ``total`` starts."""
+        """Show that trial ``number`` of ``total`` starts."""
 
     @abstractmethod
     def step(self, text: str) -> None:
-        """What the trial is doing now."""
+        """Show what the trial is doing now."""
 
     @abstractmethod
     def end(self) -> None:
-        """The trial is over."""
+        """Show that the trial is over."""
 
     def close(self) -> None:
-        """The run is over."""
+        """Stop the display at the end of the run."""
 
 
 class PlainDisplay(Display):
-    """Lines, for logs and pipes."""
+    """Prints plain lines, for logs and pipes."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -53,7 +53,7 @@ class PlainDisplay(Display):
 
 
 class LiveDisplay(Display):
-    """A bar that moves, for terminals."""
+    """Shows a moving bar, for terminals."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._progress = Progress(

@@ -17,38 +17,43 @@ from taut.core.errors import TautError
 from taut.core.record import Record
 
 UNREADABLE_LEASE_SECONDS = 10.0
-"""A lease is created and then filled; one that is still empty after this long belongs to nobody."""
+"""A lease is first created, then filled. If it is still unreadable after this time, its process is taken to be gone."""
 
 
 class Ledger:
-    """Records under ``path``. Reading a folder that is not there finds nothing; writing creates it.
+    """The records in the folder ``path``. Reading a missing folder finds no records; writing creates it.
 
-    A damaged record stays where it is: it is named by ``damaged``, skipped by everything else, and its trial may be
-    written again beside it (``ID-2.json``).
+    A damaged record stays where it is. ``damaged`` names it, all other methods skip it, and its trial may be written
+    again beside it (``ID-2.json``). Raises TautError if ``path`` is a file.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
-            raise TautError(f"{self.path}: a ledger is a folder, and this is a file; name another place")
+            raise TautError(f"{self.path}: a ledger is a folder, but this is a file; name another place")
 
     def records(self) -> list[Record]:
         """All readable records, oldest first."""
-        found = [record for _, record in self._read("*.json") if isinstance(record, Record)]
-        return sorted(found, key=lambda record: (record.started, record.id))
+        records = [record for _, record in self._read("*.json") if isinstance(record, Record)]
+        return sorted(records, key=lambda record: (record.started, record.id))
 
     def damaged(self) -> list[tuple[Path, str]]:
-        """The files that are no record of this version, each with the reason."""
+        """The files that do not hold a record of this version, each with the reason."""
         return [(path, record) for path, record in self._read("*.json") if isinstance(record, str)]
 
     def has(self, key: str) -> bool:
-        """Whether a readable record of this trial is there."""
+        """Whether this trial has a readable record."""
         return any(isinstance(record, Record) for _, record in self._read(f"{key}*.json"))
 
     def write(self, record: Record) -> Path:
-        """Write one new record. Raises TautError when its trial already has one, or the folder is not writable."""
+        """Write one new record.
+
+        Raises TautError if its trial already has one, if it could not be read again, or if the folder is not writable.
+        """
         if self.has(record.id):
-            raise TautError(f"{self.path}: trial {record.id} ({record.trial}) has a record; none is overwritten")
+            raise TautError(
+                f"{self.path}: trial {record.id} ({record.trial}) has a record already; none is overwritten"
+            )
         text = record.model_dump_json(indent=1) + "\n"
         if isinstance(reason := _check(text), str):
             raise TautError(f"the record of {record.trial} would not be readable again: {reason}")
@@ -72,10 +77,10 @@ class Ledger:
 
     @contextmanager
     def lease(self, key: str) -> Iterator[str | None]:
-        """Hold the trial ``key`` for this process. Yields None when it is ours, else who holds it, in words.
+        """Hold the trial ``key`` for this process. Yields None if this process holds it, else the holder in words.
 
-        A lease whose process is gone is taken over. A lease saves work only: what keeps a ledger sound is that
-        ``write`` refuses a second record.
+        A lease whose process is gone is taken over. A lease only saves work. The ledger stays sound because ``write``
+        refuses a second record.
         """
         path = self.path / f"{key}.lease"
         holder = self._claim(path)
@@ -97,7 +102,7 @@ class Ledger:
                 except FileExistsError:
                     if (holder := _holder(path)) is not None:
                         return holder
-                # Of two runners that found the same dead lease, only one moves it away; a fresh one is put back.
+                # If two runners find the same dead lease, only one moves it away. A live lease is put back.
                 aside = path.with_name(f".{path.name}.{me['pid']}")
                 try:
                     os.replace(path, aside)
@@ -133,7 +138,7 @@ def _parse(path: Path) -> Record | str:
 
 
 def _check(text: str) -> Record | str:
-    """The record in a text, or why it is none (a NaN among samples is one of the reasons: it has no JSON)."""
+    """The record in a text, or why there is none. A NaN among the samples is one reason: JSON has no NaN."""
     try:
         return Record.model_validate_json(text)
     except ValidationError as error:
@@ -142,7 +147,7 @@ def _check(text: str) -> Record | str:
 
 
 def _holder(path: Path) -> str | None:
-    """Who holds a lease; None when nobody does any more."""
+    """Who holds a lease; None if nobody does any more."""
     try:
         lease: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         pid, host, start = int(lease["pid"]), str(lease["host"]), float(lease["start"])
@@ -154,7 +159,7 @@ def _holder(path: Path) -> str | None:
     if host != socket.gethostname():
         return f"process {pid} on {host} (if it is dead, delete {path})"
     try:
-        # A process id is used again after a while; the time of its start is not.
+        # A process id is used again after a while; the id and the start time together are not.
         alive = abs(psutil.Process(pid).create_time() - start) < 1.0
     except psutil.NoSuchProcess:
         alive = False
@@ -164,7 +169,7 @@ def _holder(path: Path) -> str | None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make a rename survive a power cut, where folders can be synced at all."""
+    """Make a rename survive a power cut, on systems that can sync a folder."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:

@@ -1,9 +1,9 @@
-"""What is compared with what, and which words a difference has earned.
+"""Compares variants with their baseline, and decides which word describes each difference.
 
-The baseline is the dense trial of the same model and seed. Scores are compared item by item; latencies by the
-interleaved ratio that the trial took. What ``identity`` shows is the error bar: a difference inside it, or inside its
-own interval, is "within noise". Several variants share one error rate (Holm) when they claim to be better; a loss is
-told as soon as its own interval shows it.
+The baseline is the dense trial of the same model and seed. Scores are compared item by item, latencies by the
+interleaved ratio that the trial measured. The difference that ``identity`` shows is the error bar. A difference is
+"within noise" if it lies within the error bar, or if its own interval includes equality. If several variants claim to
+be better, they share one error rate (Holm). A loss is reported as soon as its own interval shows it.
 """
 
 import math
@@ -31,10 +31,10 @@ UNKNOWN = "no interval"
 
 @dataclass(frozen=True)
 class Column:
-    """How a cost is read.
+    """How to read a cost.
 
-    ``words`` are for less and for more of it; without words its ratio is only shown. ``ratio`` is the cost that holds
-    the interleaved ratio. ``alone`` marks what was timed in a trial of its own, and so is not compared across trials.
+    ``words`` are those for less and for more of it; without words, only the ratio is shown. ``ratio`` names the cost
+    that holds the interleaved ratio. ``alone``: each trial measured it alone, so it is not compared across trials.
     """
 
     label: str
@@ -68,7 +68,7 @@ RATIOS = {column.ratio: name for name, column in COSTS.items() if column.ratio}
 
 @dataclass(frozen=True)
 class Source:
-    """Where a value comes from: a quantity of one record, with its score when it is one."""
+    """Where a value comes from: a quantity of one record, and its score if it is one."""
 
     record: Record
     quantity: Quantity
@@ -79,7 +79,7 @@ class Source:
 class Gap:
     """A variant against its baseline: a ``difference`` or a ``ratio`` (variant over dense), its interval, and a word.
 
-    ``good`` says which way the word points; None where no call is made.
+    ``good``: whether the word is in favour of the variant; None if it takes no side.
     """
 
     kind: Literal["difference", "ratio"]
@@ -92,8 +92,8 @@ class Gap:
     good: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        found = {name: getattr(self, name) for name in ("kind", "value", "low", "high", "p", "how")}
-        return found | {"verdict": self.word or None}
+        content = {name: getattr(self, name) for name in ("kind", "value", "low", "high", "p", "how")}
+        return content | {"verdict": self.word or None}
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,13 @@ class Cell:
     gap: Gap | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        found = {name: getattr(self, name) for name in ("value", "unit", "low", "high", "how")}
-        return found | {"against_dense": self.gap.to_dict() if self.gap else None}
+        content = {name: getattr(self, name) for name in ("value", "unit", "low", "high", "how")}
+        return content | {"against_dense": self.gap.to_dict() if self.gap else None}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model with one recipe, over all its seeds. ``records`` are the ones shown, ``failures`` those that failed."""
+    """One model with one recipe, over all its seeds. ``records`` are those shown, ``failures`` the failed ones."""
 
     model: str
     recipe_name: str
@@ -159,10 +159,10 @@ class Row:
 
 
 def summary(records: Iterable[Record]) -> list[Row]:
-    """One row for each model, recipe and number of healing steps, each compared with its dense model.
+    """Make one row for each model, recipe and number of healing steps, compared with its dense model.
 
-    Rows come in the order the trials began. Of several records of one model, recipe and seed (another length, more
-    tasks) the latest is shown.
+    Rows are in the order in which the trials began. If one model, recipe and seed has several records (another length,
+    more tasks), the latest is used.
     """
     latest: dict[tuple[tuple[str, str, int], int], Record] = {}
     older: dict[tuple[str, str, int], int] = defaultdict(int)
@@ -178,12 +178,12 @@ def summary(records: Iterable[Record]) -> list[Row]:
 
 
 def score_keys(rows: Iterable[Row]) -> list[str]:
-    """``task metric`` of all rows, in the order of the records."""
+    """The keys ``task metric`` of all rows, in the order of the records."""
     return list(dict.fromkeys(key for row in rows for key in row.scores))
 
 
 def cost_keys(rows: Iterable[Row]) -> list[str]:
-    """The costs that at least one row has a value for, in the order of ``COSTS``; unknown names come last."""
+    """The costs for which at least one row has a value, in the order of ``COSTS``; unknown names come last."""
     seen = {name for row in rows for name, cell in row.costs.items() if cell.value is not None}
     return [name for name in COSTS if name in seen] + sorted(seen - set(COSTS))
 
@@ -212,8 +212,8 @@ def _row(group: list[Record], superseded: int) -> Row:
         records=tuple(done),
         failures=tuple(record for record in group if record.status == "failed"),
         superseded=superseded,
-        scores={key: _cell(found, found[0].score.better) for key, found in scores.items()},
-        costs={key: _cell(found, COSTS[key].better if key in COSTS else "lower") for key, found in costs.items()},
+        scores={key: _cell(sources, sources[0].score.better) for key, sources in scores.items()},
+        costs={key: _cell(sources, COSTS[key].better if key in COSTS else "lower") for key, sources in costs.items()},
         bytes_per_slot=done[-1].bytes_per_slot if done else {},
         heal=group[-1].heal,
     )
@@ -236,45 +236,45 @@ def _cell(sources: list[Source], better: Literal["higher", "lower"]) -> Cell:
 
 def _compared(model: str, rows: Sequence[Row]) -> list[Row]:
     """The rows of one model, with the gaps to its dense row filled in. Without a dense row there are no gaps."""
-    mine = [row for row in rows if row.model == model]
-    dense = next((row for row in mine if row.role == "dense" and row.records), None)
-    control = next((row for row in mine if row.role == "identity" and row.records), None)
+    group = [row for row in rows if row.model == model]
+    dense = next((row for row in group if row.role == "dense" and row.records), None)
+    control = next((row for row in group if row.role == "identity" and row.records), None)
     if dense is None:
-        return mine
+        return group
     gaps: dict[tuple[int, str], Gap] = {}
-    for index, row in enumerate(mine):
+    for index, row in enumerate(group):
         for key, cell in row.scores.items():
             if row is not dense and (gap := _score_gap(cell, dense.scores.get(key))):
                 gaps[index, key] = gap
-    for key in score_keys(mine):
-        bar = gaps.get((mine.index(control), key)) if control else None
-        tested = [at for at in gaps if at[1] == key and gaps[at].p is not None and mine[at[0]] is not control]
+    for key in score_keys(group):
+        bar = gaps.get((group.index(control), key)) if control else None
+        tested = [at for at in gaps if at[1] == key and gaps[at].p is not None and group[at[0]] is not control]
         for at, p in zip(tested, holm([gaps[at].p for at in tested]), strict=True):
             gaps[at] = replace(gaps[at], p=p)
         for at in [at for at in gaps if at[1] == key]:
-            gaps[at] = _score_word(gaps[at], bar, mine[at[0]].scores[key].better)
+            gaps[at] = _score_word(gaps[at], bar, group[at[0]].scores[key].better)
     return [
         replace(
             row,
             scores={key: replace(cell, gap=gaps.get((index, key))) for key, cell in row.scores.items()},
             costs={key: replace(cell, gap=_cost_gap(key, row, dense, control)) for key, cell in row.costs.items()},
         )
-        for index, row in enumerate(mine)
+        for index, row in enumerate(group)
     ]
 
 
 def _score_gap(variant: Cell, baseline: Cell | None) -> Gap | None:
-    """The difference of two scores over the seeds that both have; None when nothing can be compared."""
+    """The difference of two scores over the seeds that both have; None if nothing can be compared."""
     of_seed = {source.record.seed: source for source in (baseline.sources if baseline else ())}
     pairs = [
         (source.quantity, of_seed[source.record.seed].quantity)
         for source in variant.sources
         if source.record.seed in of_seed and source.score.data == of_seed[source.record.seed].score.data
     ]
-    pairs = [(mine, theirs) for mine, theirs in pairs if mine.value is not None and theirs.value is not None]
+    pairs = [(ours, dense) for ours, dense in pairs if ours.value is not None and dense.value is not None]
     if not pairs:
         return None
-    values = [mine.value - theirs.value for mine, theirs in pairs]
+    values = [ours.value - dense.value for ours, dense in pairs]
     gap = Gap("difference", fmean(values), "difference of the values; the scores keep no items to compare one by one")
     contrasts = {_contrast(quantity) for pair in pairs for quantity in pair}
     counts = {len(quantity.samples) for pair in pairs for quantity in pair}
@@ -294,13 +294,13 @@ def _score_gap(variant: Cell, baseline: Cell | None) -> Gap | None:
 
 
 def _contrast(quantity: Quantity) -> Contrast | None:
-    """The contrast under which the items give the value: their mean, or its exponential for perplexities."""
+    """The contrast that fits how the items give the value: as their mean, or as its exponential for perplexities."""
     if not quantity.samples or quantity.value is None:
         return None
     mean = fmean(quantity.samples)
     if math.isclose(mean, quantity.value, rel_tol=1e-6, abs_tol=1e-9):
         return difference
-    # exp(700) is the last one that a float holds.
+    # A float holds exp(700), but not much more.
     if mean < 700 and math.isclose(math.exp(mean), quantity.value, rel_tol=1e-6):
         return difference_of_exponentials
     return None
@@ -315,14 +315,14 @@ def _score_word(gap: Gap, bar: Gap | None, better: str) -> Gap:
     if gap.low is None or gap.high is None:
         return replace(gap, word=UNKNOWN)
     good = (gap.value > 0) == (better == "higher")
-    # Harm is admitted as soon as its own interval shows it; a gain must also survive the correction.
+    # A loss is reported as soon as its own interval shows it; a gain must also survive the correction.
     if gap.low <= 0 <= gap.high or (good and gap.p is not None and gap.p > 1 - CONFIDENCE):
         return replace(gap, word=NOISE)
     return replace(gap, word="better" if good else "worse", good=good)
 
 
 def _cost_gap(name: str, row: Row, dense: Row, control: Row | None) -> Gap | None:
-    """The ratio of a cost to the dense model's: interleaved where the trial took one, else of the two values."""
+    """The ratio of a cost to the dense model's: interleaved for latencies, else the ratio of the two values."""
     column = COSTS.get(name)
     if row is dense or column is None or column.alone:
         return None

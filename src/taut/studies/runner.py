@@ -1,4 +1,4 @@
-"""Runs a study: what the ledger holds is skipped, one trial at a time is leased, and no trial ends the run."""
+"""Runs a study: skips what the ledger holds, leases one trial at a time, and continues after a failed trial."""
 
 import logging
 import signal
@@ -26,7 +26,7 @@ from taut.studies.study import Study
 INTERRUPTED = 130
 LONGEST_REASON = 400
 DEFAULTS: dict[str, Any] = {"tasks": ("docs_retrieval", "agreement"), "measure": {"latency": {"decode": 16}}}
-"""What a study made from arguments scores and measures: tasks that fit every model that reads text."""
+"""Tasks and measurements of a study made from arguments. The tasks fit every model that reads text."""
 
 log = logging.getLogger("taut")
 
@@ -38,19 +38,19 @@ class Prepared(Protocol):
     """Why it cannot work (the recipe fits no site), or None."""
 
     def estimate(self) -> dict[str, float]:
-        """``seconds`` and ``bytes`` (of memory) that the trial will take, roughly."""
+        """Roughly the ``seconds`` and the ``bytes`` of memory that the trial will take."""
 
     def run(self, report: Callable[[str], None]) -> Record:
-        """The whole trial; ``report`` says in a word or two what is being done."""
+        """Run the whole trial. ``report`` is called with a few words on what is being done."""
 
 
 Prepare = Callable[[TrialSpec], Prepared]
-"""From a spec to a trial. Raises TautError for input that is wrong whatever the recipe."""
+"""Makes a trial from a spec. Raises TautError for input that is wrong with any recipe."""
 
 
 @dataclass
 class Outcome:
-    """How a run ended. ``records`` are those of the study's trials, whichever run wrote them; ``ran`` this run's."""
+    """How a run ended. ``records`` are those of the study's trials, from any run; ``ran`` are those of this run."""
 
     study: str
     ledger: Path
@@ -90,9 +90,9 @@ class Outcome:
             "left to another runner": len(self.elsewhere),
         }
         counts["not finished"] = self.total - sum(counts.values())
-        told = ", ".join(f"{count} {words}" for words, count in counts.items() if count > 0)
+        text = ", ".join(f"{count} {words}" for words, count in counts.items() if count > 0)
         earlier = f" ({len(self.skipped)} were in the ledger already)" if self.skipped else ""
-        return f"{self.total} trials: {told}{earlier}"
+        return f"{self.total} trials: {text}{earlier}"
 
     def to_dict(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -123,12 +123,12 @@ def compare(
 ) -> Outcome:
     """Run a study's YAML file, or one model with ``recipes`` and ``options`` (tasks, seeds, measure, limits, name).
 
-    ``only`` keeps only these recipes and the two controls; ``device`` and ``threads`` replace what the study says.
-    The ledger is ``runs/NAME`` unless given. Raises TautError for wrong input.
+    ``only`` keeps these recipes and the two controls. ``device`` and ``threads`` replace those of the study. The
+    ledger is ``runs/NAME`` by default. Raises TautError for wrong input.
     """
     if Path(study).suffix in (".yaml", ".yml"):
-        if given := [*recipes, *options]:
-            raise TautError(f"{study}: a study says itself what is compared, so {given[0]!r} has no place beside it")
+        if extra := [*recipes, *options]:
+            raise TautError(f"{study}: a study's file says what to compare; leave out {extra[0]!r}")
         chosen = Study.load(study)
     elif not recipes:
         raise TautError(
@@ -137,26 +137,26 @@ def compare(
     else:
         chosen = Study.from_arguments(str(study), recipes, **DEFAULTS | options)
     chosen = chosen.narrowed(only, device, threads)
-    # Only now, as it brings torch and transformers: wrong input is answered at once.
+    # Imported late, because it imports torch and transformers: wrong input fails before that.
     from taut.studies.trial import Trial
 
     return run(chosen, Ledger(ledger or Path("runs") / chosen.name), Trial, view)
 
 
 def run(study: Study, ledger: Ledger, prepare: Prepare, view: Display | None = None) -> Outcome:
-    """Run what the ledger does not hold yet, and say how it went.
+    """Run the trials that the ledger does not hold yet, and return how the run ended.
 
-    All trials are checked before the first one runs. Ctrl-C ends the run with everything finished so far in the
-    ledger; so does kill -9, whose lease the next run takes over. Raises TautError for wrong input, for a study none
-    of whose recipes can work, and when not one trial has the memory it needs.
+    All trials are checked before the first one runs. After ctrl-C or kill -9 the ledger holds all finished trials, and
+    the next run takes over the lease of a killed run. Raises TautError for wrong input, if no recipe of the study can
+    work, and if no trial has the memory it needs.
     """
     specs = study.trials()
     view = view or open_display()
     outcome = Outcome(study.name, ledger.path, len(specs))
     try:
         outcome.skipped = [spec for spec in specs if ledger.has(spec.id)]
-        held = {spec.id for spec in outcome.skipped}
-        pending = [spec for spec in specs if spec.id not in held]
+        finished = {spec.id for spec in outcome.skipped}
+        pending = [spec for spec in specs if spec.id not in finished]
         trials = {spec.id: prepare(spec) for spec in pending}
         variants = [spec for spec in specs if role_of(spec.recipe) == "variant" and spec.expect == "done"]
         if variants and all(spec.id in trials and trials[spec.id].reason for spec in variants):
@@ -166,7 +166,7 @@ def run(study: Study, ledger: Ledger, prepare: Prepare, view: Display | None = N
             view.say(f"damaged record skipped: {path}: {reason}")
         affordable = _afford(pending, trials, outcome, view)
         for number, spec in enumerate(affordable, 1):
-            # Taken out, so that what a trial opened is freed once it has run.
+            # Removed from the dict, so that what a trial opened is freed after it has run.
             _one(spec, trials.pop(spec.id), ledger, view, outcome, (number, len(affordable)))
     except KeyboardInterrupt:
         outcome.interrupted = True
@@ -176,14 +176,14 @@ def run(study: Study, ledger: Ledger, prepare: Prepare, view: Display | None = N
     outcome.records = [record for record in ledger.records() if record.id in ids]
     view.say(outcome.sentence())
     if outcome.interrupted:
-        view.say(f"interrupted; what is finished is in {ledger.path}, and the same command goes on from there")
+        view.say(f"interrupted; finished trials are in {ledger.path}; repeat the command to continue")
     return outcome
 
 
 def _afford(
     pending: Sequence[TrialSpec], trials: dict[str, Prepared], outcome: Outcome, view: Display
 ) -> list[TrialSpec]:
-    """Say what the run will take, and leave out the trials that need more memory than there is."""
+    """Report what the run will take, and leave out the trials that need more memory than is available."""
     free, affordable, seconds, peak = free_memory(), [], 0.0, 0.0
     for spec in pending:
         trial = trials[spec.id]
@@ -200,16 +200,18 @@ def _afford(
         spec, why = outcome.refused[0]
         raise TautError(f"no trial has the memory it needs; the first: {spec.name} {why}")
     if affordable:
-        known = f"{len(outcome.skipped)} more in the ledger, " if outcome.skipped else ""
-        view.say(f"{len(affordable)} trials to run, {known}about {_duration(seconds)} and {_gigabytes(peak)} of memory")
+        more = f"{len(outcome.skipped)} more in the ledger, " if outcome.skipped else ""
+        view.say(f"{len(affordable)} trials to run, {more}about {_duration(seconds)} and {_gigabytes(peak)} of memory")
     return affordable
 
 
 def _one(
     spec: TrialSpec, trial: Prepared, ledger: Ledger, view: Display, outcome: Outcome, place: tuple[int, int]
 ) -> None:
-    """Run one trial under its lease and write its record, whatever happens. ``place`` is its number and how many there
-    are."""
+    """Run one trial under its lease and write its record, also if it fails.
+
+    ``place`` is its number and the number of trials.
+    """
     with ledger.lease(spec.id) as holder:
         if holder is not None:
             outcome.elsewhere.append((spec, holder))
@@ -226,7 +228,7 @@ def _one(
             with _deadline(spec.seconds):
                 record = trial.run(view.step)
             path = ledger.write(record)
-        # SystemExit comes from libraries that think they are a program.
+        # Some libraries raise SystemExit as if they were a program.
         except (Exception, SystemExit) as error:
             log.debug("trial %s failed", spec.name, exc_info=True)
             if ledger.has(spec.id):
@@ -242,10 +244,10 @@ def _one(
             path = ledger.write(record)
         view.end()
         outcome.ran.append(record)
-        _tell(record, path, view)
+        _show_result(record, path, view)
 
 
-def _tell(record: Record, path: Path, view: Display) -> None:
+def _show_result(record: Record, path: Path, view: Display) -> None:
     if record.status == "failed":
         how = " as expected" if record.expect == "failed" else ""
         view.say(f"  failed{how}: {record.trial}: {record.reason}  [{path.name}]")
@@ -257,7 +259,7 @@ def _tell(record: Record, path: Path, view: Display) -> None:
 
 @contextmanager
 def _deadline(seconds: float | None) -> Iterator[None]:
-    """Raise TautError in the trial after ``seconds``, where signals allow it (the main thread, not on Windows)."""
+    """Raise TautError in the trial after ``seconds``. Needs signals: the main thread, and not Windows."""
     able = sys.platform != "win32" and threading.current_thread() is threading.main_thread()
     if seconds is None or not able:
         yield
@@ -276,13 +278,13 @@ def _deadline(seconds: float | None) -> Iterator[None]:
 
 
 def free_memory() -> int:
-    """Bytes that can be taken now: what the machine has free, or what the container still allows if that is less."""
+    """Bytes of memory that are free now: on the machine, or within the container's limit if that is less."""
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text())
         counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # The cache of files counts as used there, but is given back on demand.
+        # The file cache counts as used there, but the system frees it on demand.
         used = int((group / "memory.current").read_text()) - int(counts["file"])
     except (OSError, ValueError, KeyError):
         return free

@@ -1,4 +1,4 @@
-"""Which rows of a comparison nothing else beats at their size."""
+"""Finds the rows of a comparison that no other row of their size or less beats."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,10 @@ from taut.studies.protocol import Row
 
 
 def behind_front(rows: Sequence[Row], key: str, slot: str) -> list[float]:
-    """For each row, how much more of score ``key`` the best row has that stores at most as many bytes in ``slot``;
-    0 on the front. Every row needs a value of the score and stored bytes."""
+    """How far each row's score ``key`` is behind the best row that stores at most as many bytes in ``slot``.
+
+    The rows on the front have 0. Every row needs a value of the score and stored bytes.
+    """
     sign = 1.0 if rows and rows[0].scores[key].better == "higher" else -1.0
     values = [sign * row.scores[key].value for row in rows]
     sizes = [row.bytes_per_slot[slot] for row in rows]

@@ -10,7 +10,7 @@ from taut.core.errors import TautError
 
 CONFIDENCE = 0.95
 CELLS_AT_ONCE = 4_000_000
-"""The most numbers of a resampling held in memory at a time."""
+"""The most numbers of a resampling that are in memory at a time."""
 
 Contrast = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """What is compared, from the mean of the variant and the mean of the baseline."""
@@ -51,19 +51,19 @@ def paired_bootstrap(
 ) -> Interval:
     """The bootstrap interval of a contrast between two sets of scores of the same N items, in the same order.
 
-    Items are drawn together, so whatever makes an item hard for both cancels. ``corrected`` chooses the BCa interval
-    (bias-corrected and accelerated), else the percentile interval. Where no resample differs from the value, the
-    interval is the value itself. Raises TautError unless N >= 2 and both have N items.
+    Both sides are resampled with the same items, so what makes an item hard for both cancels. ``corrected`` chooses the
+    BCa interval (bias-corrected and accelerated), else the percentile interval. If no resample differs from the value,
+    the interval is the value itself. Raises TautError unless N >= 2 and both have N items.
 
     Source: B. Efron, Better Bootstrap Confidence Intervals, JASA 82 (1987).
     """
     pairs = _pairs(variant, baseline)
     count = pairs.shape[1]
     value = float(contrast(*pairs.mean(axis=1)))
-    draws = np.concatenate([contrast(*means) for means in _resampled_means(pairs, resamples, seed)])
+    estimates = np.concatenate([contrast(*means) for means in _resampled_means(pairs, resamples, seed)])
     tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
     # The share of resamples below the value, counting ties as half, is the median bias.
-    below = float(np.mean(draws < value) + np.mean(draws == value) / 2)
+    below = float(np.mean(estimates < value) + np.mean(estimates == value) / 2)
     if corrected and 0 < below < 1:
         left_out = contrast(*((pairs.sum(axis=1, keepdims=True) - pairs) / (count - 1)))
         pull = left_out.mean() - left_out
@@ -72,16 +72,17 @@ def paired_bootstrap(
         bias = ndtri(below)
         shifted = bias + ndtri(tails)
         tails = ndtr(bias + shifted / (1 - acceleration * shifted))
-    low, high = np.quantile(draws, tails)
+    low, high = np.quantile(estimates, tails)
     return Interval(value, float(low), float(high))
 
 
 def sign_flip_test(
     variant: Sequence[float], baseline: Sequence[float], resamples: int = 10_000, seed: int = 0
 ) -> float:
-    """The two-sided p-value of "the two are exchangeable on every item", by flipping the signs of the differences.
+    """Test the hypothesis that the two are exchangeable on every item, by flipping the signs of the differences.
 
-    All 2^n sign patterns are tried when at most 12 items differ, a fixed random sample of them otherwise.
+    Returns the two-sided p-value. If at most 12 items differ, all 2^n sign patterns are tried, else a fixed random
+    sample of them.
     """
     pairs = _pairs(variant, baseline)
     gaps = pairs[0] - pairs[1]
@@ -100,7 +101,7 @@ def sign_flip_test(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for being several, in the order given (Holm 1979)."""
+    """Adjust p-values because they are several (Holm 1979). Keeps their order."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, worst = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -110,7 +111,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def student_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """The mean over seeds with Student's t interval. Raises TautError for fewer than two values."""
+    """The mean of values over seeds, with Student's t interval. Raises TautError for fewer than two values."""
     sample = np.asarray(values, dtype=np.float64)
     if sample.size < 2:
         raise TautError(f"an interval over seeds needs at least 2 values, not {sample.size}; add seeds to the study")
@@ -120,7 +121,7 @@ def student_interval(values: Sequence[float], confidence: float = CONFIDENCE) ->
 
 
 def pareto_front(points: Sequence[Sequence[float]], lower_is_better: Sequence[bool]) -> list[int]:
-    """The points that no other point beats: at least as good in every column, better in one. Equal points all stay."""
+    """Indices of the points that no other beats: as good in every column, better in one. Equal points all stay."""
     table = np.asarray(points, dtype=np.float64).reshape(-1, len(lower_is_better))
     table = np.where(np.asarray(lower_is_better), table, -table)
     return [
@@ -131,7 +132,7 @@ def pareto_front(points: Sequence[Sequence[float]], lower_is_better: Sequence[bo
 
 
 def _pairs(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
-    """(2, N) float64."""
+    """Both sequences as (2, N) float64. Raises TautError unless both have the same length N >= 2."""
     if len(first) != len(second):
         raise TautError(f"a paired comparison needs the same items on both sides, not {len(first)} and {len(second)}")
     if len(first) < 2:
@@ -143,8 +144,8 @@ def _resampled_means(pairs: np.ndarray, resamples: int, seed: int) -> Iterator[n
     """(2, chunk) means of resamples of the N items, drawn with replacement."""
     generator, count = np.random.default_rng(seed), pairs.shape[1]
     for size in _chunks(resamples, count):
-        drawn = generator.integers(0, count, (size, count), dtype=np.int32)
-        yield np.stack([side[drawn].mean(axis=1) for side in pairs])
+        chosen = generator.integers(0, count, (size, count), dtype=np.int32)
+        yield np.stack([side[chosen].mean(axis=1) for side in pairs])
 
 
 def _chunks(total: int, width: int) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""A study: models x recipes x seeds, the same tasks and the same measurements for every cell."""
+"""A study: models x recipes x seeds, with the same tasks and the same measurements for every cell."""
 
 import hashlib
 import json
@@ -20,14 +20,14 @@ DENSE: dict[str, Any] = {}
 IDENTITY: dict[str, Any] = {
     slot: {"method": "identity"} for slot in ("embedding", "projection", "attention", "feedforward")
 }
-"""The control of every study. Without the memory slot, which an encoder does not have."""
+"""The control of every study. It leaves out the memory slot, because an encoder has none."""
 
 UNITS = {"": 1, "B": 1} | {f"{p}B": 10 ** (3 * n) for n, p in enumerate("KMGT", 1)}
 UNITS |= {f"{p}IB": 2 ** (10 * n) for n, p in enumerate("KMGT", 1)}
 
 
 class Latency(Strict):
-    """How latency is taken: the variant and the dense model take turns."""
+    """How latency is measured: the variant and the dense model take turns."""
 
     batch: int = Field(1, ge=1, description="sequences at once")
     length: int = Field(128, ge=1, description="tokens of each sequence")
@@ -37,11 +37,11 @@ class Latency(Strict):
 
 
 class Measure(Strict):
-    """What is measured beside the sizes, which always are."""
+    """What is measured in addition to the sizes, which are always measured."""
 
     latency: Latency | None = None
     memory: bool = Field(False, description="peak memory, in a fresh process for each trial")
-    energy: bool = Field(False, description="joules, where the machine lets them be read")
+    energy: bool = Field(False, description="joules, if they can be read on this machine")
 
 
 class Limits(Strict):
@@ -63,7 +63,7 @@ class Limits(Strict):
 
 
 class Choice(Strict):
-    """One recipe of a study, checked, and what should become of it."""
+    """One checked recipe of a study, with its expected outcome and its steps of healing."""
 
     recipe: dict[str, Any]
     expect: Literal["done", "failed"] = "done"
@@ -71,7 +71,7 @@ class Choice(Strict):
 
 
 class Study(Strict):
-    """Models x recipes x seeds. ``dense`` (the baseline) and ``identity`` (the error bar) are in every study."""
+    """Models x recipes x seeds. Every study contains ``dense`` (the baseline) and ``identity`` (the error bar)."""
 
     name: str = Field("study", min_length=1)
     models: tuple[str, ...] = Field(min_length=1)
@@ -80,21 +80,21 @@ class Study(Strict):
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     measure: Measure = Measure()
     limits: Limits = Limits()
-    text: str = Field("builtin", min_length=1, description="what calibration and healing read; see taut.data")
+    text: str = Field("builtin", min_length=1, description="text for calibration and healing; see taut.data")
     device: str = "cpu"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     source: str = Field("study", exclude=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Study":
-        """From a YAML file. Raises TautError naming the file, the key and the nearest valid choice."""
+        """Read a YAML file. Raises TautError that names the file, the key and the nearest valid choice."""
         path = Path(path)
         content = read_yaml(path, "study")
         return cls.parse(content, str(path), path.parent)
 
     @classmethod
     def parse(cls, content: Any, source: str = "study", base: Path | None = None) -> "Study":
-        """From a mapping as written in YAML; recipe files are looked for beside ``base`` first."""
+        """Make a study from a mapping as in YAML. Recipe files are looked for in the folder ``base`` first."""
         if not isinstance(content, dict):
             raise TautError(f"{source}: a study is a mapping with models, recipes and tasks, not {kind(content)}")
         content = {"name": Path(source).stem} | content
@@ -104,7 +104,7 @@ class Study(Strict):
         chosen = {str(name): _choice(value, f"{source}: recipes.{name}", base) for name, value in recipes.items()}
         for name, recipe in (("identity", IDENTITY), ("dense", DENSE)):
             if name in chosen and chosen[name].recipe != recipe:
-                raise TautError(f"{source}: recipes.{name}: kept for {recipe or '{}'}; choose another name")
+                raise TautError(f"{source}: recipes.{name}: reserved for {recipe or '{}'}; choose another name")
             if all(choice.recipe != recipe for choice in chosen.values()):
                 chosen = {name: Choice(recipe=recipe)} | chosen
         tasks = content.get("tasks") or ()
@@ -123,8 +123,12 @@ class Study(Strict):
         tasks: Sequence[str | dict[str, Any]] = (),
         **options: Any,
     ) -> "Study":
-        """Without YAML. Each of ``recipes`` is a file, a folder of files, the name of a shipped set (``light``) or of
-        a shipped recipe; ``options`` are the other fields of a study (seeds, measure, limits, device, dtype, name)."""
+        """Make a study without YAML.
+
+        Each of ``recipes`` is a file, a folder of files, the name of a shipped set (``light``) or of a shipped recipe.
+        ``options`` are the other fields of a study (seeds, measure, limits, device, dtype, name). Raises TautError for
+        wrong input.
+        """
         chosen: dict[str, dict[str, Any]] = {}
         where: dict[str, Path] = {}
         for argument in recipes:
@@ -138,7 +142,10 @@ class Study(Strict):
         return cls.parse(content | {"models": models, "recipes": chosen, "tasks": list(tasks)} | options, "arguments")
 
     def narrowed(self, recipes: Sequence[str] = (), device: str | None = None, threads: int | None = None) -> "Study":
-        """This study with only some recipes (and its two controls), on another device, with another thread count."""
+        """This study with only some recipes and its two controls, on another device, with another thread count.
+
+        Raises TautError for an unknown recipe.
+        """
         for name in recipes:
             if name not in self.recipes:
                 raise TautError(f"{self.source}: no recipe {name!r}: {nearest(name, self.recipes)}")
@@ -156,7 +163,7 @@ class Study(Strict):
         return hashlib.sha256(json.dumps(sorted(spec.id for spec in self._specs())).encode()).hexdigest()[:16]
 
     def trials(self) -> tuple[TrialSpec, ...]:
-        """All cells, dense and identity first. Raises TautError naming two cells that would be the same trial."""
+        """All cells, dense and identity first. Raises TautError that names two cells if they are the same trial."""
         owner: dict[str, TrialSpec] = {}
         for spec in self._specs():
             if (other := owner.setdefault(spec.id, spec)) is not spec:
@@ -191,8 +198,10 @@ class Study(Strict):
 
 
 def fingerprint(model: str, blocks: int = 64, size: int = 4096) -> str | None:
-    """A hash of a local model folder from its small files and evenly spaced blocks of its weights, so that a model
-    trained further is another model. None for what is no folder: names and specs identify themselves."""
+    """A hash of a local model folder. None if ``model`` is not a folder: names and specs identify themselves.
+
+    It covers evenly spaced blocks of each JSON and weight file, so a model that is trained further is another model.
+    """
     folder = Path(model)
     if not folder.is_dir():
         return None
@@ -210,8 +219,8 @@ def fingerprint(model: str, blocks: int = 64, size: int = 4096) -> str | None:
 
 
 def _choice(value: Any, where: str, base: Path | None) -> Choice:
-    """A recipe as written in a study: a mapping (``expect`` and ``heal`` beside the slots), a file, a shipped name,
-    nothing."""
+    """Check a recipe as written in a study: a mapping (``expect`` and ``heal`` beside the slots), a file, a shipped
+    name, or nothing. Raises TautError for anything else."""
     beside_slots: dict[str, Any] = {}
     if isinstance(value, str):
         neighbour = base / value if base else Path(value)
@@ -257,20 +266,20 @@ def _task(task: Any, where: str) -> dict[str, Any]:
 
 
 def _recipe_files(argument: str) -> list[Path]:
-    """The YAML files behind one word of ``--recipes``."""
-    known = shipped()
+    """The YAML files that one word of ``--recipes`` names. Raises TautError if there are none."""
+    recipes = shipped()
     sets: dict[str, list[Path]] = {}
-    for path in known.values():
+    for path in recipes.values():
         if path.parent.name != "recipes":
             sets.setdefault(path.parent.name, []).append(path)
     path = Path(argument)
     if path.is_file():
         return [path]
-    if path.is_dir() and (found := sorted(path.glob("*.yaml"))):
-        return found
+    if path.is_dir() and (files := sorted(path.glob("*.yaml"))):
+        return files
     if argument in sets:
         return sets[argument]
-    if argument in known:
-        return [known[argument]]
-    choices = nearest(argument, [*sets, *known])
+    if argument in recipes:
+        return [recipes[argument]]
+    choices = nearest(argument, [*sets, *recipes])
     raise TautError(f"{argument}: no recipe file, folder of recipes, shipped set or shipped recipe: {choices}")

@@ -22,14 +22,14 @@ from taut.surgery.loading import open_model, open_skeleton, open_tokenizer, reso
 from taut.surgery.prepare import Prepared, prepare
 
 GENEROUS_BASE = 1.5e9
-"""Bytes of the bare process with its libraries."""
+"""Bytes of the process with its libraries but without a model, generously estimated."""
 
 
 class Trial:
     """A trial that is ready to run: its model's skeleton is open, its plan is made, its tasks are checked.
 
     ``reason`` says why it cannot work (the recipe fits no site), or is None. Raises TautError for input that is wrong
-    whatever the recipe (no such model, a wrong option of a task).
+    with any recipe (no such model, a wrong option of a task).
     """
 
     def __init__(self, spec: TrialSpec) -> None:
@@ -49,14 +49,14 @@ class Trial:
                 self.reason = str(error)
 
     def estimate(self) -> dict[str, float]:
-        """``seconds`` and ``bytes`` of memory, roughly: weights a few times over, and a pass over the tasks' data."""
+        """Rough ``seconds`` and ``bytes`` of memory: the weights a few times over, and a pass over the tasks' data."""
         measure = self.spec.measure
         per_parameter = 2e-7 * (1 + len(self.tasks)) + (1e-7 if measure.get("latency") else 0)
         seconds = 4 + self.parameters * per_parameter + (12 if measure.get("memory") else 0)
         return {"seconds": seconds, "bytes": GENEROUS_BASE + 4 * 4.0 * self.parameters}
 
     def run(self, report: Report) -> Record:
-        """The whole trial. Every step says what it is doing through ``report``."""
+        """Run the whole trial. ``report`` is called with a few words at the start of each step."""
         started, clock = datetime.now(UTC).isoformat(timespec="milliseconds"), time.monotonic()
         options = self.spec.measure
         torch.manual_seed(self.spec.seed)

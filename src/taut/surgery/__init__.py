@@ -1,1 +1,1 @@
-"""Planning a swap, doing it, undoing it, and keeping it in an ordinary checkpoint."""
+"""Plan the compression of a model, apply it, undo it, and keep it in an ordinary checkpoint."""

@@ -1,8 +1,8 @@
-"""The same bits before saving and after loading.
+"""Makes a model give the same bits before saving and after loading.
 
-Where a tensor lies in memory decides the last bit of some float kernels (MKL's product of a matrix and one vector).
-What torch allocates lies at a multiple of 64 bytes; a tensor of a mapped file lies wherever the header of the file
-happens to end. So float tensors that lie elsewhere are copied once, when a model is compressed or loaded.
+The memory address of a tensor decides the last bit of some float kernels (MKL's product of a matrix and one vector).
+Torch allocates at multiples of 64 bytes. A tensor of a mapped file starts wherever the header of the file ends.
+So float tensors at other addresses are copied once, when a model is compressed or loaded.
 """
 
 from torch import nn
@@ -11,7 +11,7 @@ ALIGNMENT = 64
 
 
 def align_tensors(model: nn.Module) -> None:
-    """Copy the floating tensors on the CPU that lie elsewhere. Codes stay: sums of integers are exact."""
+    """Copy the float tensors on the CPU at other addresses. Codes stay where they are: sums of integers are exact."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()

@@ -21,7 +21,7 @@ from taut.surgery.align import align_tensors
 from taut.surgery.calibration import calibrate, token_batches
 from taut.surgery.install import Surgery, fitted, started
 from taut.surgery.loading import open_model
-from taut.surgery.plan import Plan, Step, make_plan
+from taut.surgery.plan import Plan, Step, make_plan, refuse_other_quantization
 from taut.surgery.prepare import Prepared
 from taut.surgery.quantizer import TautConfig, TautQuantizer
 
@@ -39,13 +39,14 @@ def apply(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
-    """Tighten ``model`` in place and return the plan.
+    """Compress ``model`` in place and return the plan.
 
-    ``batches`` are model inputs (dicts of tensors) for the methods that calibrate; without them those methods fit
-    the weights alone. ``tokenizer`` is for methods that read the vocabulary, ``seed`` for fits that start at random.
-    With ``keep_originals`` the change can be undone to the bit (and the dense weights stay in memory until then).
-    Raises TautError as ``plan.make`` does, and when the model is compressed already.
+    ``batches`` are model inputs (dicts of tensors) for methods that calibrate. Without them, those methods fit the
+    weights alone. ``tokenizer`` is for methods that read the vocabulary, ``seed`` for fits that start at random.
+    With ``keep_originals`` the change can be undone to the bit, and the dense weights stay in memory until then.
+    Raises TautError for a model that is compressed already, and for a Recipe as ``make_plan`` does.
     """
+    refuse_other_quantization(model.config)
     plan = recipe if isinstance(recipe, Plan) else make_plan(model, recipe, tokenizer=lambda: tokenizer)
     needs = {step.site: step.method.needs for step in plan.steps if isinstance(step.method, PartMethod)}
     calibration = calibrate(model, needs, batches, seed)
@@ -96,44 +97,47 @@ def compress(
 
 
 def undo(model: PreTrainedModel) -> None:
-    """Take every part out again, to the bit. Raises TautError when the model is not compressed or was loaded so."""
+    """Restore the original to the bit. Raises TautError if the model is not compressed or was loaded compressed."""
     surgery_of(model).undo()
     del model.hf_quantizer
     del model.config.quantization_config
 
 
 def is_compressed(model: PreTrainedModel) -> bool:
-    """Whether taut changed this model, here or before it was loaded."""
+    """Whether taut compressed this model, in memory or before it was loaded."""
     return isinstance(vars(model).get("hf_quantizer"), TautQuantizer)
 
 
 def surgery_of(model: PreTrainedModel) -> Surgery:
-    """What was done to the model. Raises TautError when it is not compressed."""
+    """Return the changes made to a compressed model. Raises TautError when it is not compressed."""
     if not is_compressed(model):
         raise TautError(f"this {type(model).__name__} is not compressed by taut")
     return model.hf_quantizer.surgery
 
 
 def steps_of(model: PreTrainedModel) -> tuple[Step, ...]:
-    """The steps of a compressed model, each with its site in this very model."""
+    """Return the steps of a compressed model, with the sites of this model. Raises TautError if not compressed."""
     return surgery_of(model).steps
 
 
 def untouched(model: PreTrainedModel) -> PreTrainedModel:
-    """A skeleton of the model as if nothing had been done to it: its class, configuration and dtype, no values."""
+    """Build a skeleton of the original model on the meta device: same class, configuration and dtype, no values."""
     config = type(model.config).from_dict(model.config.to_dict())
     with torch.device("meta"):
         return type(model)._from_config(config, dtype=model.dtype)
 
 
 def sites_of(model: PreTrainedModel) -> tuple[Site, ...]:
-    """The sites of a model, compressed or not."""
+    """Return the sites of a model, compressed or not."""
     return locate(untouched(model) if is_compressed(model) else model).sites
 
 
 def save(model: PreTrainedModel, out: str | Path, source: Path | None = None) -> Path:
-    """Write a complete folder: weights, config, and whatever else lay beside the original's weights (tokenizer, chat
-    template, generation config, sentence-transformers' folders). The folder appears whole or not at all."""
+    """Write a complete folder, which appears whole or not at all.
+
+    It holds the weights, the config, and what else is beside the original's weights in ``source``: tokenizer, chat
+    template, generation config, sentence-transformers' folders.
+    """
     with whole_folder(out) as folder:
         if source is not None:
             copy_companions(source, folder)
@@ -142,7 +146,7 @@ def save(model: PreTrainedModel, out: str | Path, source: Path | None = None) ->
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy what is no weight and not the config: tokenizer, chat template, sentence-transformers' folders."""
+    """Copy all but weights and config: tokenizer, chat template, sentence-transformers' folders."""
     shutil.copytree(
         source, folder, ignore=shutil.ignore_patterns(*WEIGHTS, ".git", "onnx", "openvino"), dirs_exist_ok=True
     )
@@ -155,7 +159,7 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 @contextmanager
 def whole_folder(out: str | Path) -> Any:
-    """A temporary sibling of ``out`` that takes its name when the block ends well, and vanishes otherwise.
+    """Yield a temporary folder beside ``out``. It is renamed to ``out`` if the block succeeds, and deleted otherwise.
 
     Raises TautError when ``out`` exists and is not empty, or cannot be written.
     """
@@ -177,7 +181,7 @@ def whole_folder(out: str | Path) -> Any:
 
 
 def check_writable(target: Path) -> None:
-    """Raises TautError before any work is done for an output folder that could not be made."""
+    """Check, before any work is done, that an output folder can be made. Raises TautError if not."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise TautError(f"{target}: already there and not an empty folder; choose another --out")
     parent = target.parent

@@ -1,4 +1,4 @@
-"""The plug into transformers' attention: one registered function and one registered mask, both named ``taut``."""
+"""Plugs taut into transformers: an attention function and a mask function, both registered as ``taut``."""
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -32,15 +32,15 @@ from taut.ops.caches.quantized import rounded
 
 NAME = "taut"
 METHOD = "taut_attention"
-"""The attribute of an attention module that holds its method: it follows the module into copies."""
+"""The attribute of an attention module that holds its method. Copies of the module keep it."""
 
 
 @dataclass(frozen=True)
 class Serving:
-    """The memory at work in the decoder that is running now.
+    """The memory in use during the current forward pass of a decoder.
 
-    ``marks`` (B, T) where there is no cache to hold them, and a ``store`` where there is none to round keys and values.
-    ``handed_out`` is False where nobody asked for the cache.
+    ``marks`` (B, T) are given if no cache holds them. ``store`` is given if no cache rounds the keys and values.
+    ``handed_out`` is False if the caller did not request the cache.
     """
 
     pattern: Pattern | None
@@ -54,8 +54,10 @@ serving: ContextVar[Serving | None] = ContextVar("serving", default=None)
 
 
 def register() -> None:
-    """Make ``taut`` known as an attention implementation. Without a mask function of the same name transformers would
-    ignore padding, silently. Safe to call again."""
+    """Register ``taut`` as an attention implementation. Safe to call again.
+
+    Without a mask function of the same name, transformers would silently ignore padding.
+    """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, view)
 
@@ -63,9 +65,12 @@ def register() -> None:
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: View | Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """The attention function: the module's method under the view that ``view`` made, else what ``sdpa`` does."""
+    """The attention function: run the module's method, or ``sdpa`` if it has none, with the mask that ``view`` made.
+
+    Raises TautError for a method in a model that caps its attention scores.
+    """
     method = vars(module).get(METHOD)
-    seen = attention_mask if isinstance(attention_mask, View) else _given(module, query, key, attention_mask)
+    seen = attention_mask if isinstance(attention_mask, View) else _from_tensor(module, query, key, attention_mask)
     seen = _packed(seen, options.get("position_ids"))
     if seen.key_positions is not None and "position_bias" in options:
         options["position_bias"] = _bias(module, seen)
@@ -77,8 +82,8 @@ def attention(
     elif options.get("softcap") is not None:
         raise TautError(f"{method.id}: the model caps its attention scores (softcap), which fused kernels cannot do")
     else:
-        known = {name: options[name] for name in ("scaling", "dropout", "position_bias") if name in options}
-        out = method.attend(module, query, key, value, seen, **known).contiguous()
+        supported = {name: options[name] for name in ("scaling", "dropout", "position_bias") if name in options}
+        out = method.attend(module, query, key, value, seen, **supported).contiguous()
     if memory is not None and memory.cache is not None:
         scaling = options.get("scaling")
         memory.cache.attended(
@@ -101,15 +106,16 @@ def view(
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> View:
-    """The mask function: a description of the mask, which becomes a tensor only where a kernel asks for one.
+    """The mask function: describe the mask. The description becomes a tensor only when a kernel needs one.
 
-    Arguments as transformers' ``sdpa_mask``; of its makers only the bidirectional ones name
-    ``allow_is_bidirectional_skip``.
+    The arguments are those of transformers' ``sdpa_mask``. Of its callers, only those that make bidirectional masks
+    pass ``allow_is_bidirectional_skip``. Raises TautError for a cache that drops entries in a model with its own mask
+    function.
     """
     if isinstance(attention_mask, View):
         return attention_mask
     causal = allow_is_bidirectional_skip is None
-    # A static cache counts in a tensor that moves on before the mask is made.
+    # A static cache counts tokens in a tensor, which changes before the mask is made.
     q_offset = int(q_offset)
     make = partial(
         sdpa_mask,
@@ -134,9 +140,9 @@ def view(
     starts = first_tokens(attention_mask)
     rule = None if mask_function in (causal_mask_function, bidirectional_mask_function) else mask_function
     if use_vmap:
-        # A mask function of the caller's own need not take tensors of indices: read its answers.
+        # A model's own mask function may not accept tensors of indices, so read the mask that it makes.
         if positions is not None:
-            raise TautError("a cache that drops entries does not go with a mask function of the model's own")
+            raise TautError("a cache that drops entries does not work with a model's own mask function")
         rule = partial(_looked_up, make(), q_offset, kv_offset)
     return View(
         batch=batch_size,
@@ -167,7 +173,7 @@ def first_tokens(attention_mask: Tensor | None) -> Tensor | None:
 def install_attention(
     model: PreTrainedModel, chosen: Mapping[str, tuple[AttentionMethod, AttentionSite]]
 ) -> Callable[[], None]:
-    """Give the attention modules at these paths their methods; returns what takes them out again."""
+    """Give the attention modules at these paths their methods. Returns a function that undoes it."""
     modules = [model.get_submodule(path) for path in chosen]
     release = switch(model)
     for module, (method, _) in zip(modules, chosen.values(), strict=True):
@@ -183,7 +189,7 @@ def install_attention(
 
 @dataclass
 class _Claim:
-    """How many installations need the ``taut`` implementation in a model, and what each configuration said before."""
+    """How many installations need ``taut`` attention in a model, and each configuration's implementation before."""
 
     previous: list[tuple[Any, str | None]]
     count: int = 0
@@ -193,7 +199,11 @@ _claims: WeakKeyDictionary[PreTrainedModel, _Claim] = WeakKeyDictionary()
 
 
 def switch(model: PreTrainedModel) -> Callable[[], None]:
-    """Run ``model`` on the ``taut`` implementation until every caller has called back."""
+    """Run ``model`` with ``taut`` attention. Returns a function that releases it.
+
+    The previous implementation returns when every caller has released it. Raises TautError for a model without fused
+    attention (sdpa), or whose attention implementation cannot be chosen.
+    """
     register()
     if not model._supports_sdpa:
         raise TautError(
@@ -201,12 +211,12 @@ def switch(model: PreTrainedModel) -> Callable[[], None]:
         )
     if model not in _claims:
         models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-        configs = {id(each.config): each.config for each in models}
+        configs = {id(submodel.config): submodel.config for submodel in models}
         previous = [(config, config._attn_implementation) for config in configs.values()]
         model.set_attn_implementation(NAME)
         if any(config._attn_implementation != NAME for config, _ in previous):
             _restore(previous)
-            raise TautError(f"{type(model).__name__} does not let its attention implementation be chosen")
+            raise TautError(f"{type(model).__name__} does not let taut choose its attention implementation")
         _claims[model] = _Claim(previous)
     _claims[model].count += 1
 
@@ -225,8 +235,8 @@ def _restore(previous: list[tuple[Any, str | None]]) -> None:
         config._attn_implementation = implementation
 
 
-def _given(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> View:
-    """A view of a mask that the caller made, (B or 1, 1, T, S) bool or float, or of none at all."""
+def _from_tensor(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> View:
+    """Describe a mask tensor from the caller, (B or 1, 1, T, S) bool or float; None is no mask."""
     rule = None
     if mask is not None:
         seen = mask if mask.dtype == torch.bool else mask >= 0
@@ -243,7 +253,7 @@ def _given(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -
 
 
 def _packed(seen: View, positions: Tensor | None) -> View:
-    """``seen`` with the positions of packed sequences, (B or 1, T), if that is what they are."""
+    """Add ``positions`` (B or 1, T) to the description of the mask, if they are those of packed sequences."""
     if positions is None or seen.rule is None or seen.padding is not None or positions.shape[-1] != seen.keys:
         return seen
     if "packed" not in seen.memo:
@@ -253,8 +263,10 @@ def _packed(seen: View, positions: Tensor | None) -> View:
 
 
 def _bias(module: nn.Module, seen: View) -> Tensor:
-    """T5's bias where the cache has gaps, (B or 1, H, T, S). The model takes places in the cache for positions, and its
-    first layer computes the bias for all: so here, from the true distances."""
+    """T5's position bias for a cache with gaps, (B or 1, H, T, S), from the true distances.
+
+    The model would use columns of the cache as positions. Its first layer computes the bias for all layers.
+    """
     if module.has_relative_attention_bias:
         table = module.relative_attention_bias
         buckets = module._relative_position_bucket(
@@ -277,7 +289,7 @@ def _looked_up(
 def _padding(
     mask: Tensor | None, keys: int, key_start: int, positions: Tensor | None, starts: Tensor | None
 ) -> Tensor | None:
-    """(B, S) bool, True = real, of the keys in sight; None when all are."""
+    """Whether each key of the view is a real token, (B, S) bool; None when all are."""
     if mask is None:
         return None
     if positions is not None:

@@ -1,4 +1,4 @@
-"""The memory of a decoder: a hook before its forward that brings in our cache, and one after it."""
+"""Installs a memory method in a decoder: a hook before its forward pass that inserts our cache, and one after it."""
 
 import inspect
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from taut.surgery.attention import Serving, first_tokens, serving, switch
 
 
 def install_memory(model: PreTrainedModel, method: MemoryMethod, site: MemorySite) -> Callable[[], None]:
-    """Let the decoder at ``site.path`` use ``method``'s cache and pattern; returns what takes them out again."""
+    """Let the decoder at ``site.path`` use ``method``'s cache and pattern. Returns a function that undoes it."""
     if method.pattern() is None and method.cache(site.layers) is None:
         return lambda: None
     base = model.get_submodule(site.path)
@@ -38,38 +38,38 @@ def install_memory(model: PreTrainedModel, method: MemoryMethod, site: MemorySit
 
 @dataclass(frozen=True)
 class Memory:
-    """The hook before a decoder's forward: an empty stock cache becomes one of ours."""
+    """The hook before a decoder's forward pass: it replaces an empty cache of transformers by one of ours."""
 
     method: MemoryMethod
     layers: int
 
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        given = dict(kwargs)
+        arguments = dict(kwargs)
         if args:
-            given |= inspect.signature(base.forward).bind_partial(*args).arguments
-        asked = self._asked(base, given.get("past_key_values"), given.get("use_cache"))
-        cache = self._cache(base, given.get("past_key_values")) if asked or self.method.makes_keys else None
+            arguments |= inspect.signature(base.forward).bind_partial(*args).arguments
+        requested = self._requested(base, arguments.get("past_key_values"), arguments.get("use_cache"))
+        cache = self._cache(base, arguments.get("past_key_values")) if requested or self.method.makes_keys else None
         if cache is not None:
-            given["past_key_values"] = cache
-        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        positioned = own if isinstance(own, PositionedCache) else None
+            arguments["past_key_values"] = cache
+        decoder_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        positioned = decoder_cache if isinstance(decoder_cache, PositionedCache) else None
         pattern = self.method.pattern()
         marked = positioned is None and isinstance(pattern, Marked)
-        incoming = self._incoming(base, given) if positioned is not None or marked else None
+        incoming = self._incoming(base, arguments) if positioned is not None or marked else None
         if positioned is not None:
-            if given.get("attention_mask") is None and positioned.starts is not None:
+            if arguments.get("attention_mask") is None and positioned.starts is not None:
                 raise TautError(
                     f"{self.method.id}: the cache holds left-padded rows: pass the attention_mask every time"
                 )
             positioned.begin(incoming)
         marks = self.method.marks(incoming) if marked else None
-        # A cache of ours rounds what it takes in; without one, attention does.
+        # Our cache rounds the entries that it stores. Without a cache, attention rounds them.
         store = self.method.store if cache is None else None
-        serving.set(Serving(pattern, positioned, marks, store, handed_out=asked))
-        return (), given
+        serving.set(Serving(pattern, positioned, marks, store, handed_out=requested))
+        return (), arguments
 
     def _incoming(self, base: nn.Module, given: dict[str, Any]) -> Incoming:
-        """The new tokens of this call."""
+        """Describe the new tokens of this call. Raises TautError for a mask that is not (batch, length)."""
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         tokens = given.get("inputs_embeds") if ids is None else ids
         if mask is not None and mask.dim() != 2:
@@ -80,8 +80,11 @@ class Memory:
         learned = dict(base.named_children()).get(LEARNED)
         return Incoming(queries, tokens.device, ids, real, first_tokens(mask), restarts, learned)
 
-    def _asked(self, base: nn.Module, given: Cache | None, use_cache: bool | None) -> bool:
-        """Whether the model is to keep what it reads."""
+    def _requested(self, base: nn.Module, given: Cache | None, use_cache: bool | None) -> bool:
+        """Whether the caller requests a cache: by passing one, or by ``use_cache``.
+
+        Raises TautError for gradient checkpointing with a method that makes its own keys.
+        """
         use_cache = base.config.use_cache if use_cache is None else use_cache
         checkpointing = base.training and getattr(base, "gradient_checkpointing", False)
         if checkpointing and self.method.makes_keys:
@@ -89,23 +92,26 @@ class Memory:
         return given is not None or bool(use_cache and not checkpointing)
 
     def _cache(self, base: nn.Module, given: Cache | None) -> Cache:
-        """The cache for this call: ours, new or handed back."""
+        """Return our cache for this call: a new one, or the one that the caller passed.
+
+        Raises TautError for a cache of another type, and for one of transformers that already holds tokens.
+        """
         if given is None:
             ours = self.method.cache(self.layers)
             return EncoderDecoderCache(ours, DynamicCache()) if base.config.is_encoder_decoder else ours
-        own = given.self_attention_cache if isinstance(given, EncoderDecoderCache) else given
+        passed = given.self_attention_cache if isinstance(given, EncoderDecoderCache) else given
         ours = self.method.cache(self.layers)
-        if type(own) is type(ours):
+        if type(passed) is type(ours):
             return given
-        if type(own) is not DynamicCache or not all(isinstance(layer, DynamicLayer) for layer in own.layers):
+        if type(passed) is not DynamicCache or not all(isinstance(layer, DynamicLayer) for layer in passed.layers):
             raise TautError(
-                f"{self.method.id} brings its own cache: drop cache_implementation, or past_key_values of type "
-                f"{type(own).__name__}"
+                f"{self.method.id} uses its own cache: do not pass cache_implementation, or past_key_values of type "
+                f"{type(passed).__name__}"
             )
-        if own.get_seq_length() > 0:
+        if passed.get_seq_length() > 0:
             raise TautError(
-                f"{self.method.id}: past_key_values already holds {own.get_seq_length()} tokens in a stock cache; "
-                "start with an empty one, or with none"
+                f"{self.method.id}: past_key_values already holds {passed.get_seq_length()} tokens in another cache; "
+                "start with an empty cache, or with none"
             )
         return (
             EncoderDecoderCache(ours, given.cross_attention_cache) if isinstance(given, EncoderDecoderCache) else ours
@@ -113,7 +119,7 @@ class Memory:
 
 
 def _restarts(positions: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """(B or 1, T) positions -> where a packed sequence begins; None unless that is what they say."""
+    """(B or 1, T) positions -> (B or 1, T) bool, True where a packed sequence begins; None if nothing is packed."""
     if positions is None or mask is not None or positions.dim() != 2 or positions.shape[1] < 2:
         return None
     first = torch.cat([torch.zeros_like(positions[:, :1], dtype=torch.bool), positions.diff() != 1], 1)
@@ -121,7 +127,7 @@ def _restarts(positions: Tensor | None, mask: Tensor | None) -> Tensor | None:
 
 
 def _finish(base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The hook after a decoder's forward. A cache that nobody asked for is not handed out."""
+    """The hook after a decoder's forward pass. It removes a cache that the caller did not request from the output."""
     memory = serving.get()
     if memory is not None and memory.cache is not None:
         memory.cache.finish()
@@ -129,5 +135,5 @@ def _finish(base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     if memory is None or memory.handed_out:
         return output
     if isinstance(output, ModelOutput):
-        return type(output)(**{name: each for name, each in output.items() if name != "past_key_values"})
-    return tuple(each for each in output if not isinstance(each, Cache)) if isinstance(output, tuple) else output
+        return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
+    return tuple(value for value in output if not isinstance(value, Cache)) if isinstance(output, tuple) else output

@@ -1,4 +1,4 @@
-"""What text shows about each site: input Grams and ranges of linear maps; token counts and gradients of tables."""
+"""Statistics of sites from text: Gram matrices and ranges of maps' inputs, token counts and gradients of tables."""
 
 from collections.abc import Iterable
 
@@ -13,43 +13,45 @@ from taut.surgery.gradients import GRADIENT_FIELDS, table_gradients
 from taut.surgery.modes import evaluating
 
 TOKENS = 1 << 16
-"""The most tokens that go through the model; counts are taken of the whole text."""
+"""The most tokens that pass through the model. Token counts use the whole text."""
 READ = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
-"""Which model inputs a token table looks up, and what marks the real tokens among them."""
+"""The model inputs that a token table looks up, and the masks that mark their real tokens."""
 
 
 def calibrate(
     model: PreTrainedModel, needs: dict[Site, frozenset[str]], batches: Iterable[dict[str, Tensor]], seed: int = 0
 ) -> dict[str, Calibration]:
-    """Statistics of the sites in ``needs``, by site name, from ``batches`` (dicts of model inputs;
-    ``attention_mask`` marks the real tokens). Without a batch there is nothing but ``seed``, which every one carries.
+    """Compute the statistics in ``needs`` from ``batches``, by site name.
 
-    Token counts need no pass through the model, Grams and ranges one forward, gradients a forward and a backward: of
-    a long text those see evenly spaced batches, ``TOKENS`` tokens in all, and sums over occurrences are scaled up to
-    the whole. Sums are accumulated in float64 and Grams averaged over real tokens, so the result does not depend on
-    batching beyond rounding. The model is left as it was found, gradients included. Raises TautError for ids that the
-    table lacks.
+    A batch is a dict of model inputs; its ``attention_mask`` marks the real tokens. ``seed`` is stored in every result,
+    and without batches it is all that a result holds.
+
+    Token counts need no pass through the model, Gram matrices and ranges one forward pass, gradients a forward and a
+    backward pass. For a long text, the passes use evenly spaced batches, ``TOKENS`` tokens in all, and sums over
+    occurrences are scaled up to the whole text. Sums are accumulated in float64 and Gram matrices averaged over real
+    tokens, so batching changes the result only by rounding. The model stays unchanged, gradients included. Raises
+    TautError for token ids outside the table.
     """
     batches = list(batches)
-    found: dict[str, dict[str, Tensor]] = {site.name: {} for site in needs}
+    statistics: dict[str, dict[str, Tensor]] = {site.name: {} for site in needs}
     if batches:
         tables = {site: fields for site, fields in needs.items() if isinstance(site, TableSite)}
         for site, fields in tables.items():
             if "frequency" in fields:
-                found[site.name]["frequency"] = frequency(site, batches)
-        steep = [site for site, fields in tables.items() if fields & GRADIENT_FIELDS]
+                statistics[site.name]["frequency"] = frequency(site, batches)
+        selected = [site for site, fields in tables.items() if fields & GRADIENT_FIELDS]
         passed = _spread(batches)
-        if steep:
-            for site, gradients in zip(steep, table_gradients(model, steep, passed, seed).values(), strict=True):
-                found[site.name] |= gradients if passed is batches else _scaled(site, gradients, passed, batches)
+        if selected:
+            for site, gradients in zip(selected, table_gradients(model, selected, passed, seed).values(), strict=True):
+                statistics[site.name] |= gradients if passed is batches else _scaled(site, gradients, passed, batches)
         maps = {site: fields for site, fields in needs.items() if isinstance(site, LinearSite) and fields}
         if maps:
-            found |= _inputs(model, maps, passed)
-    return {name: Calibration(**fields, seed=seed) for name, fields in found.items()}
+            statistics |= _inputs(model, maps, passed)
+    return {name: Calibration(**fields, seed=seed) for name, fields in statistics.items()}
 
 
 def _spread(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """All batches, or evenly spaced ones of about ``TOKENS`` tokens."""
+    """Return all batches, or evenly spaced ones with about ``TOKENS`` tokens in all."""
     total = sum(batch["input_ids"].numel() for batch in batches)
     kept = max(1, len(batches) * TOKENS // max(total, 1))
     return batches if kept >= len(batches) else [batches[index * len(batches) // kept] for index in range(kept)]
@@ -58,8 +60,10 @@ def _spread(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 def _scaled(
     site: TableSite, gradients: dict[str, Tensor], part: list[dict[str, Tensor]], whole: list[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Sums over occurrences in a part of the text as sums over all of it. A row that only the rest of the text uses
-    is given the mean of an occurrence."""
+    """Scale sums over occurrences in a part of the text up to the whole text.
+
+    A row that occurs only in the rest of the text gets at least the mean per occurrence.
+    """
     seen, used = frequency(site, part), frequency(site, whole)
     scaled = dict(gradients)
     for name in ("gradient", "sensitivity"):
@@ -72,10 +76,10 @@ def _scaled(
 def token_batches(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], model: PreTrainedModel, size: int = 8, length: int = 128
 ) -> list[dict[str, Tensor]]:
-    """Model inputs from texts: full sequences of ``length`` tokens (no padding), ``size`` at a time. Fewer tokens than
-    that are one sequence; no token, no batch.
+    """Turn texts into batches of ``size`` full sequences of ``length`` tokens, without padding.
 
-    Encoder-decoders get the same tokens on both sides.
+    Fewer tokens than ``length`` make one shorter sequence; no tokens make no batch. Encoder-decoders get the same
+    tokens on both sides.
     """
     ids: list[int] = []
     for text in texts:
@@ -92,7 +96,7 @@ def token_batches(
 
 
 def frequency(site: TableSite, batches: Iterable[dict[str, Tensor]]) -> Tensor:
-    """How often ``batches`` look each row up, (V,) float64. Raises TautError for an id outside the table."""
+    """Count how often ``batches`` look up each row, (V,) float64. Raises TautError for an id outside the table."""
     counts = torch.zeros(site.rows, dtype=torch.float64)
     for batch in batches:
         for name in READ.keys() & batch.keys():
@@ -108,7 +112,7 @@ def frequency(site: TableSite, batches: Iterable[dict[str, Tensor]]) -> Tensor:
 def _inputs(
     model: PreTrainedModel, needs: dict[LinearSite, frozenset[str]], batches: Iterable[dict[str, Tensor]]
 ) -> dict[str, dict[str, Tensor]]:
-    """By site name what ``needs`` asks for of the inputs, over real tokens: their Gram matrix, their ranges."""
+    """Compute the Gram matrices and ranges in ``needs`` from the maps' inputs at real tokens, by site name."""
     tallies = {site: _Tally("gram" in fields, bool(fields & {"least", "greatest"})) for site, fields in needs.items()}
     handles = [model.get_submodule(site.path).register_forward_pre_hook(tally.see) for site, tally in tallies.items()]
     try:
@@ -139,7 +143,7 @@ class _Tally:
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         self.count += rows.shape[0]
         if self.wants_gram:
-            # Products in float32 at least and sums in float64: a batch is short, a corpus is not.
+            # Products in at least float32 and sums in float64: a batch is short, but a corpus is long.
             gram = (rows.t() @ rows).double()
             self.gram = gram if self.gram is None else self.gram + gram
         if self.wants_ranges and len(rows):
@@ -149,12 +153,12 @@ class _Tally:
             self.ranges = low, high
 
     def found(self) -> dict[str, Tensor]:
-        """What the model never passed through this map stays unknown."""
-        known = {"gram": self.gram / self.count} if self.gram is not None and self.count else {}
-        return known if self.ranges is None else known | dict(zip(("least", "greatest"), self.ranges, strict=True))
+        """Return the statistics as fields of Calibration. They are missing if no token passed through this map."""
+        fields = {"gram": self.gram / self.count} if self.gram is not None and self.count else {}
+        return fields if self.ranges is None else fields | dict(zip(("least", "greatest"), self.ranges, strict=True))
 
     def _real(self, x: Tensor) -> Tensor:
-        """Only the real tokens, where the mask speaks about this tensor's positions."""
+        """Return only the real tokens, if the mask has this tensor's batch and length; else all of ``x``."""
         if self.mask is not None and x.shape[:2] == self.mask.shape:
             return x[self.mask.bool()]
         return x

@@ -1,4 +1,4 @@
-"""Dense copies beside structured maps, where ``taut.calibrate`` found them faster."""
+"""Dense copies beside structured maps, where ``taut.tune`` measured that they are faster."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -12,13 +12,16 @@ from taut.surgery.plan import Step
 
 
 def install_dense_copies(model: PreTrainedModel, steps: Iterable[Step], chosen: Mapping[str, Any]) -> None:
-    """Give every map the numbers of tokens at which its copy answers, and the copy. What was measured on another
-    processor or device is not used, with one warning: which form is faster is another question there."""
+    """Give every map its dense copy and the numbers of tokens for which it is used.
+
+    Ignores, with one warning, a choice that was measured on another processor or device: there, another form may be
+    faster.
+    """
     here = {"processor": processor(), "device": model.device.type}
     if chosen["sites"] and any(chosen[key] != value for key, value in here.items()):
         warnings.warn(
-            f"taut: tuned on {chosen['processor']} ({chosen['device']}), and this is {here['processor']} "
-            f"({here['device']}): structured maps are used throughout; taut tune measures this machine",
+            f"taut: tuned on {chosen['processor']} ({chosen['device']}), but this is {here['processor']} "
+            f"({here['device']}): no dense copies are used; run taut tune on this machine",
             stacklevel=2,
         )
         chosen = {"sites": {}}

@@ -1,4 +1,4 @@
-"""Back to a plain dense checkpoint, for tools that know nothing of taut (vLLM, llama.cpp, ONNX)."""
+"""Exports a compressed model to a plain dense checkpoint, for tools without taut (vLLM, llama.cpp, ONNX)."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from taut.surgery.install import SharedHead, dense_module
 
 
 def densify(model: PreTrainedModel) -> tuple[PreTrainedModel, list[tuple[str, str]]]:
-    """A stock model with every part merged into dense weights, and the sites (name, reason) that have no dense
-    equivalent: attention and memory run stock there, so outputs differ. ``model`` is left as it is.
+    """Return a plain model with every part merged into dense weights, and the sites without a dense equivalent.
 
-    Raises TautError when the model is not compressed.
+    Such a site is given as (name, reason). There, transformers' own attention or memory runs, so outputs differ.
+    ``model`` stays unchanged. Raises TautError when it is not compressed.
     """
     surgery = surgery_of(model)
     config = type(model.config).from_dict(model.config.to_dict())
@@ -39,10 +39,10 @@ def densify(model: PreTrainedModel) -> tuple[PreTrainedModel, list[tuple[str, st
             if isinstance(step.method, PartMethod):
                 part = model.get_submodule(step.site.path)
                 dense_module(step.site, part, dense.get_submodule(step.site.path))
-        # Merging gave the table a new tensor; the heads and copies tied to it follow.
+        # Merging gave the table a new tensor, so the heads and copies are tied to it again.
         dense.tie_weights()
     kept = [
-        (step.site.name, f"{step.method.id} has no dense equivalent: the stock one runs instead")
+        (step.site.name, f"{step.method.id} has no dense equivalent: transformers' own runs instead")
         for step in surgery.steps
         if not isinstance(step.method, PartMethod) and not step.method.id.endswith(".identity")
     ]
@@ -50,7 +50,7 @@ def densify(model: PreTrainedModel) -> tuple[PreTrainedModel, list[tuple[str, st
 
 
 def export(model: PreTrainedModel, out: str | Path, source: Path | None = None) -> list[tuple[str, str]]:
-    """Write the dense equivalent as a complete plain folder; returns the sites that could not be merged."""
+    """Write the dense equivalent as a complete plain folder. Returns the sites without one, as ``densify`` does."""
     dense, kept = densify(model)
     with whole_folder(out) as folder:
         if source is not None:

@@ -1,4 +1,4 @@
-"""What a token table's vectors matter to the model: gradients of a loss on text, by each vector that was looked up."""
+"""How much the vectors of a token table matter: gradients of a loss on text, by looked-up vector."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,26 +13,27 @@ from taut.core.site import TableSite
 from taut.surgery.modes import evaluating
 
 MASKED_SHARE = 0.15
-"""Of the tokens, as masked models are trained with."""
+"""The share of tokens that is masked, as in the training of masked models."""
 
 GRADIENT_FIELDS = frozenset({"gradient", "sensitivity", "metric"})
-"""The fields of Calibration that are found here."""
+"""The fields of Calibration that this module computes."""
 
 
 def table_gradients(
     model: PreTrainedModel, sites: Iterable[TableSite], batches: Iterable[dict[str, Tensor]], seed: int = 0
 ) -> dict[str, dict[str, Tensor]]:
-    """``gradient`` (V,), ``sensitivity`` (V,) and ``metric`` (D, D) of each table, float64, by site name.
+    """Compute ``gradient`` (V,), ``sensitivity`` (V,) and ``metric`` (D, D) of each table, float64, by site name.
 
-    With a language-modelling head the loss is the model's own, summed over tokens, with the text as its labels: the
-    next token (encoder-decoders: of the decoder), or 15 % masked tokens where the configuration names the mask, else
-    every token as it stands. So ``sensitivity`` is the empirical Fisher information of a row, per number.
+    With a language-modelling head the loss is the model's own, summed over tokens, with the text as its labels. It
+    predicts the next token (encoder-decoders: of the decoder). Masked models predict 15 % masked tokens, or every
+    token, unmasked, if the configuration names no mask token. So ``sensitivity`` is the empirical Fisher information
+    of a row, per number.
 
-    Without one it is the Gauss-Newton matrix of half the squared change of the first output (the hidden states),
-    summed over real tokens: random signs, drawn with ``seed``, are sent backwards in place of a loss's gradient.
+    Without a head it is the Gauss-Newton matrix of half the squared change of the first output (the hidden states),
+    summed over real tokens. Random signs from ``seed`` are backpropagated in place of a loss's gradient.
 
-    A change dE of row v raises the summed loss by about ``sensitivity[v]`` ||dE||^2 / 2. Padding has no share: no
-    loss stands there, and the attention mask hides it from everyone else. The model is left as it was found.
+    A change dE of row v raises the summed loss by about ``sensitivity[v]`` ||dE||^2 / 2. Padding does not count: it
+    has no loss, and the attention mask hides it from the other tokens. The model stays unchanged.
     """
     tallies = {site.name: _Tally(site) for site in sites}
     generator = torch.Generator().manual_seed(seed)
@@ -43,8 +44,8 @@ def table_gradients(
             with torch.enable_grad():
                 loss = _loss(model, batch, generator)
             wanted = [tensor for tally in tallies.values() for tensor in tally.tensors()]
-            found = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-            remaining = iter(found)
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+            remaining = iter(gradients)
             for tally in tallies.values():
                 tally.add(remaining)
     return {name: tally.result() for name, tally in tallies.items()}
@@ -67,7 +68,7 @@ class _Tally:
         self.scores.clear()
 
     def lookup(self, module: nn.Module, arguments: tuple[Tensor, ...], vectors: Tensor) -> Tensor:
-        """Cut the graph at the looked-up vectors: what lies before them needs no gradient."""
+        """The hook after a lookup: it cuts the graph at the looked-up vectors, as nothing before needs a gradient."""
         vectors = vectors.detach().requires_grad_()
         self.lookups.append((arguments[0], vectors))
         return vectors
@@ -80,10 +81,10 @@ class _Tally:
 
     @torch.no_grad()
     def add(self, gradients: Iterator[Tensor]) -> None:
-        """Take the gradients by ``tensors()``, in that order."""
+        """Add the gradients with respect to ``tensors()``, in that order."""
         width = self.site.width
         for ids, _ in self.lookups:
-            # By the stored row: a lookup multiplies it by the scale.
+            # The gradient with respect to the stored row, which a lookup multiplies by the scale.
             rows = next(gradients).reshape(-1, width).double() * self.site.scale
             squares, flat = rows.square().sum(1).cpu(), ids.reshape(-1).cpu()
             self.gradient.index_add_(0, flat, squares.sqrt())
@@ -91,7 +92,7 @@ class _Tally:
             self.metric += (rows.T @ rows).cpu()
             self.occurrences += int(squares.count_nonzero())
         for hidden, _ in self.scores:
-            # Position t asks row v to move along h_t by its gradient c_tv: |c_tv h_t|^2, never held as (T, V, D).
+            # The gradient of row v at position t is c_tv h_t. Sum |c_tv h_t|^2 without a tensor of (T, V, D).
             slopes = next(gradients).flatten(0, -2).float().square()
             states = hidden.reshape(-1, width).double()
             self.sensitivity += (slopes.T @ states.square().sum(1).float()).double().cpu() / width
@@ -103,26 +104,26 @@ class _Tally:
 
 
 def _loss(model: PreTrainedModel, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-    """A scalar whose gradient is wanted; see ``table_gradients``."""
-    given = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    """Compute the scalar to differentiate; see ``table_gradients``."""
+    arguments = {name: tensor for name, tensor in batch.items() if name != "labels"}
     two_stacks = model.config.is_encoder_decoder
-    ids = given["decoder_input_ids" if two_stacks else "input_ids"]
-    mask = given.get("decoder_attention_mask" if two_stacks else "attention_mask")
+    ids = arguments["decoder_input_ids" if two_stacks else "input_ids"]
+    mask = arguments.get("decoder_attention_mask" if two_stacks else "attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if model.get_output_embeddings() is None:
-        return _signed_sum(model(**given)[0], real, generator)
+        return _signed_sum(model(**arguments)[0], real, generator)
     if two_stacks or model.can_generate():
-        logits, counted = model(**given)["logits"][:, :-1], real[:, 1:] & real[:, :-1]
+        logits, counted = model(**arguments)["logits"][:, :-1], real[:, 1:] & real[:, :-1]
         return F.cross_entropy(logits[counted].float(), ids[:, 1:][counted], reduction="sum")
     mask_id = model.config.to_dict().get("mask_token_id")
     if mask_id is not None:
         real = real & (torch.rand(ids.shape, generator=generator) < MASKED_SHARE).to(ids.device)
-        given["input_ids"] = torch.where(real, mask_id, ids)
-    return F.cross_entropy(model(**given)["logits"][real].float(), ids[real], reduction="sum")
+        arguments["input_ids"] = torch.where(real, mask_id, ids)
+    return F.cross_entropy(model(**arguments)["logits"][real].float(), ids[real], reduction="sum")
 
 
 def _signed_sum(output: Tensor, real: Tensor, generator: torch.Generator) -> Tensor:
-    """The sum of all numbers at real tokens, each with a random sign."""
+    """Sum all numbers at real tokens, each with a random sign."""
     signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
     if output.dim() == 3 and output.shape[:2] == real.shape:
         signs = signs * real.to(signs)[..., None]
@@ -131,11 +132,11 @@ def _signed_sum(output: Tensor, real: Tensor, generator: torch.Generator) -> Ten
 
 @contextmanager
 def _watched(model: PreTrainedModel, tallies: Iterable[_Tally]) -> Iterator[None]:
-    """Hooks in place and parameters frozen; evaluation mode. Afterwards everything as it was."""
+    """Set the hooks, freeze the parameters and use evaluation mode. Afterwards, restore everything."""
     handles: list[Any] = []
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for tally in tallies:
-        # T5 may have one module under several names.
+        # T5 may hold one module under several names.
         for module in dict.fromkeys(model.get_submodule(path) for path in (tally.site.path, *tally.site.copies)):
             handles.append(module.register_forward_hook(tally.lookup))
         for path in tally.site.heads:

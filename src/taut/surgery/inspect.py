@@ -1,4 +1,4 @@
-"""What lies in a folder, read from its config and safetensors headers."""
+"""Describes a model folder from its config and safetensors headers."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,10 @@ from taut.surgery.loading import check_folder
 
 
 def inspect(folder: Path) -> dict[str, Any]:
-    """``model_type``, ``architectures``, ``compressed``, ``recipe``, ``healed``, ``tuned``,
-    ``steps``, ``tensors``, ``file_bytes``.
+    """Describe a model folder without reading any tensor.
 
-    Raises TautError when the folder is not a model folder. No tensor is read.
+    Returns ``folder``, ``model_type``, ``architectures``, ``compressed``, ``taut_version``, ``original``, ``recipe``,
+    ``healed``, ``tuned``, ``steps``, ``tensors`` and ``file_bytes``. Raises TautError when it is not a model folder.
     """
     check_folder(folder)
     try:

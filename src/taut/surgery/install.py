@@ -1,4 +1,4 @@
-"""Putting parts into a model, and taking them out again to the bit."""
+"""Installs parts in a model, and removes them again to the bit."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -19,15 +19,15 @@ from taut.surgery.positions import NoPositions, taken_out, unturned
 from taut.surgery.shape_guard import restore_state_shapes
 
 Build = Callable[[Step, nn.Module], nn.Module | None]
-"""From the module at a site to what takes its place; for attention and memory to what joins it, if anything does."""
+"""Makes a module from the one at a site: its replacement, or for attention and memory a child module or None."""
 
 
 class SharedTable(nn.Module):
-    """A second lookup of a table that lives elsewhere (T5's two stacks). It holds no tensors of its own."""
+    """A second lookup of a table that another module holds (T5's two stacks). It holds no tensors of its own."""
 
     def __init__(self, part: TablePart) -> None:
         super().__init__()
-        # A reference torch does not register: otherwise the tensors would appear in the state dict twice.
+        # Torch must not register the part: otherwise its tensors would appear in the state dict twice.
         object.__setattr__(self, "part", part)
         self.num_embeddings, self.embedding_dim = part.num_embeddings, part.embedding_dim
 
@@ -52,8 +52,11 @@ class SharedHead(nn.Module):
 
 
 class Surgery:
-    """What was done to one model. ``undo`` restores the original modules, ties and attributes to the bit, as long as
-    it is ``reversible``: nothing but the parts may have learned since."""
+    """The changes made to one model.
+
+    ``undo`` restores the original modules, ties and attributes to the bit, as long as ``reversible`` is True: nothing
+    but the parts may have been trained since.
+    """
 
     def __init__(self, model: PreTrainedModel, steps: Iterable[Step], build: Build, keep_originals: bool = True):
         self.steps = tuple(steps)
@@ -69,7 +72,7 @@ class Surgery:
             self._undo.clear()
 
     def undo(self) -> None:
-        """Take every part out again. Raises TautError when the originals are gone."""
+        """Remove every part. Raises TautError when the original weights are gone."""
         if not self.reversible:
             raise TautError(
                 "the original weights are gone: this model was loaded compressed, or healed beyond its parts; load the "
@@ -116,11 +119,11 @@ class Surgery:
         for path in site.heads:
             self._swap(model, path, SharedHead(part, model.get_submodule(path).bias))
         resize = model.resize_token_embeddings
-        # Stock resizing wants an nn.Embedding; the owner of the table answers instead.
+        # transformers' own resizing needs an nn.Embedding, so replace it by a function that explains.
         self._set(model, "resize_token_embeddings", partial(_explain_resize, resize))
 
     def _untie(self, model: PreTrainedModel, paths: set[str]) -> None:
-        """Drop the ties by name that the parts replace; ties of biases stay."""
+        """Drop the named ties of weights that the parts replace. Ties of biases stay."""
         weights = {f"{path}.weight" for path in paths}
         for prefix, module in list(model.named_modules()):
             if isinstance(module, PreTrainedModel):
@@ -128,11 +131,11 @@ class Surgery:
                 lead = f"{prefix}." if prefix else ""
                 kept = {a: b for a, b in ties.items() if not {lead + a, lead + b} & weights}
                 self._set(module, "_tied_weights_keys", kept)
-                known = module.all_tied_weights_keys
+                all_ties = module.all_tied_weights_keys
                 self._set(
                     module,
                     "all_tied_weights_keys",
-                    {a: b for a, b in known.items() if not {lead + a, lead + b} & weights},
+                    {a: b for a, b in all_ties.items() if not {lead + a, lead + b} & weights},
                 )
 
     def _swap(self, model: PreTrainedModel, path: str, new: nn.Module) -> None:
@@ -148,7 +151,7 @@ class Surgery:
         self._undo.append(partial(delattr, module, LEARNED))
 
     def _set(self, owner: nn.Module, name: str, value: object) -> None:
-        """Set an instance attribute; undoing restores the instance's or the class's own."""
+        """Set an attribute of an instance. Undoing restores the previous value, of the instance or the class."""
         if name in vars(owner):
             self._undo.append(partial(setattr, owner, name, vars(owner)[name]))
         else:
@@ -157,7 +160,7 @@ class Surgery:
 
 
 def fitted(step: Step, original: nn.Module, calibration: dict) -> Part:
-    """A part filled from the trained module it replaces, on the same device and in the same dtype."""
+    """Build a part and fit it to the trained module it replaces, on the same device and in the same dtype."""
     weight = original.weight.detach()
     part = step.method.build(step.site, weight.device, weight.dtype)
     transposed = isinstance(step.site, LinearSite) and step.site.transposed
@@ -171,22 +174,22 @@ def fitted(step: Step, original: nn.Module, calibration: dict) -> Part:
 
 
 def started(step: Step, device: torch.device, seed: int) -> nn.Module | None:
-    """What an attention or a memory method learns, before it has learned anything."""
+    """Build the module that an attention or memory method trains, with its start values; None if there is none."""
     with torch.random.fork_rng():
-        # Layers start differently.
+        # Each layer gets a different random start.
         torch.manual_seed(seed + 1009 * (step.site.layer or 0))
         return step.method.learned(step.site, device, getattr(torch, step.site.dtype))
 
 
 def empty(step: Step, original: nn.Module) -> nn.Module | None:
-    """The right shapes on the meta device, to be filled by loading."""
+    """Build the module of a step on the meta device, to be filled by loading; None if there is none."""
     if isinstance(step.method, PartMethod):
         return step.method.build(step.site, torch.device("meta"), original.weight.dtype)
     return step.method.learned(step.site, torch.device("meta"), getattr(torch, step.site.dtype))
 
 
 def dense_module(site: TableSite | LinearSite, part: Part, original: nn.Module) -> None:
-    """Write the part's dense equivalent into ``original``, a stock module of the same site."""
+    """Write the part's dense equivalent into ``original``, the original kind of module at the same site."""
     weight = part.merged().to(original.weight.dtype)
     if isinstance(original, Conv1D):
         weight = weight.t()

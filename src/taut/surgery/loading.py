@@ -1,4 +1,4 @@
-"""From what a user types as MODEL to a folder, a config, a model and a tokenizer."""
+"""Turns a MODEL argument into a folder, a config, a model and a tokenizer."""
 
 import json
 import os
@@ -18,13 +18,13 @@ from taut.core.safetensors_header import read_header
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Safetensors' names of float dtypes."""
+"""The names of float dtypes in safetensors."""
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json", "*.tiktoken")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a ``folder`` with weights, or a ``config`` to start from scratch."""
+    """Where a model comes from: a ``folder`` with weights, or ``scratch``, a config for random weights."""
 
     name: str
     folder: Path | None = None
@@ -41,7 +41,7 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are: by the configuration, else by the first float tensor of the folder, else float32."""
+        """The dtype of the weights: the configuration's, else the first float tensor's of the folder, else float32."""
         configured = self.config.dtype
         if isinstance(configured, torch.dtype):
             return configured
@@ -51,20 +51,21 @@ class Source:
 
 
 def resolve(name: str | Path) -> Source:
-    """A folder, its name alone in the one that the variable TAUT_MODELS names, a Hub id, ``minilm`` (packaged), or a
-    scratch spec such as ``llama:hidden_size=256``.
+    """Find the source of a model by its name.
 
-    Raises TautError for a folder without config, with pickles instead of safetensors or truncated weights, a Hub id
-    that cannot be reached, and an unknown architecture or config key.
+    ``name`` is a folder, a name in the folder that the variable TAUT_MODELS gives, a Hub id, ``minilm`` (packaged), or
+    a scratch spec such as ``llama:hidden_size=256``. Raises TautError for a folder without config, with pickles instead
+    of safetensors or with truncated weights, a Hub id that cannot be reached, and an unknown architecture or config
+    key.
     """
     text = str(name)
     if Path(text).is_dir():
         return Source(text, check_folder(Path(text)))
     if text == "minilm":
         return Source(text, check_folder(_minilm()))
-    kept = os.environ.get("TAUT_MODELS")
-    if kept and "/" not in text and (Path(kept) / text / "config.json").is_file():
-        return Source(text, check_folder(Path(kept) / text))
+    models = os.environ.get("TAUT_MODELS")
+    if models and "/" not in text and (Path(models) / text / "config.json").is_file():
+        return Source(text, check_folder(Path(models) / text))
     if ":" in text and "/" not in text:
         return Source(text, scratch=_scratch(text))
     if Path(text).exists():
@@ -78,7 +79,7 @@ def resolve(name: str | Path) -> Source:
 
 
 def check_folder(folder: Path) -> Path:
-    """The folder itself when its config and weights look whole. Only headers are read."""
+    """Return the folder if its config and weights look complete, else raise TautError. Only headers are read."""
     if not (folder / "config.json").is_file():
         raise TautError(f"{folder}: no config.json there; a model folder has config.json and *.safetensors")
     weights = sorted(folder.glob("*.safetensors"))
@@ -100,22 +101,29 @@ def check_folder(folder: Path) -> Path:
 
 
 def check_device(device: str | torch.device, kinds: tuple[str, ...] = ()) -> torch.device:
-    """The device of a name. Raises TautError when it is not on this machine, or not one of ``kinds`` where these are
-    given, naming those that are."""
-    there, found = ["cpu"], torch.accelerator.current_accelerator(check_available=True)
-    if found is not None and (not kinds or found.type in kinds):
-        there += [found.type, *(f"{found.type}:{index}" for index in range(torch.accelerator.device_count()))]
-    # Not torch.device() alone: that knows the names of devices nobody has.
-    if str(device) not in there:
-        raise TautError(f"device = {str(device)!r}: not here; expected {' or '.join(there)}")
+    """Return the device of this name.
+
+    Raises TautError, which names the devices to choose from, if it is not on this machine. With ``kinds``, an
+    accelerator must be one of these.
+    """
+    available, accelerator = ["cpu"], torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and (not kinds or accelerator.type in kinds):
+        available += [
+            accelerator.type,
+            *(f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())),
+        ]
+    # torch.device() also accepts devices that this machine lacks.
+    if str(device) not in available:
+        raise TautError(f"device = {str(device)!r}: not on this machine; expected {' or '.join(available)}")
     return torch.device(device)
 
 
 def open_model(source: Source, dtype: torch.dtype | None = None, device: str = "cpu", seed: int = 0) -> PreTrainedModel:
-    """The model in evaluation mode, every key accounted for. ``dtype`` None keeps the checkpoint's own.
+    """Open the model in evaluation mode. ``dtype`` None keeps the checkpoint's own. ``seed`` is for random weights.
 
-    The device ``disk`` leaves the weights of a folder where they are; each module reads its own when it is called, and
-    computes on the CPU. Raises TautError for missing, unexpected or mismatched keys, and a device that is not here.
+    The device ``disk`` leaves the weights of a folder on disk. Each module reads its own when it is called, and
+    computes on the CPU. Raises TautError for missing, unexpected or mismatched keys, and for a device that is not on
+    this machine.
     """
     if device != "disk":
         device = str(check_device(device))
@@ -124,7 +132,7 @@ def open_model(source: Source, dtype: torch.dtype | None = None, device: str = "
         device = "cpu" if device == "disk" else device
         torch.manual_seed(seed)
         return model_class(config)._from_config(config, dtype=dtype or source.dtype).to(device).eval()
-    # Only for weights that cannot stay as they are, such as those of another dtype.
+    # Used only for weights that cannot stay as they are, such as those of another dtype.
     converted = tempfile.TemporaryDirectory(prefix="taut-") if device == "disk" else None
     try:
         model, report = model_class(config).from_pretrained(
@@ -147,14 +155,14 @@ def open_model(source: Source, dtype: torch.dtype | None = None, device: str = "
 
 
 def device_map(device: str) -> str | dict[str, str] | None:
-    """What from_pretrained wants for a device: nothing for the CPU, so that accelerate adds no hooks."""
+    """The ``device_map`` of from_pretrained for a device: None for the CPU, so that accelerate adds no hooks."""
     if device == "cpu":
         return None
     return {"": "disk"} if device == "disk" else device
 
 
 def open_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the folder, or None where there is none (scratch models)."""
+    """Open the tokenizer of the folder; None if there is none (scratch models). Raises TautError if it is broken."""
     names = [] if source.folder is None else [path.name for path in source.folder.iterdir()]
     if not any(name.startswith(("tokenizer", "vocab")) for name in names):
         return None
@@ -165,7 +173,7 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
 
 
 def open_skeleton(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model's shape without its weights, on the meta device. ``dtype`` None is the checkpoint's own."""
+    """Build the model without its weights, on the meta device. ``dtype`` None is the checkpoint's own."""
     return skeleton(source.config, dtype or source.dtype)
 
 
@@ -179,9 +187,9 @@ def _minilm() -> Path:
 
 def _scratch(text: str) -> PreTrainedConfig:
     family, _, fields = text.partition(":")
-    known = transformers.CONFIG_MAPPING.keys()
-    if family not in known:
-        raise TautError(f"{text}: unknown architecture {family!r}: {_nearest_few(family, known)}")
+    families = transformers.CONFIG_MAPPING.keys()
+    if family not in families:
+        raise TautError(f"{text}: unknown architecture {family!r}: {_nearest_few(family, families)}")
     default = AutoConfig.for_model(family)
     values: dict[str, Any] = {}
     for field in filter(None, fields.split(",")):
@@ -214,7 +222,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(FILES), tqdm_class=tqdm))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise TautError(
-            f"{name}: no such folder here, and the Hub cannot be reached or has none: {_one_line(error)}"
+            f"{name}: no such folder here, and the Hub cannot be reached or has no such model: {_one_line(error)}"
         ) from None
 
 

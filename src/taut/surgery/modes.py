@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Temporary evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode it had before."""
+    """Put a model in evaluation mode. Afterwards, every module returns to the mode it had before."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

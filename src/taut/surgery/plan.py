@@ -1,4 +1,4 @@
-"""What a recipe would do to a model, site by site, before anyone pays for it."""
+"""Plans what a recipe does to a model, site by site, before any weights are needed."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ SPARED = "the first layer stays dense, as in the paper; write layers: ':' to inc
 
 @dataclass(frozen=True)
 class Step:
-    """One method at one site, with its dial already solved."""
+    """One method at one site, with its dial already set."""
 
     site: Site
     method: Method
@@ -32,10 +32,10 @@ class Step:
 
     @property
     def label(self) -> str:
-        """The method and what is not its default, for people."""
+        """The method and its knobs that differ from the defaults, as text for people."""
         knobs = self.method.knobs
         changed = knobs.model_dump(mode="json", exclude_defaults=True)
-        # What has choices of its own (a store) says in words which.
+        # A knob with knobs of its own (a store) describes itself in words.
         shown = {key: str(getattr(knobs, key)) if isinstance(value, dict) else value for key, value in changed.items()}
         return " ".join([self.method.id, *(f"{key}={value}" for key, value in shown.items())])
 
@@ -50,14 +50,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps in the model's order, and everything that stays as it is with the reason."""
+    """The steps in the model's order, and everything that stays unchanged, with the reason."""
 
     recipe: Recipe
     family: str
     steps: tuple[Step, ...]
     untouched: tuple[tuple[str, str], ...]
     sites: tuple[Site, ...]
-    """All sites of the model, with a step or without."""
+    """All sites of the model, with or without a step."""
 
     @property
     def before(self) -> Cost:
@@ -68,7 +68,7 @@ class Plan:
         return sum((step.cost for step in self.steps), Cost())
 
     def to_dict(self) -> dict[str, Any]:
-        """One object for scripts: every step with its cost before and after."""
+        """Return one dict for scripts: every step with its cost before and after."""
         rows = []
         for step in self.steps:
             row = {**step.to_dict(), "label": step.label, "path": step.site.path, "note": step.note}
@@ -91,9 +91,9 @@ def make_plan(
 ) -> Plan:
     """Plan ``recipe`` for ``model``, which may be a skeleton on the meta device.
 
-    ``length`` is the declared n of attention and memory costs; ``tokenizer`` is asked for where a method reads the
-    model's vocabulary. Raises TautError for an unknown method or knob,
-    overlapping layers, and an entry that fits no site (with the reason of each kind of refusal).
+    ``length`` is the declared n of attention and memory costs. ``tokenizer`` is called only if a method reads the
+    model's vocabulary. Raises TautError for a quantised model, an unknown method or knob, overlapping layers, and an
+    entry that fits no site (with each different reason).
     """
     refuse_other_quantization(model.config)
     anatomy = locate(model, length)
@@ -123,9 +123,9 @@ def make_plan(
 
 
 def restore_steps(model: PreTrainedModel, steps: Iterable[dict[str, Any]]) -> tuple[Step, ...]:
-    """The steps of a stored plan on a fresh skeleton of the same model, whatever its head.
+    """Restore the steps of a stored plan on a new skeleton of the same model, with any head.
 
-    Raises TautError when the skeleton lacks a site of the plan that belongs to its body.
+    Raises TautError when the skeleton lacks a site of the plan.
     """
     anatomy = locate(model)
     by_name = {site.name: site for site in anatomy.sites}
@@ -139,14 +139,14 @@ def restore_steps(model: PreTrainedModel, steps: Iterable[dict[str, Any]]) -> tu
 
 
 def refuse_other_quantization(config: Any) -> None:
-    """Raises TautError when the model already carries another quantization."""
+    """Check that the model is not quantised already. Raises TautError if it is."""
     quantization = config.to_dict().get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown")
         advice = (
             "undo it or start from the original"
             if method == "taut"
-            else "taut does not stack with it: start from the unquantized model"
+            else "taut cannot be combined with it: start from the unquantized model"
         )
         raise TautError(f"the model already carries a quantization ({method}); {advice}")
 
@@ -188,13 +188,13 @@ def _place(
 
 
 def _spared(method: Method, entry: Entry, site: Site, count: int) -> bool:
-    """Whether this is the first of several feed-forward layers, and the entry left it to the method."""
+    """Whether the method leaves out this site: the first of several feed-forward layers, and no ``layers`` given."""
     first = site.slot == "feedforward" and site.layer == 0 and count > 1
     return first and method.spares_first_layer and entry.layers is None
 
 
 def _solved(general: Method, site: Site, keep: float | None) -> tuple[Method, str | None]:
-    """The method with its dial solved for this site, or the reason why it cannot sit here."""
+    """Return the method with its dial set for this site, and the reason why it does not fit or None."""
     if keep is None:
         return general, general.fits(site)
     try:

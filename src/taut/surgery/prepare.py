@@ -1,4 +1,4 @@
-"""A model and a recipe that fit, before any weight is read: opened once, planned once, and handed on."""
+"""Checks that a recipe fits a model before any weight is read, and passes on the skeleton and the plan."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +14,11 @@ from taut.surgery.plan import Plan, make_plan
 
 @dataclass(frozen=True)
 class Prepared:
-    """``skeleton`` is the model on the meta device, in the dtype that its weights will be read in. ``plan`` was made on
-    it. ``tokenizer`` opens the tokenizer when it is first called; it gives None where the source has none."""
+    """A model and a recipe that fits it.
+
+    ``skeleton`` is the model on the meta device, in the dtype in which its weights will be read. ``plan`` was made with
+    it. ``tokenizer`` opens the tokenizer when it is first called, and returns None if the source has none.
+    """
 
     source: Source
     skeleton: PreTrainedModel
@@ -33,8 +36,8 @@ def prepare(
 ) -> Prepared:
     """Check ``recipe`` on the skeleton of ``source``.
 
-    ``dtype`` None is the checkpoint's own. ``tokenizer`` replaces the source's. ``skeleton`` is one that was opened
-    already, in the same dtype. Raises TautError as ``make_plan`` does.
+    ``dtype`` None is the checkpoint's own. ``tokenizer`` replaces the source's. ``skeleton`` is an open one, in the
+    same dtype. Raises TautError as ``make_plan`` does.
     """
     open_once = cache(lambda: open_tokenizer(source) if tokenizer is None else tokenizer)
     skeleton = open_skeleton(source, dtype) if skeleton is None else skeleton

@@ -1,6 +1,6 @@
-"""The quantizer: what makes ``AutoModel.from_pretrained`` and ``save_pretrained`` understand a compressed model.
+"""The quantizer: it lets ``from_pretrained`` and ``save_pretrained`` of transformers handle a compressed model.
 
-Imported while transformers is still importing itself, so everything that needs models is imported on use.
+It is imported while transformers is still importing itself. So everything that needs models is imported on use.
 """
 
 from importlib.metadata import version
@@ -15,7 +15,7 @@ from taut.core.errors import TautError
 
 @register_quantization_config("taut")
 class TautConfig(QuantizationConfigMixin):
-    """What config.json carries: the plan (a list, because keys are sorted on writing) and where it came from."""
+    """The entry in config.json: the plan (a list, because keys are sorted on writing) and where it came from."""
 
     def __init__(self, plan: list[dict[str, Any]], recipe: dict[str, Any], **origin: Any) -> None:
         self.quant_method = "taut"
@@ -34,12 +34,12 @@ class TautConfig(QuantizationConfigMixin):
 
 @register_quantizer("taut")
 class TautQuantizer(HfQuantizer):
-    """Installs the parts of a stored plan on the skeleton before the weights arrive."""
+    """Installs the parts of a stored plan on the skeleton before the weights are loaded."""
 
     def __init__(self, quantization_config: TautConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
-            raise TautError("from_pretrained(quantization_config=...) is not how taut works: use taut.apply")
+            raise TautError("from_pretrained(quantization_config=...) does not compress a model: use taut.apply")
         self.surgery = None
         self._guarded = ()
 
@@ -90,7 +90,7 @@ class TautQuantizer(HfQuantizer):
 
 
 def allow_casting_and_training(model: Any) -> None:
-    """A compressed model may be cast and trained like any other: the marks that forbid it are taken off."""
+    """Remove the flags that forbid casting and training: a compressed model allows both, like any other."""
     model.is_quantized = False
     for module in model.modules():
         if "config" in vars(module) and "_is_quantized" in vars(module.config):

@@ -1,9 +1,9 @@
-"""Keeping a checkpoint from opening silently where taut is not installed.
+"""The shape guard: a compressed checkpoint raises an error when it is opened without taut.
 
-Transformers only warns about an unknown quantizer and then starts with random weights; it raises when a tensor has
-another shape. Parts with tensors of their own differ in shape already. Where a site keeps its original tensors
-(identity, attention, memory), one of its matrices is written with an axis of length one in the middle, (N, 1, M),
-and gets its own shape back on loading. The first axis stays: transformers pads a tied head's bias to it.
+Transformers only warns about an unknown quantizer and then starts with random weights. But it raises an error when a
+tensor has another shape. Parts with tensors of their own differ in shape already. If a site keeps its original tensors
+(identity, attention, memory), one of its matrices is written with an axis of length one in the middle, (N, 1, M).
+Loading restores its shape. The first axis stays, because transformers pads a tied head's bias to it.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,11 @@ from taut.surgery.plan import Step
 
 
 def guarded_names(model: PreTrainedModel, steps: tuple[Step, ...]) -> tuple[str, ...]:
-    """The tensors to seal: for each site without a part, its first matrix that no part owns and that is stored
-    under its own name (not tied to another). Follows from the plan and the model alone, so saving and loading agree."""
+    """Return the names of the tensors to guard, one for each site without a part.
+
+    It is the site's first matrix that no part owns and that is stored under its own name (not tied to another). The
+    names follow from the plan and the model alone, so saving and loading agree.
+    """
     owned = {f"{name}." for name, module in model.named_modules() if isinstance(module, Part)}
     names: list[str] = []
     for step in steps:
@@ -37,19 +40,19 @@ def guarded_names(model: PreTrainedModel, steps: tuple[Step, ...]) -> tuple[str,
 
 
 def guard_skeleton(model: PreTrainedModel, names: tuple[str, ...]) -> None:
-    """Give the skeleton's sealed parameters the shape that the file has."""
+    """Give the skeleton's guarded parameters the shape that they have in the file."""
     for name in names:
         _reshape(model, name, torch.unsqueeze)
 
 
 def restore_shapes(model: PreTrainedModel, names: tuple[str, ...]) -> None:
-    """Give loaded parameters their own shape back, ties included."""
+    """Restore the shape of loaded parameters, ties included."""
     for name in names:
         _reshape(model, name, torch.squeeze)
 
 
 def guard_state(state: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
-    """The state dict as written: sealed tensors, and whatever is tied to them, with the extra axis (views)."""
+    """Return the state dict to write: guarded tensors, and all that are tied to them, get the extra axis (views)."""
     pointers = {state[name].data_ptr() for name in names}
     return {
         name: tensor.unsqueeze(1) if tensor.dim() > 1 and tensor.data_ptr() in pointers else tensor
@@ -60,7 +63,8 @@ def guard_state(state: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, T
 def restore_state_shapes(
     steps: tuple[Step, ...], model: PreTrainedModel, state: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Called by torch before ``load_state_dict``: sealed tensors of a file (Trainer resumes that way) fit again."""
+    """Restore the shape of guarded tensors from a file. Torch calls this before ``load_state_dict``, as when Trainer
+    resumes."""
     guarded = {id(model.get_parameter(name)) for name in guarded_names(model, steps)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tensor = state.get(prefix + name)
@@ -69,10 +73,10 @@ def restore_state_shapes(
 
 
 def _reshape(model: PreTrainedModel, name: str, change: Callable[[Tensor, int], Tensor]) -> None:
-    """Wherever the parameter is registered: ties keep sharing one tensor."""
+    """Reshape a parameter everywhere it is registered, so that ties keep sharing one tensor."""
     old = model.get_parameter(name)
     new = nn.Parameter(change(old.detach(), 1), old.requires_grad)
     for module in model.modules():
-        for own, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+        for attribute, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter is old:
-                setattr(module, own, new)
+                setattr(module, attribute, new)

@@ -1,8 +1,8 @@
-"""``taut.calibrate``: where a dense copy of a structured map answers faster than the map itself, on this machine.
+"""``taut.tune``: measures where a dense copy of a structured map is faster than the map itself, on this machine.
 
-Structured maps win by reading and multiplying less; for some numbers of tokens, shapes and threads a plain product is
-faster all the same. Pre-merging (Wei et al. 2024, arXiv 2406.16450, section 4) keeps both forms. Changed: where each
-is used is measured for every shape and number of threads, not set at a fixed number of tokens.
+Structured maps read and multiply less. Still, for some numbers of tokens, shapes and threads, a plain product is
+faster. Pre-merging (Wei et al. 2024, arXiv 2406.16450, section 4) keeps both forms. Changed: the choice between them is
+measured for every shape and number of threads, not set at a fixed number of tokens.
 """
 
 import json
@@ -26,7 +26,7 @@ from taut.surgery.dense_copies import install_dense_copies
 from taut.surgery.loading import open_model, resolve
 
 TOKENS = tuple(2**power for power in range(11))
-"""Numbers of tokens that are tried: 1, 2, 4, ... 1024. Any other number goes with the nearest."""
+"""The numbers of tokens to measure: 1, 2, 4, ... 1024. Any other number is treated like the nearest."""
 MARGIN = 1.03
 """How many times faster the dense copy must be to be worth its memory."""
 REPEATS = 15
@@ -34,8 +34,11 @@ REPEATS = 15
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured. ``rows``: one for each kind of map, number of threads and of tokens, with ``speed``, how many
-    times faster the map is than its dense copy. ``chosen``: what the plan keeps."""
+    """The result of tuning.
+
+    ``rows``: one for each kind of map, number of threads and number of tokens, with ``speed``: how many times faster
+    the map is than its dense copy. ``chosen``: what config.json stores.
+    """
 
     rows: tuple[dict[str, Any], ...]
     chosen: dict[str, Any]
@@ -46,7 +49,7 @@ class Tuning:
         return tuple(self.chosen["sites"])
 
     def to_dict(self) -> dict[str, Any]:
-        """One object for scripts."""
+        """Return one dict for scripts."""
         rows = [{**row, "speed": row["speed"].model_dump()} for row in self.rows]
         return {"rows": rows, "tuned": self.chosen, "copies": list(self.copies)}
 
@@ -57,20 +60,21 @@ def tune(
     tokens: Sequence[int] = TOKENS,
     progress: Progress | None = None,
 ) -> Tuning:
-    """Measure every structured map of a compressed model, or of a folder, and remember where a dense copy is faster.
+    """Measure every structured map of a compressed model or folder, and store where a dense copy is faster.
 
-    A model in memory uses its copies from now on; a folder has the result in its config.json, and makes the copies
-    whenever it is opened on the same kind of processor. A copy costs the memory of the dense map; it is dropped when
-    its part is trained. ``threads``: numbers of threads to measure, by default the present one; with others the map
-    itself is used. Raises TautError for a model that is not compressed or holds no such map.
+    A model in memory uses its copies from now on. A folder stores the result in its config.json, and makes the copies
+    whenever it is opened on the same kind of processor. A copy costs the memory of the dense map. It is dropped when
+    its part is trained. ``threads``: numbers of threads to measure, by default the current one. With other numbers of
+    threads the map itself is used. Raises TautError for a model that is not compressed or holds no such map, and for
+    wrong ``tokens``.
     """
     if isinstance(model, str | Path):
         folder = resolve(model).folder
         if folder is None:
             raise TautError(f"{model}: tune needs a compressed folder, or a model in memory")
-        found = tune(open_model(resolve(folder)), threads, tokens, progress)
-        _write(folder, found.chosen)
-        return found
+        tuning = tune(open_model(resolve(folder)), threads, tokens, progress)
+        _write(folder, tuning.chosen)
+        return tuning
     kinds = _kinds(model)
     if not kinds:
         raise TautError("tune: no map here has a dense equivalent to compare with; low_rank and block methods do")
@@ -81,13 +85,13 @@ def tune(
     sites: dict[str, dict[str, list[list[int]]]] = {}
     for label, names in kinds.items():
         part = model.get_submodule(names[next(iter(names))])
-        found: list[dict[str, Any]] = []
+        measured: list[dict[str, Any]] = []
         for used in threads:
-            found += measure_part(part, tokens, used)
+            measured += measure_part(part, tokens, used)
             if progress is not None:
-                progress(len(rows) // len(tokens) + len(found) // len(tokens), len(kinds) * len(threads))
-        rows += [{"map": label, "sites": len(names), **row} for row in found]
-        ranges = dense_ranges(found, tokens)
+                progress(len(rows) // len(tokens) + len(measured) // len(tokens), len(kinds) * len(threads))
+        rows += [{"map": label, "sites": len(names), **row} for row in measured]
+        ranges = dense_ranges(measured, tokens)
         if ranges:
             plain = {str(used): [list(pair) for pair in pairs] for used, pairs in ranges.items()}
             sites |= dict.fromkeys(names, plain)
@@ -98,32 +102,34 @@ def tune(
 
 
 def dense_ranges(rows: Sequence[dict[str, Any]], tried: Sequence[int]) -> TokenRanges:
-    """Where the copy is enough faster, from the rows of one part: by threads, (first, last) numbers of tokens."""
-    found: dict[int, tuple[tuple[int, int], ...]] = {}
+    """Find where the copy is ``MARGIN`` faster, from one part's rows: by threads, (first, last) numbers of tokens."""
+    ranges: dict[int, tuple[tuple[int, int], ...]] = {}
     for used in dict.fromkeys(row["threads"] for row in rows):
         slower = [row["tokens"] for row in rows if row["threads"] == used and row["speed"].value < 1 / MARGIN]
         if slower:
-            found[used] = token_ranges(slower, tried)
-    return found
+            ranges[used] = token_ranges(slower, tried)
+    return ranges
 
 
 def token_ranges(chosen: Sequence[int], tried: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """The numbers of tokens nearest (by ratio) to one of ``chosen`` among ``tried``, as (first, last) pairs; -1 is no
-    end."""
-    found: list[tuple[int, int]] = []
+    """Find the numbers of tokens whose nearest in ``tried`` (by ratio) is one of ``chosen``.
+
+    Returns ranges as (first, last) pairs; a last of -1 means no end.
+    """
+    ranges: list[tuple[int, int]] = []
     for number, count in enumerate(tried):
         if count not in chosen:
             continue
         first = 1 if number == 0 else math.isqrt(tried[number - 1] * count) + 1
         last = -1 if number + 1 == len(tried) else math.isqrt(count * tried[number + 1])
-        if found and found[-1][1] == first - 1:
-            first = found.pop()[0]
-        found.append((first, last))
-    return tuple(found)
+        if ranges and ranges[-1][1] == first - 1:
+            first = ranges.pop()[0]
+        ranges.append((first, last))
+    return tuple(ranges)
 
 
 def _kinds(model: PreTrainedModel) -> dict[str, dict[str, str]]:
-    """Maps that are alike to a clock, by a label for people: their sites' names and paths."""
+    """Group maps that take the same time, by a label for people: the names and paths of their sites."""
     kinds: dict[str, dict[str, str]] = {}
     for step in surgery_of(model).steps:
         module = model.get_submodule(step.site.path)
@@ -136,8 +142,11 @@ def _kinds(model: PreTrainedModel) -> dict[str, dict[str, str]]:
 
 @torch.inference_mode()
 def measure_part(part: LinearPart, tokens: Sequence[int], threads: int) -> list[dict[str, Any]]:
-    """A row for each number of ``tokens``: ``threads``, ``tokens`` and ``speed``, how many times faster the part is
-    than its dense copy, a Quantity with its interval."""
+    """Measure a part for each number of ``tokens``.
+
+    A row holds ``threads``, ``tokens`` and ``speed``: how many times faster the part is than its dense copy, a Quantity
+    with its interval.
+    """
     dense = part.merged().to(part.dtype).contiguous()
     rows = []
     for count in tokens:
@@ -149,7 +158,7 @@ def measure_part(part: LinearPart, tokens: Sequence[int], threads: int) -> list[
 
 
 def _write(folder: Path, chosen: dict[str, Any]) -> None:
-    """Into config.json, whole or not at all."""
+    """Write ``chosen`` into config.json, whole or not at all."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"]["tuned"] = chosen

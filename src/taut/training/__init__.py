@@ -1,1 +1,1 @@
-"""Training with an original at hand: healing what a recipe installed."""
+"""Training of language models from a spec, compressed or not."""

@@ -1,4 +1,4 @@
-"""What a step costs, and how many steps a budget buys."""
+"""The cost of a training step, and the number of steps that a budget allows."""
 
 import math
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from taut.training.schedule import Course, course
 from taut.training.spec import TrainSpec
 
 FIXED_SHARE = 0.5
-"""Of the steps, guided where nothing is said: the published choice for a fixed number of steps."""
+"""The default share of guided steps: the published choice for a fixed number of steps."""
 ENDLESS = 1 << 31
-"""Steps of a run that the clock ends."""
+"""The number of steps of a run that ends by the clock."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Training FLOPs of one token: of the model as it is, of the same model untouched, and of all guides computed."""
+    """Training FLOPs of one token: of the model, of the same model not compressed, and of all guides if computed."""
 
     model: float
     dense: float
@@ -32,32 +32,35 @@ class Costs:
 
 
 def costs_of(model: PreTrainedModel, length: int, guides: Guides | None = None) -> Costs:
-    """From shapes, for rows of ``length`` tokens. Counted are every linear map, the head over the vocabulary and all
-    score pairs of attention, masked or not, as ``flops`` says; norms, biases and lookups are not."""
+    """Compute the costs from shapes, for rows of ``length`` tokens; see ``taut.training.flops``.
+
+    Every linear map, the head over the vocabulary and all score pairs of attention count, masked or not. Norms, biases
+    and lookups do not.
+    """
     plain = untouched(model)
     methods = {step.site.name: step.method for step in steps_of(model)} if is_compressed(model) else {}
     sites = locate(plain, length).sites
     dense = sum(site.dense().flops_per_token for site in sites)
-    ours = sum((methods[s.name].predict(s) if s.name in methods else s.dense()).flops_per_token for s in sites)
+    compressed = sum((methods[s.name].predict(s) if s.name in methods else s.dense()).flops_per_token for s in sites)
     placed = {site.path for site in sites if isinstance(site, LinearSite)}
     placed |= {head for site in sites if isinstance(site, TableSite) for head in site.heads}
-    # Heads of their own, the map before a masked model's head, routers.
+    # Untied heads, the map before the head of a masked model, routers.
     rest = sum(
         2.0 * module.weight.numel()
         for path, module in plain.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and path not in placed
     )
-    beside = sum(2.0 * guide.numel() for guide in guides.maps) if guides is not None else 0.0
-    return Costs(TRAINING * (ours + rest), TRAINING * (dense + rest), TRAINING * beside)
+    guide = sum(2.0 * weight.numel() for weight in guides.maps) if guides is not None else 0.0
+    return Costs(TRAINING * (compressed + rest), TRAINING * (dense + rest), TRAINING * guide)
 
 
 def use_of(spec: TrainSpec) -> float:
-    """How often a guide is computed over its phase, expected."""
+    """The expected share of its phase in which a guide is computed."""
     return USE if spec.guide is not None and spec.guide.stochastic else 1.0
 
 
 def guided_share(spec: TrainSpec, costs: Costs) -> float:
-    """rho: what the spec says, else what its mode asks for. 0 without a guide."""
+    """rho, the share of guided steps: from the spec, else from its mode. 0 without a guide."""
     if spec.guide is None:
         return 0.0
     if spec.guide.share is not None:
@@ -68,8 +71,11 @@ def guided_share(spec: TrainSpec, costs: Costs) -> float:
 
 
 def plan_course(spec: TrainSpec, costs: Costs) -> Course:
-    """The steps that the budget buys, rounded down. Steps and tokens count what is read afresh, as published; FLOPs
-    count everything. Raises TautError for a budget below one step, and for a guide that does not fit in."""
+    """Plan the steps that the budget allows, rounded down.
+
+    A budget in steps or tokens does not count repeated batches, as published; one in FLOPs counts everything. Raises
+    TautError for a budget below one step, and for a guide that does not fit (see ``schedule.course``).
+    """
     tokens, share = spec.batch * spec.length, guided_share(spec, costs)
     mode = spec.guide.mode if spec.guide is not None else "fixed_steps"
     budget = spec.budget

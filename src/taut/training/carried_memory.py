@@ -1,4 +1,7 @@
-"""Contiguous lanes: row b of a batch goes on where row b of the batch before ended, and takes its memory along."""
+"""Carried memory: row b of each batch continues row b of the previous batch and keeps its memory.
+
+The rows b of all batches form one stream.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,19 +17,19 @@ from taut.methods.base import AttentionMethod, MemoryMethod
 from taut.surgery.apply import is_compressed, steps_of
 
 NO_MEMORY = (
-    "carry_memory = true: nothing would be carried from one batch to the next; give the recipe a bounded memory, "
+    "carry_memory = true: there is no memory to carry from one batch to the next; give the recipe a bounded memory, "
     "such as memory: {method: segment_recurrence}"
 )
 
 
 LONG = 1 << 40
-"""Tokens of a text that fills any memory."""
+"""The length of a text that fills any memory."""
 STATE = "state."
-"""Before the names of what a cache keeps besides keys and values."""
+"""The prefix of the names of what a cache keeps besides keys and values."""
 
 
 class Bounded(Protocol):
-    """What a lane needs of a cache; ``taut.ops.caches.counted`` says what it means."""
+    """The interface of a cache that can be carried; see ``taut.ops.caches.counted``."""
 
     layers: Sequence[Any]
 
@@ -41,16 +44,16 @@ class Bounded(Protocol):
 
 @dataclass(frozen=True)
 class MemoryState:
-    """The memory of some lanes after a batch. ``ages`` (B,) int64: how many tokens each has read since it began."""
+    """The memory of some streams after a batch. ``ages`` (B,) int64: the tokens each has read since its restart."""
 
     cache: Bounded
     ages: Tensor
 
 
 class CarriedMemory:
-    """The memories that the pieces of a step carry to the same pieces of the next one, detached.
+    """The memory that each piece of a step carries to the same piece of the next step, detached.
 
-    A lane begins anew where its row says so, and before it would outgrow the model's ``positions`` (None: endless). It
+    A stream restarts where its row says so, and before it would exceed the model's ``positions`` (None: no limit). It
     remembers at most ``entries`` tokens.
     """
 
@@ -61,7 +64,7 @@ class CarriedMemory:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "CarriedMemory":
-        """Those of a model. Raises TautError when its recipe has no memory that can be carried."""
+        """The carried memory of a model. Raises TautError if its recipe has no memory that can be carried."""
         steps = steps_of(model) if is_compressed(model) else ()
         memories = [step for step in steps if isinstance(step.method, MemoryMethod) and step.method.carried]
         if not memories:
@@ -73,20 +76,22 @@ class CarriedMemory:
         return cls(lambda: method.cache(site.layers), method.entries(replace(site, length=LONG)), positions)
 
     def keys(self, length: int) -> int:
-        """How many keys a row of ``length`` tokens looks at, at most: its own and what its lane remembers."""
+        """The most keys that a row of ``length`` tokens can see: its own and those its stream remembers."""
         return min(length + self.entries, self.positions or LONG)
 
     def emptied(self) -> "CarriedMemory":
-        """Others of the same model."""
+        """An empty carried memory of the same model."""
         return CarriedMemory(self.empty, self.entries, self.positions)
 
     def begin(self) -> None:
-        """The first piece of a step comes next."""
+        """Start a step: its first piece comes next."""
         self.piece = 0
 
     def read(self, model: PreTrainedModel, ids: Tensor, mask: Tensor | None, restart: Tensor) -> Tensor:
-        """Logits (B, T, V) of the next piece: ids (B, T), a mask (B, T) where rows end in padding, and ``fresh`` (B,)
-        bool where a lane begins anew."""
+        """Compute the logits (B, T, V) of the next piece.
+
+        ids (B, T), a mask (B, T) if rows end in padding, and ``restart`` (B,) bool for the streams that restart.
+        """
         length = ids.shape[1]
         if bool(restart.all()) or self.piece == len(self.pieces):
             ages = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
@@ -97,29 +102,29 @@ class CarriedMemory:
         seen = int(ages.max())
         cache = self.pieces[self.piece].cache if seen else self.empty()
         cache.recount(seen)
-        given = {} if mask is None else {"attention_mask": mask}
+        inputs = {} if mask is None else {"attention_mask": mask}
         if bool((ages < seen).any()):
-            # To the cache a younger lane is a row with padding where its past would be.
-            known = torch.arange(seen, device=ids.device) >= seen - ages[:, None]
-            given["attention_mask"] = torch.cat([known.long(), torch.ones_like(ids) if mask is None else mask], 1)
-            given["position_ids"] = ages[:, None] + torch.arange(length, device=ids.device)
+            # For the cache, a stream with a shorter past is a row with padding before that past.
+            remembered = torch.arange(seen, device=ids.device) >= seen - ages[:, None]
+            inputs["attention_mask"] = torch.cat([remembered.long(), torch.ones_like(ids) if mask is None else mask], 1)
+            inputs["position_ids"] = ages[:, None] + torch.arange(length, device=ids.device)
         elif mask is not None:
-            given["attention_mask"] = torch.cat([mask.new_ones(len(ids), seen), mask], 1)
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, **given)
+            inputs["attention_mask"] = torch.cat([mask.new_ones(len(ids), seen), mask], 1)
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs)
         cache.detach()
         self.pieces[self.piece : self.piece + 1] = [MemoryState(cache, ages + length)]
         self.piece += 1
         return output.logits
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that is carried, by names."""
+        """All carried tensors by name."""
         state = {}
         for index, carried in enumerate(self.pieces):
             state[f"{index}.ages"] = carried.ages
             state |= {f"{index}.{STATE}{name}": tensor for name, tensor in carried.cache.state().items()}
-            for layer, held in enumerate(carried.cache.layers):
-                state[f"{index}.{layer}.keys"] = held.keys.contiguous()
-                state[f"{index}.{layer}.values"] = held.values.contiguous()
+            for number, layer in enumerate(carried.cache.layers):
+                state[f"{index}.{number}.keys"] = layer.keys.contiguous()
+                state[f"{index}.{number}.values"] = layer.values.contiguous()
         return state
 
     def load_state_dict(self, state: dict[str, Tensor], device: torch.device) -> None:
@@ -129,6 +134,8 @@ class CarriedMemory:
             index, cache = len(self.pieces), self.empty()
             for number, layer in enumerate(cache.layers):
                 layer.hold(state[f"{index}.{number}.keys"], state[f"{index}.{number}.values"])
-            own = f"{index}.{STATE}"
-            cache.restore({name.removeprefix(own): each for name, each in state.items() if name.startswith(own)})
+            prefix = f"{index}.{STATE}"
+            cache.restore(
+                {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            )
             self.pieces.append(MemoryState(cache, state[f"{index}.ages"]))

@@ -1,4 +1,4 @@
-"""The folder beside the output that a run goes on from: whose it is, and what in it is whole."""
+"""The state folder beside the output: which run it belongs to, and which of its checkpoints are complete."""
 
 import errno
 import json
@@ -17,40 +17,42 @@ from taut.healing.runs import FINISHED, newest
 from taut.training.spec import TrainSpec
 
 RUN = "run.json"
-"""Whose state it is."""
+"""The file that says which run the state belongs to."""
 FULL = ("No space left", "PytorchStreamWriter failed writing", "os error 28")
-"""How libraries say that a disk is full when they do not raise OSError."""
+"""Words in the errors of libraries that do not raise OSError when the disk is full."""
 
 
 def claim(state: Path, spec: TrainSpec, text: str) -> None:
-    """Make the folder, or take over what an earlier run of the same spec left; what was cut off is removed. ``text`` is
-    the hash of what is learned from. Raises TautError for another run's folder."""
+    """Make the folder, or take over that of an earlier run of the same spec. Incomplete checkpoints are removed.
+
+    ``text`` is the hash of the corpus. Raises TautError for another run's folder.
+    """
     check(state, spec, text)
     if state.is_dir() and newest(state) is None:
-        # Nothing was learned there: neither its spec nor its tokenizer binds anybody.
+        # Without a checkpoint, nothing there is worth keeping, neither the spec nor the tokenizer.
         shutil.rmtree(state, ignore_errors=True)
     state.mkdir(parents=True, exist_ok=True)
-    # Under its name only when it is whole: a kill may come at any time.
-    fresh = state / f"{RUN}.new"
-    fresh.write_text(json.dumps({"spec": spec.to_dict(), "text": text}, sort_keys=True))
-    fresh.replace(state / RUN)
+    # Renamed only when it is complete, because the process may be killed at any time.
+    partial = state / f"{RUN}.new"
+    partial.write_text(json.dumps({"spec": spec.to_dict(), "text": text}, sort_keys=True))
+    partial.replace(state / RUN)
     remove_cut_off(state)
 
 
 def check(state: Path, spec: TrainSpec, text: str) -> None:
-    """Raises TautError when the folder belongs to another run that has learned something, naming the difference."""
+    """Raises TautError with the difference if the folder holds a checkpoint of another run."""
     if not (state / RUN).is_file() or newest(state) is None:
         return
     other = json.loads((state / RUN).read_text())
     change = spec.change(other["spec"])
     if change is None and other["text"] != text:
-        change = f"the text {', '.join(spec.text)} has another content now"
+        change = f"the text {', '.join(spec.text)} has changed"
     if change is not None:
         raise TautError(f"{state}: holds another training run: {change}; remove it, or choose another --out")
 
 
 def remove_cut_off(state: Path) -> None:
-    """Leave the newest checkpoint that was written to its end, and nothing else of that kind."""
+    """Remove all checkpoints but the newest complete one."""
     whole = newest(state)
     for path in map(Path, sort_checkpoints(str(state))):
         if path != whole:
@@ -58,13 +60,13 @@ def remove_cut_off(state: Path) -> None:
 
 
 def history(checkpoint: Path | None) -> list[dict[str, Any]]:
-    """What was logged up to a checkpoint."""
+    """What Trainer logged up to a checkpoint; nothing without one."""
     return [] if checkpoint is None else TrainerState.load_from_json(str(checkpoint / FINISHED)).log_history
 
 
 @contextmanager
-def disk_full_told(state: Path) -> Iterator[None]:
-    """A full disk is one line for the user; the half of a checkpoint that was written is removed."""
+def explain_full_disk(state: Path) -> Iterator[None]:
+    """Turn the error of a full disk into a TautError of one line, and remove a partly written checkpoint."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -73,7 +75,7 @@ def disk_full_told(state: Path) -> Iterator[None]:
             raise
         remove_cut_off(state)
         last = newest(state)
-        kept = f"the checkpoint of step {last.name.rpartition('-')[2]} is whole" if last else "no checkpoint was there"
+        kept = f"the checkpoint of step {last.name.rpartition('-')[2]} is whole" if last else "there is no checkpoint"
         raise TautError(
             f"{state}: the disk is full; {kept}: free some space, and the same command goes on from there"
         ) from None

@@ -1,4 +1,4 @@
-"""Text to train language models on: what is learned from, what judges, and nothing in both."""
+"""Text for training language models, and held-out text. No sentence is in both."""
 
 import hashlib
 import math
@@ -15,7 +15,7 @@ BLANK = re.compile(r"\n(?:[ \t]*\n)+")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to learn from and documents that judge; no sentence is in both."""
+    """Documents to train on, and held-out documents to evaluate on. No sentence is in both."""
 
     learned: list[str]
     held: list[str]
@@ -26,9 +26,12 @@ class Corpus:
 
 
 def read_corpus(spec: TrainSpec) -> Corpus:
-    """The text of a spec. Held out is the end of every document that has enough paragraphs, and the last ones of short
-    documents; or what ``evaluate.text`` names. What shares a sentence with that, with ``exclude`` or with the built-in
-    evaluation text is not learned from. Raises TautError where nothing is left."""
+    """Read the text of a spec.
+
+    The end of every document with enough paragraphs is held out, and the last ones of the short documents; or else the
+    texts that ``evaluate.text`` names. Paragraphs that share a sentence with held-out text, with ``exclude`` or with
+    the built-in evaluation text are not trained on. Raises TautError if nothing is left.
+    """
     learned, held = [], []
     for name in spec.text:
         cut = _cut([row[0] for row in documents(name).rows], 0.0 if spec.evaluate.text else spec.evaluate.share)
@@ -38,21 +41,21 @@ def read_corpus(spec: TrainSpec) -> Corpus:
     taken = [paragraphs("python_topics"), *(Data(name, "all", _rows(calibration_texts(name))) for name in spec.exclude)]
     taken.append(Data("held out", "all", _rows(piece for document in held for piece in document.pieces)))
     texts = [text for text in _without(learned, taken) if text.strip()]
-    judges = [document.text for document in held if document.text.strip()]
-    if not texts or not judges:
-        what = "to learn from once evaluation's sentences are taken out" if judges else "held out: raise evaluate.share"
+    evaluated = [document.text for document in held if document.text.strip()]
+    if not texts or not evaluated:
+        what = "to train on without the evaluation's sentences" if evaluated else "to evaluate on: raise evaluate.share"
         raise TautError(f"text {', '.join(spec.text)}: nothing is left {what}")
-    return Corpus(texts, judges)
+    return Corpus(texts, evaluated)
 
 
 def pieces_of(texts: Iterable[str]) -> list[str]:
-    """The paragraphs of all texts, or the lines of one where no line is blank."""
+    """The paragraphs of all texts. A text without blank lines is split into lines."""
     return [piece for text in texts for piece in _Document.read(text).pieces]
 
 
 @dataclass(frozen=True)
 class _Document:
-    """A text as ``pieces``: paragraphs, or lines where no line is blank. ``glue`` is what stands between them."""
+    """A text as ``pieces``: paragraphs, or lines if no line is blank. ``glue`` is the text between them."""
 
     pieces: tuple[str, ...]
     glue: str
@@ -70,7 +73,7 @@ class _Document:
 
 
 def _cut(texts: Sequence[str], share: float) -> tuple[list[_Document], list[_Document]]:
-    """What is learned from, and what is held out."""
+    """Split texts into documents to train on and documents to hold out."""
     if not share:
         return [_Document.read(text) for text in texts], []
     learned, held, short = [], [], []
@@ -88,7 +91,7 @@ def _cut(texts: Sequence[str], share: float) -> tuple[list[_Document], list[_Doc
 
 def _without(learned: Sequence[_Document], taken: Sequence[Data]) -> list[str]:
     """The texts without the pieces that share a sentence with ``taken``."""
-    # A single word beside a piece is no sentence, so it can say where the piece belongs.
+    # The second column says where a piece belongs. As a single word it does not count as a sentence.
     rows = [
         (" ".join(piece.split()), f"{at}/{number}")
         for at, document in enumerate(learned)
@@ -100,8 +103,8 @@ def _without(learned: Sequence[_Document], taken: Sequence[Data]) -> list[str]:
     places = set(kept.column(1))
     texts = []
     for at, document in enumerate(learned):
-        own = [piece for number, piece in enumerate(document.pieces) if f"{at}/{number}" in places]
-        texts.append(replace(document, pieces=tuple(own)).text)
+        pieces = [piece for number, piece in enumerate(document.pieces) if f"{at}/{number}" in places]
+        texts.append(replace(document, pieces=tuple(pieces)).text)
     return texts
 
 

@@ -1,7 +1,8 @@
 """Self-guided training: a dense weight beside each structured part, trained with it and faded out.
 
-Wei et al. 2024 (arXiv 2406.16450). Changed: every guide starts as what its part computes, block_shuffle's with its
-permutations (the published code leaves them out); the draws of stochastic guides follow from seed, step and map.
+Wei et al. 2024 (arXiv 2406.16450). Changed: every guide starts as the dense equivalent of its part. For block_shuffle
+that includes the permutations, which the published code leaves out. The random choices of stochastic guides depend only
+on seed, step, forward pass, process and map.
 """
 
 import random
@@ -20,14 +21,14 @@ from taut.training.flops import TRAINING
 
 
 class Guides(nn.Module):
-    """One dense weight W (outputs, inputs) for each of ``parts``, by name; float, in the part's own dtype.
+    """One dense weight W (outputs, inputs) for each of ``parts``, by name; float, in the dtype of the part.
 
-    While guided, in training mode, a part answers o = a W x + (1 - a) S(x) + bias, where S is the part without its bias
-    and a = ``weight``, the same for all. A ``stochastic`` guide is computed with probability a at each call of its
-    part; otherwise the answer is S(x) + bias, unweighted. In evaluation mode a part answers for itself.
+    In training mode, a guided part returns o = a W x + (1 - a) S(x) + bias. S is the part without its bias, and a =
+    ``weight`` is the same for all parts. A ``stochastic`` guide is computed with probability a at each call of its
+    part; otherwise the part returns S(x) + bias, unweighted. In evaluation mode, a part returns its own output.
 
-    The parts know nothing of it: the sum is made by a hook. So the model's own tensors keep their names, and this
-    module, which the trainer must see beside the model, holds the guides alone.
+    A hook computes the sum, so the model's own tensors keep their names. This module holds only the guides. The trainer
+    must see it beside the model.
     """
 
     def __init__(self, parts: Mapping[str, LinearPart], stochastic: bool = True, seed: int = 0, rank: int = 0) -> None:
@@ -38,24 +39,24 @@ class Guides(nn.Module):
         self.weight = 0.0
         """a, between 0 and 1; at 0 the guides are not computed and receive no gradient."""
         self.flops = 0.0
-        """Training FLOPs spent on guides so far, by this process."""
+        """Training FLOPs of guides in this process, since ``trainer.together`` last collected them."""
         self.uses = self.calls = 0
-        """How often a guide was computed, of how many chances in the guided phase."""
+        """How often a guide was computed, and how often a part was called in the guided phase."""
         self._step = self._piece = 0
         self._hooks = [
             part.register_forward_hook(partial(self._mix, index)) for index, part in enumerate(parts.values())
         ]
 
     def begin(self, step: int, weight: float) -> None:
-        """Optimizer step number ``step`` starts, with a = ``weight``."""
+        """Start optimizer step number ``step``, with a = ``weight``."""
         self._step, self._piece, self.weight = step, -1, weight
 
     def next_piece(self) -> None:
-        """Another forward pass of the step starts: it draws for itself."""
+        """Start another forward pass of the step. It has its own random numbers."""
         self._piece += 1
 
     def remove(self) -> None:
-        """Take the guides off their parts, for good."""
+        """Remove the guides from their parts permanently."""
         for hook in self._hooks:
             hook.remove()
 
@@ -79,22 +80,24 @@ class Guides(nn.Module):
 
 
 def guided_parts(model: PreTrainedModel, slots: Sequence[str]) -> dict[str, LinearPart]:
-    """The linear parts in ``slots``, by the names of their sites. Raises TautError where there is none, and for a part
-    whose weights are not float parameters: beside it a guide could teach nobody."""
-    found: dict[str, LinearPart] = {}
+    """The linear parts in ``slots``, by the names of their sites.
+
+    Raises TautError if there is none, and for a part that a guide cannot train: its weights are not float parameters.
+    """
+    parts: dict[str, LinearPart] = {}
     for step in steps_of(model) if is_compressed(model) else ():
         module = model.get_submodule(step.site.path)
         if step.site.slot not in slots or not isinstance(module, LinearPart):
             continue
         factors = [name for name, _ in module.named_parameters() if name != "bias"]
-        # Indices of permutations are wider.
+        # Codes have one byte. Indices of permutations have more.
         codes = [name for name, tensor in module.named_buffers() if tensor.itemsize == 1]
         if not factors or codes:
             raise TautError(
                 f"guide: {step.site.name} ({step.method.id}) keeps {codes[0] if codes else 'nothing'} that no gradient "
-                "reaches, so a guide has nobody to teach; leave its slot out of guide.slots, or store floats there"
+                "reaches, so a guide cannot train it; leave its slot out of guide.slots, or store floats there"
             )
-        found[step.site.name] = module
-    if not found:
+        parts[step.site.name] = module
+    if not parts:
         raise TautError(f"guide: the recipe puts no linear part into {' or '.join(slots)}; see guide.slots")
-    return found
+    return parts

@@ -1,4 +1,4 @@
-"""Language modelling as a module: what transformers.Trainer trains, with or without guides."""
+"""Language modelling as the module that transformers.Trainer trains, with or without guides."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,12 +22,12 @@ RANKS_APART = 1 << 8
 class LanguageModelling(nn.Module):
     """A model with a head over its vocabulary, its loss, and the guides of its parts.
 
-    ``weight_at`` gives a, the weight of the guides, by the step. Trainer wraps this module, not the model, so that
+    ``weight_at`` maps the step to a, the weight of the guides. Trainer wraps this module, not the model, so that
     distributed training sees the guides and the model keeps the names of its tensors.
     """
 
     accepts_loss_kwargs = True
-    """For Trainer: ``forward`` divides by the targets of the whole step, all pieces and processes together."""
+    """Tells Trainer that ``forward`` divides by the targets of the whole step, of all pieces and processes."""
 
     def __init__(
         self,
@@ -45,12 +45,15 @@ class LanguageModelling(nn.Module):
         self._parts = [module for module in model.modules() if isinstance(module, Part)]
 
     def begin(self, step: int) -> None:
-        """Optimizer step number ``step`` starts. Whatever it draws (dropout, guides, parts that learn by drawing)
-        follows from seed, step and process alone, so that a resumed run draws the same."""
-        draw = step_seed(self.seed, step)
-        torch.manual_seed(draw * RANKS_APART + self.rank)
+        """Start optimizer step number ``step``.
+
+        Its random numbers (dropout, guides, parts with random steps) depend only on seed, step and process, so a
+        resumed run has the same ones.
+        """
+        random_step = step_seed(self.seed, step)
+        torch.manual_seed(random_step * RANKS_APART + self.rank)
         for part in self._parts:
-            part.random_step = draw
+            part.random_step = random_step
         if self.carried is not None:
             self.carried.begin()
         if self.guides is not None:
@@ -64,10 +67,13 @@ class LanguageModelling(nn.Module):
         restart: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """Ids and labels (B, T) int64, a label for the very position it belongs to, ``IGNORED`` where none; a mask
-        (B, T) where rows are padded; with lanes, where one begins anew: (B,) bool. ``loss``: the cross-entropies' sum
-        in nats over ``num_items_in_batch`` targets (of this batch, for None), float32 scalar. With a reconstruction
-        its gradient has that of what attention misses in it, the value has not."""
+        """Compute ``loss``, float32 scalar: the sum of the cross-entropies, in nats, over ``num_items_in_batch``.
+
+        Ids and labels (B, T) int64. A label stands at the position that predicts it; ``IGNORED`` is no label. The mask
+        is (B, T), if rows are padded. With carried memory, ``restart`` (B,) bool marks the streams that restart.
+        ``num_items_in_batch`` counts the targets; None means those of this batch. A reconstruction adds its gradient to
+        that of the loss, but does not change the value.
+        """
         if self.guides is not None:
             self.guides.next_piece()
         with self.reconstructing() as errors:
@@ -79,8 +85,10 @@ class LanguageModelling(nn.Module):
         return {"loss": total / count}
 
     def reconstructing(self) -> AbstractContextManager[list[Tensor]]:
-        """What attention misses in the passes made meanwhile, a float scalar for each layer that compresses something;
-        none where there is no reconstruction."""
+        """A context that lists the attention errors of its forward passes, for ``Reconstruction``.
+
+        Each is a float scalar, one for each layer that compresses something. Without a reconstruction there are none.
+        """
         return nullcontext([]) if self.reconstruction is None else self.reconstruction.compressor.reconstructing()
 
     def total(
@@ -93,15 +101,15 @@ class LanguageModelling(nn.Module):
     ) -> Tensor:
         """The sum of the cross-entropies of all targets, float32 scalar."""
         if carried is None:
-            # Models that generate would keep a cache that nobody reads.
-            given = {"use_cache": False} if self.model.can_generate() else {}
-            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **given).logits
+            # Models that generate would otherwise fill a cache, which is not needed here.
+            options = {"use_cache": False} if self.model.can_generate() else {}
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **options).logits
         else:
             logits = carried.read(self.model, input_ids, attention_mask, restart)
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def check_finite(self) -> None:
-        """Raises ``Diverged`` before numbers that are none could be saved over good ones."""
+        """Raises ``Diverged`` if a parameter is not finite, so that it does not replace a good checkpoint."""
         for name, tensor in self.model.named_parameters():
             if not torch.isfinite(tensor).all():
                 raise Diverged(f"{name} is no longer finite")

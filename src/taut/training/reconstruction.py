@@ -1,7 +1,7 @@
-"""The attention-reconstruction loss of Compressive Transformers: what learns to compress learns what queries look for.
+"""The attention-reconstruction loss of Compressive Transformers, which trains a memory to compress its entries.
 
-Of every layer, attention of the queries of a pass to the entries that the pass compresses, before and after: the mean
-square of the difference, added over layers. Queries and old entries are taken as given.
+In every layer, the queries of a forward pass attend to the entries that the pass compresses, before and after they are
+compressed. The loss is the mean squared difference, summed over layers. Queries and old entries get no gradient.
 """
 
 from contextlib import AbstractContextManager
@@ -15,33 +15,32 @@ from taut.methods.base import LEARNED, MemoryMethod
 from taut.surgery.apply import steps_of
 
 NO_COMPRESSOR = (
-    "nothing here learns to compress; give the recipe a memory that does, such as "
-    "memory: {method: compressive, pool: conv}"
+    "the recipe has no memory that learns to compress; give it one, such as memory: {method: compressive, pool: conv}"
 )
 
 
 class Compressing(Protocol):
-    """What a model compresses with; ``taut.ops.caches.pooling`` says what it means."""
+    """The interface of what compresses entries; see ``taut.ops.caches.pooling``."""
 
     def reconstructing(self) -> AbstractContextManager[list[Tensor]]: ...
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The loss of a model's memory, by this weight."""
+    """The loss of a model's memory, and its weight."""
 
     compressor: Compressing
     weight: float
 
     @classmethod
     def of(cls, model: PreTrainedModel, weight: float) -> "Reconstruction":
-        """That of a compressed model whose memory ``reconstructs``."""
+        """The loss of a compressed model whose memory method ``reconstructs``."""
         memory = next(
             step for step in steps_of(model) if isinstance(step.method, MemoryMethod) and step.method.reconstructs
         )
         return cls(model.get_submodule(memory.site.path).get_submodule(LEARNED), weight)
 
     def beside(self, errors: list[Tensor]) -> Tensor:
-        """For the gradient alone: its value is 0, so that a loss it is added to stays what it was."""
+        """The loss as a term of value 0: added to another loss, it changes the gradient but not the value."""
         error = sum(errors) * self.weight
         return error - error.detach()

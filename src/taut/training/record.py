@@ -1,4 +1,4 @@
-"""What ``training.json`` says about a run."""
+"""The content of ``training.json``, the record of a run."""
 
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ Status = Literal["done", "interrupted", "failed"]
 
 
 def spent_facts(spec: TrainSpec, costs: Costs, stream: TrainingSet, spent: Spent, steps: int) -> dict[str, Any]:
-    """What was used up, in all four units of a budget. Padding is computed, so it counts as FLOPs, not as tokens."""
+    """What the run used, in all four units of a budget. Padding counts in FLOPs, but not in tokens."""
     positions = steps * spec.batch * spec.length
     flops = positions * costs.model + spent.guide_flops
     return {"steps": steps, "tokens": stream.tokens(steps), "flops": flops, "seconds": spent.seconds}
@@ -27,7 +27,7 @@ def spent_facts(spec: TrainSpec, costs: Costs, stream: TrainingSet, spent: Spent
 def guide_facts(
     spec: TrainSpec, costs: Costs, course: Course, guides: Guides | None, spent: Spent
 ) -> dict[str, Any] | None:
-    """What was planned and what was used: ``uses`` of ``calls`` computed a guide."""
+    """The planned and the actual use of guides. ``uses`` of ``calls`` computed a guide. None without guides."""
     if guides is None:
         return None
     return {
@@ -42,11 +42,13 @@ def guide_facts(
 
 
 def loss_facts(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The loss of every step, and on held-out text, nats a target, with what attention misses there where that is
-    learned from; from what Trainer logged."""
+    """The losses that Trainer logged, of every step and on held-out text, in nats per target.
+
+    With a reconstruction, the evaluations on held-out text include its loss.
+    """
     names = {"step": "step", "eval_loss": "loss", "eval_reconstruction": "reconstruction"}
-    told = [entry for entry in history if "eval_loss" in entry]
-    evaluations = [{names[key]: each for key, each in entry.items() if key in names} for entry in told]
+    logs = [entry for entry in history if "eval_loss" in entry]
+    evaluations = [{names[key]: value for key, value in entry.items() if key in names} for entry in logs]
     return {"losses": [entry["loss"] for entry in history if "loss" in entry], "evaluations": evaluations}
 
 

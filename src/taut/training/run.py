@@ -1,4 +1,4 @@
-"""The journey of a training run: from a spec to a folder with a model, its tokenizer and the record."""
+"""A whole training run: from a spec to a folder with a model, its tokenizer and the record."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from taut.surgery.apply import check_writable, copy_companions, whole_folder
 from taut.surgery.loading import check_device
 from taut.training.budget import Costs, costs_of, plan_course
 from taut.training.carried_memory import CarriedMemory
-from taut.training.checkpoints import check, claim, disk_full_told, history
+from taut.training.checkpoints import check, claim, explain_full_disk, history
 from taut.training.corpus import Corpus, read_corpus
 from taut.training.guide import Guides, guided_parts
 from taut.training.objective import LanguageModelling
@@ -28,16 +28,19 @@ from taut.training.spec import TrainSpec
 from taut.training.start import begin, resolve_objective, resumed
 from taut.training.token_rows import Masking, TokenRows, TrainingSet, spread, token_rows
 from taut.training.tokenizer import make_tokenizer
-from taut.training.trainer import Spent, Stop, TaskTrainer, Tell, Watch, make_optimizer, make_schedule
+from taut.training.trainer import Report, Spent, Stop, TaskTrainer, Watch, make_optimizer, make_schedule
 
 TOKENIZER, LOGS = "tokenizer", "runs"
-"""In the state folder: a tokenizer that was made for the run, and what TensorBoard reads."""
+"""In the state folder: a tokenizer that was made for the run, and the logs for TensorBoard."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """How a run ended. ``folder`` holds the model when ``status`` is done, else what the next run goes on from.
-    ``main`` is False in all processes but the first."""
+    """The result of a run.
+
+    ``folder`` holds the model if ``status`` is done, else the state from which the next run continues. ``main`` is
+    True only in the first process.
+    """
 
     status: Status
     folder: Path
@@ -46,18 +49,18 @@ class Trained:
 
     @property
     def exit_code(self) -> int:
-        """130 after ctrl-C, 1 when the run failed, else 0."""
+        """130 after ctrl-C, 1 if the run failed, else 0."""
         return {"done": 0, "interrupted": 130, "failed": 1}[self.status]
 
     def sentence(self) -> str:
         """One line for the end of the run."""
         spent, evaluations = self.record["spent"], self.record["evaluations"]
         loss = f", loss {evaluations[-1]['loss']:.4f} on held-out text" if evaluations else ""
-        told = f"{spent['steps']:,} steps, {spent['tokens']:,} tokens, {spent['seconds']:.0f} s{loss}"
+        amounts = f"{spent['steps']:,} steps, {spent['tokens']:,} tokens, {spent['seconds']:.0f} s{loss}"
         if self.status == "done":
-            return f"{self.folder}: {told}"
+            return f"{self.folder}: {amounts}"
         if self.status == "interrupted":
-            return f"interrupted after {told}; the same command goes on from {self.folder}"
+            return f"interrupted after {amounts}; the same command goes on from {self.folder}"
         return f"failed: {self.record['reason']}; the last good checkpoint, if there was one, is kept in {self.folder}"
 
 
@@ -66,18 +69,18 @@ def train(
     out: str | Path | None = None,
     *,
     device: str = "cpu",
-    progress: Tell | None = None,
+    progress: Report | None = None,
 ) -> Trained:
-    """Run a spec, or what an earlier run of it lacks, and write the folder ``out`` (default: ``runs/NAME`` of a file).
+    """Run a spec, or the rest of an interrupted run, and write the folder ``out`` (default: ``runs/NAME`` of a file).
 
-    Until the end everything lies beside it, in ``OUT.state``. The same call goes on there after ctrl-C, a kill or a
-    full disk, on a CPU to the bits that an uninterrupted run has; when all is done it returns what the folder says.
-    Raises TautError for wrong input, and when folder or state belong to another spec.
+    Until the end everything is kept beside it, in ``OUT.state``. After ctrl-C, a kill or a full disk, the same call
+    continues from there. On a CPU it reaches the bits of an uninterrupted run. If the run is already done, it returns
+    the record in the folder. Raises TautError for wrong input, and if the folder or state belongs to another spec.
     """
     chosen = TrainSpec.load(spec)
     if out is None:
         if not isinstance(spec, str | Path):
-            raise TautError("train: say out=, the folder to write")
+            raise TautError("train: give out=, the folder to write")
         out = Path("runs") / Path(spec).stem
     target = Path(out).absolute()
     state = target.with_name(f"{target.name}.state")
@@ -92,14 +95,14 @@ def _finished(target: Path, state: Path, spec: TrainSpec) -> Trained:
     record = json.loads((target / RECORD).read_text())
     change = spec.change(record["spec"])
     if change is not None:
-        raise TautError(f"{target}: holds what another spec gave: {change}; choose another --out")
-    # It is still there when the run was killed between its last two acts.
+        raise TautError(f"{target}: holds the result of another spec: {change}; choose another --out")
+    # The state is still there if the run was killed just before removing it.
     shutil.rmtree(state, ignore_errors=True)
     return Trained("done", target, record)
 
 
 class _Run:
-    """One run of a spec, in one process of perhaps several: everything it needs, ready to go."""
+    """One run of a spec in one process, perhaps of several, with everything that it needs."""
 
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
@@ -111,7 +114,7 @@ class _Run:
     costs: Costs
     course: Course
 
-    def __init__(self, spec: TrainSpec, target: Path, state: Path, device: str, progress: Tell | None) -> None:
+    def __init__(self, spec: TrainSpec, target: Path, state: Path, device: str, progress: Report | None) -> None:
         self.spec, self.target, self.state = spec, target, state
         self.source, self.masked = resolve_objective(spec)
         self.arguments = _arguments(spec, self.state, device)
@@ -137,7 +140,7 @@ class _Run:
             stop = Stop()
             trainer = self._trainer(task, Watch(task, self.spec, self.spent, stop, self.progress))
             try:
-                with stop.heard(self._say), disk_full_told(self.state):
+                with stop.listening(self._say), explain_full_disk(self.state):
                     trainer.train(resume_from_checkpoint=None if self.last is None else str(self.last))
             except Diverged as error:
                 status, reason = "failed", f"{error}; lower learning_rate"
@@ -146,16 +149,16 @@ class _Run:
                 status = "interrupted"
         record = {"status": status, "reason": reason, **self._facts(logged)}
         if self.rank == 0:
-            with disk_full_told(self.state):
+            with explain_full_disk(self.state):
                 self._write(status, record)
         if self.arguments.world_size > 1:
-            # All leave together, whoever wrote.
+            # All processes wait until the first one has written.
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
         return Trained(status, self.target if status == "done" else self.state, record, self.rank == 0)
 
     def _read(self) -> None:
-        """Text, tokenizer and rows; the first process makes what others read."""
+        """Get text, tokenizer and rows. The first process makes the files that the others read."""
         spec = self.spec
         self.corpus = read_corpus(spec)
         with self.arguments.main_process_first(local=False):
@@ -164,14 +167,14 @@ class _Run:
             self.tokenizer = make_tokenizer(spec.tokenizer, self.source, self.corpus.learned, self.masked, cache)
         self.masking = self._masking()
         self.rows = token_rows(self.corpus.learned, self.tokenizer, spec, self.masked)
-        held = token_rows(self.corpus.held, self.tokenizer, spec, self.masked)
-        for found, what, least in ((self.rows, "learn from", spec.batch), (held, "evaluate on", 1)):
-            if len(found) < least:
+        held_out = token_rows(self.corpus.held, self.tokenizer, spec, self.masked)
+        for rows, what, least in ((self.rows, "train on", spec.batch), (held_out, "evaluate on", 1)):
+            if len(rows) < least:
                 raise TautError(
-                    f"text {', '.join(spec.text)}: {len(found)} rows of {spec.length} tokens to {what}, and {least} is "
-                    "the least; give more text or a smaller length"
+                    f"text {', '.join(spec.text)}: {len(rows)} rows of {spec.length} tokens to {what}, but at least "
+                    f"{least} are needed; give more text or a smaller length"
                 )
-        self.held = spread(held, spec.evaluate.tokens)
+        self.held = spread(held_out, spec.evaluate.tokens)
 
     def _masking(self) -> Masking | None:
         if not self.masked:
@@ -181,7 +184,7 @@ class _Run:
         return Masking(self.spec.masked, self.tokenizer.mask_token_id, len(self.tokenizer))
 
     def _build(self) -> None:
-        """The model, its guides, and the steps that the budget buys."""
+        """Make the model and its guides, and plan the steps that the budget allows."""
         spec = self.spec
         if self.last is None:
             self.model = begin(spec, self.source, self.tokenizer, self.corpus.learned)
@@ -192,8 +195,8 @@ class _Run:
             parts = guided_parts(self.model, spec.guide.slots)
             self.guides = Guides(parts, spec.guide.stochastic, spec.seed, self.rank)
         self.carried = CarriedMemory.of(self.model) if spec.carry_memory else None
-        seen = spec.length if self.carried is None else self.carried.keys(spec.length)
-        self.costs = costs_of(self.model, seen, self.guides)
+        keys = spec.length if self.carried is None else self.carried.keys(spec.length)
+        self.costs = costs_of(self.model, keys, self.guides)
         self.course = plan_course(spec, self.costs)
         positions = self.course.total * spec.batch
         self.stream = TrainingSet(self.rows, positions, spec.batch, spec.seed, self.masking, self.course.batch_of)
@@ -223,7 +226,7 @@ class _Run:
         }
 
     def _write(self, status: Status, record: dict[str, Any]) -> None:
-        """The result, or beside the checkpoints why there is none."""
+        """Write the result; or, if the run is not done, only the record, beside the checkpoints."""
         text = json.dumps(record, indent=1) + "\n"
         if status != "done":
             (self.state / RECORD).write_text(text)
@@ -231,7 +234,7 @@ class _Run:
         with whole_folder(self.target) as folder:
             if self.source.folder is not None:
                 copy_companions(self.source.folder, folder)
-            # Weights were float32 while they learned; they go back into what they came in.
+            # Weights are float32 during training. They are saved in the dtype of the source.
             self.model.to(self.source.dtype).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             (folder / RECORD).write_text(text)
@@ -245,7 +248,10 @@ class _Run:
 
 
 def _arguments(spec: TrainSpec, state: Path, device: str) -> TrainingArguments:
-    """Raises TautError for a device or a reporter that is not there, and for a batch that does not divide."""
+    """The arguments of Trainer.
+
+    Raises TautError for a missing device or reporter, for float16 on a CPU, and for a batch that cannot be divided.
+    """
     kind = check_device(device, ("cpu", "cuda")).type
     if spec.precision == "float16" and kind == "cpu":
         raise TautError("precision = 'float16': needs a GPU; use float32 or bfloat16 on a CPU")
@@ -267,7 +273,7 @@ def _arguments(spec: TrainSpec, state: Path, device: str) -> TrainingArguments:
     pieces = spec.accumulate * max(1, arguments.world_size)
     if spec.batch % pieces:
         raise TautError(
-            f"batch = {spec.batch} is no multiple of {pieces}: {spec.accumulate} pieces in each of "
+            f"batch = {spec.batch} is not a multiple of {pieces}: {spec.accumulate} pieces in each of "
             f"{arguments.world_size} processes"
         )
     arguments.per_device_train_batch_size = spec.batch // pieces

@@ -1,4 +1,4 @@
-"""How rates and guides change over a training run: numbers from numbers, no torch."""
+"""How the learning rate and the weight of guides change over a training run, without torch."""
 
 import math
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ Mode = Literal["fixed_steps", "matched_flops"]
 def rate(done: float, step: float, warmup: float, shape: Rate, floor: float) -> float:
     """The learning rate as a share of its peak.
 
-    ``done`` is the share of the training that lies behind, ``step`` the share that one step is: the first step of a
-    warm-up has one step's share of the rise, not nothing. After the share ``warmup`` it falls to ``floor``.
+    ``done`` is the share of the training that is finished, ``step`` the share of one step. The rate rises during the
+    share ``warmup`` and is already above 0 in the first step. Then it falls to ``floor``.
     """
     if done < warmup:
         return min(1.0, (done + step) / warmup)
@@ -33,10 +33,10 @@ def guide_weight(step: int, steps: int, shape: Fall) -> float:
 
 @dataclass(frozen=True)
 class Course:
-    """The steps of a training run: ``fresh`` ones with batches of their own, of which the first ``guided`` are guided.
+    """The steps of a training run: ``fresh`` ones with new batches, of which the first ``guided`` are guided.
 
-    With ``repeat`` those first batches come once more at the end, unguided: the published way to spend as many FLOPs as
-    dense training on the same tokens.
+    With ``repeat`` the guided batches are repeated at the end, unguided. This is the published way to spend as many
+    FLOPs as dense training on the same tokens.
     """
 
     fresh: int
@@ -48,20 +48,22 @@ class Course:
         return self.fresh + (self.guided if self.repeat else 0)
 
     def batch_of(self, step: int) -> int:
-        """Which batch a step reads."""
+        """The number of the batch that a step reads."""
         return step if step < self.fresh else step - self.fresh
 
 
 def course(fresh: int, share: float = 0.0, mode: Mode = "fixed_steps") -> Course:
-    """``share`` rho of ``fresh`` steps guided, rounded down. Raises TautError for a guide that would outlast training,
-    or guide no step at all."""
+    """Plan a course in which ``share`` (rho) of ``fresh`` steps is guided, rounded down.
+
+    Raises TautError for a share above 1, and for one that guides no step.
+    """
     if share > 1.0:
         raise TautError(
-            f"guide: share = {share:.4g}: the guide would outlast the training; at most 1. One computed to match dense "
-            "FLOPs is too large when little of the model is left: give one, or keep more"
+            f"guide: share = {share:.4g}: a share is at most 1. The share that matches dense FLOPs is larger if little "
+            "of the model is kept: give a share, or keep more"
         )
     # Not int() alone: 0.29 x 100 is a little less than 29.
     guided = math.floor(share * fresh + 1e-9)
     if share and not guided:
-        raise TautError(f"guide: share = {share:.4g} of {fresh} steps guides no step; give more of either")
+        raise TautError(f"guide: share = {share:.4g} of {fresh} steps guides no step; raise the share or the steps")
     return Course(fresh, guided, mode == "matched_flops")

@@ -1,4 +1,4 @@
-"""What a training run is told: one file, checked before anything is opened."""
+"""The specification of a training run: one file, checked before anything else is opened."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,7 +17,7 @@ Slot = Literal["feedforward", "projection"]
 
 
 def _number(value: Any) -> Any:
-    """YAML reads 2e6 as text; here it is two million."""
+    """Read numbers such as 2e6, which YAML takes for text."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -27,12 +27,12 @@ def _number(value: Any) -> Any:
 
 
 class Budget(Strict):
-    """How long to train: exactly one of four. Evaluation and saving are never in it."""
+    """How long to train: exactly one of four limits. Evaluation and saving never count."""
 
     steps: int | None = Field(None, ge=1, description="optimizer steps")
     tokens: int | None = Field(None, ge=1, description="tokens read, rounded down to whole steps")
-    flops: float | None = Field(None, gt=0, description="training FLOPs, those of guides included")
-    seconds: float | None = Field(None, gt=0, description="of training; the learning rate follows the clock")
+    flops: float | None = Field(None, gt=0, description="training FLOPs, including those of guides")
+    seconds: float | None = Field(None, gt=0, description="seconds of training; the rate then follows the clock")
 
     @field_validator("steps", "tokens", mode="before")
     @classmethod
@@ -41,18 +41,20 @@ class Budget(Strict):
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        given = [name for name in ("steps", "tokens", "flops", "seconds") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of steps, tokens, flops, seconds, not {' and '.join(given) or 'none'}")
+        names = [name for name in ("steps", "tokens", "flops", "seconds") if getattr(self, name) is not None]
+        if len(names) != 1:
+            raise ValueError(f"give exactly one of steps, tokens, flops, seconds, not {' and '.join(names) or 'none'}")
         return self
 
 
 class Evaluate(Strict):
-    """Loss on text that nothing is learned from."""
+    """The loss on held-out text, which is not trained on."""
 
-    every: float = Field(0.1, gt=0, le=1, description="share of the budget between evaluations; the end has one too")
-    tokens: int = Field(50_000, ge=1, description="held-out tokens at most, spread evenly over the held-out text")
-    share: float = Field(0.05, gt=0, lt=1, description="of every text, its end; not used where text is given")
+    every: float = Field(0.1, gt=0, le=1, description="share of the budget between evaluations; one is at the end")
+    tokens: int = Field(50_000, ge=1, description="most tokens to evaluate on, spread evenly over the held-out text")
+    share: float = Field(
+        0.05, gt=0, lt=1, description="share of every text to hold out, at its end; unless text is given"
+    )
     text: tuple[str, ...] = Field((), description="names of texts to evaluate on instead")
 
     @field_validator("text", mode="before")
@@ -62,65 +64,67 @@ class Evaluate(Strict):
 
 
 class Save(Strict):
-    """When a checkpoint is written; the last one replaces the one before."""
+    """When to write a checkpoint. Each one replaces the previous one."""
 
-    seconds: float = Field(60.0, ge=0, description="between checkpoints, or 20 times as long as writing one takes")
-    steps: int | None = Field(None, ge=1, description="between checkpoints, instead of seconds")
+    seconds: float = Field(60.0, ge=0, description="seconds between checkpoints, or 20 times the time of writing one")
+    steps: int | None = Field(None, ge=1, description="steps between checkpoints, instead of seconds")
 
 
 class Guide(Strict):
-    """Self-guided training (Wei et al. 2024): dense weights beside the structured ones that fade away."""
+    """Self-guided training (Wei et al. 2024): dense weights beside the structured ones, faded out."""
 
     mode: Mode = Field(
         "fixed_steps",
-        description="fixed_steps: no more steps than without; matched_flops: guided batches come again at the end",
+        description="fixed_steps: no more steps than without; matched_flops: guided batches are repeated at the end",
     )
     share: float | None = Field(
-        None, gt=0, description="of the steps, guided from the first on; none: 0.5, or what matches dense FLOPs"
+        None,
+        gt=0,
+        description="share of the steps, guided from the first on; default: 0.5, or what matches dense FLOPs",
     )
     schedule: Fall = Field("cosine", description="how the weight of the guide falls from 1 to 0")
-    stochastic: bool = Field(True, description="compute each guide only as often as its weight: half the FLOPs")
-    slots: tuple[Slot, ...] = Field(("feedforward", "projection"), description="where linear parts are guided")
+    stochastic: bool = Field(True, description="compute each guide with its weight as probability: half the FLOPs")
+    slots: tuple[Slot, ...] = Field(("feedforward", "projection"), description="slots whose linear parts are guided")
 
 
 class TrainSpec(Strict):
-    """One training run. Two runs of equal specs on equal text, processes and machine give equal bits."""
+    """One training run. Equal specs on equal text, processes and machine give equal bits."""
 
     model: str = Field(description="folder, Hub id, or scratch spec such as llama:hidden_size=256")
     recipe: dict[str, Any] = Field(default_factory=dict, description="a recipe: slots, a file, or a shipped name")
     text: tuple[str, ...] = Field(min_length=1, description="named data, files, or builtin")
-    exclude: tuple[str, ...] = Field((), description="evaluation data of which no sentence may be read: stsb:dev")
+    exclude: tuple[str, ...] = Field((), description="evaluation data whose sentences are removed, such as stsb:dev")
     tokenizer: str | None = Field(
-        None, description="folder or Hub id; bytes; or bpe:4096, trained on the text; none: the checkpoint's own"
+        None, description="folder or Hub id; bytes; or bpe:4096, trained on the text; by default the model's own"
     )
-    length: int = Field(256, ge=4, description="tokens of a row")
-    pack: bool = Field(True, description="documents end to end, cut into full rows; or a padded row for each paragraph")
-    batch: int = Field(8, ge=1, description="rows of a step, all processes together")
+    length: int = Field(256, ge=4, description="tokens per row")
+    pack: bool = Field(True, description="join documents and cut them into full rows; else a padded row per paragraph")
+    batch: int = Field(8, ge=1, description="rows per step, in all processes together")
     carry_memory: bool = Field(
-        False, description="each row goes on where the same row of the batch before ended, and keeps its memory"
+        False, description="each row continues the same row of the previous batch and keeps its memory"
     )
     reconstruction: float = Field(
         0.0,
         ge=0,
-        description="weight of what attention misses of compressed entries; what learns to compress learns from that "
-        "alone, and nothing else does; 0: from the loss",
+        description="weight of the attention error due to compressed entries; a memory learns to compress only from "
+        "that error, and nothing else learns from it; 0: it learns from the loss",
     )
-    accumulate: int = Field(1, ge=1, description="pieces that a process computes its share of a step in")
-    objective: Objective = Field("auto", description="causal: the next token; masked: hidden ones; auto: by the model")
-    masked: float = Field(0.15, gt=0, lt=1, description="share of the tokens of a row that masked training hides")
+    accumulate: int = Field(1, ge=1, description="pieces into which a process cuts its share of a step")
+    objective: Objective = Field("auto", description="causal: next tokens; masked: hidden tokens; auto: by the model")
+    masked: float = Field(0.15, gt=0, lt=1, description="share of the tokens in a row that masked training hides")
     learning_rate: float = Field(1e-3, gt=0)
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the training in which the rate rises")
-    schedule: Rate = Field("cosine", description="how the rate falls then")
-    floor: float = Field(0.1, ge=0, le=1, description="what it falls to, as a share of learning_rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
-    weight_decay: float = Field(0.1, ge=0, description="of matrices; biases and norms have none")
-    clip: float = Field(1.0, ge=0, description="the gradient's largest norm; 0: no limit")
-    precision: Precision = Field("float32", description="of the computation; weights are float32 meanwhile")
+    schedule: Rate = Field("cosine", description="how the rate falls after that")
+    floor: float = Field(0.1, ge=0, le=1, description="final rate, as a share of learning_rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="betas of AdamW")
+    weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices; none for biases and norms")
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: no limit")
+    precision: Precision = Field("float32", description="dtype of the computation; weights are float32 during training")
     seed: int = Field(0, ge=0)
     budget: Budget
     evaluate: Evaluate = Evaluate()
     save: Save = Save()
-    report_to: Report = Field("none", description="where losses go while it runs")
+    report_to: Report = Field("none", description="where to log losses during the run")
     guide: Guide | None = Field(None, description="self-guided training of what the recipe installs; {} for defaults")
     former = {"lanes": "carry_memory"}
 
@@ -133,24 +137,24 @@ class TrainSpec(Strict):
     @classmethod
     def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= beta < 1 for beta in value):
-            raise ValueError(f"{value}: each is at least 0 and below 1")
+            raise ValueError(f"{value}: each must be at least 0 and below 1")
         return value
 
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.batch % self.accumulate:
-            raise ValueError(f"batch = {self.batch} is no multiple of accumulate = {self.accumulate}")
+            raise ValueError(f"batch = {self.batch} is not a multiple of accumulate = {self.accumulate}")
         if self.guide is not None and not self.recipe:
             raise ValueError("guide: there is no recipe, so nothing to guide")
         if self.guide is not None and self.budget.seconds is not None:
             raise ValueError("guide: its schedule counts steps; give the budget in steps, tokens or flops")
         if self.guide is not None and (self.guide.share or 0.0) > 1.0:
-            raise ValueError(f"guide.share = {self.guide.share:g}: the guide would outlast the training; at most 1")
+            raise ValueError(f"guide.share = {self.guide.share:g}: a share is at most 1")
         return self
 
     @classmethod
     def load(cls, source: "str | Path | dict[str, Any] | TrainSpec") -> "TrainSpec":
-        """From a YAML file or a mapping. Raises TautError naming the file, the key and the nearest valid choice."""
+        """Load a YAML file or a mapping. Raises TautError that names the file, the key and the nearest valid choice."""
         if isinstance(source, TrainSpec):
             return source
         if isinstance(source, dict):
@@ -159,34 +163,36 @@ class TrainSpec(Strict):
 
     @classmethod
     def parse(cls, content: Any, source: str = "train", base: Path | None = None) -> "TrainSpec":
-        """From a mapping as written in YAML; a recipe file is looked for beside ``base`` first."""
+        """Parse a mapping as written in YAML. A recipe file is first looked for in the folder ``base``."""
         if not isinstance(content, dict):
             raise TautError(f"{source}: a training spec is a mapping with model, text and budget, not {kind(content)}")
         recipe = content.get("recipe")
         if isinstance(recipe, str):
-            beside = base / recipe if base else Path(recipe)
-            recipe = beside if beside.is_file() else recipe
+            path = base / recipe if base else Path(recipe)
+            recipe = path if path.is_file() else recipe
         if recipe is not None:
             try:
                 content = content | {"recipe": Recipe.load(recipe).to_dict()}
             except TautError as error:
                 raise TautError(f"{source}: recipe: {error}") from None
-        given = {key: value for key, value in content.items() if value is not None or key != "recipe"}
-        return cls.checked({key: _number(value) if key == "batch" else value for key, value in given.items()}, source)
+        values = {key: value for key, value in content.items() if value is not None or key != "recipe"}
+        return cls.checked({key: _number(value) if key == "batch" else value for key, value in values.items()}, source)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for the record and to compare."""
+        """Plain values, for the record and for comparison."""
         return self.model_dump(mode="json")
 
     def change(self, other: dict[str, Any]) -> str | None:
-        """The first difference from an earlier run's ``to_dict``, in words, or None. Keys that its version did not
-        have count as the defaults, and renamed keys as what they are called now."""
-        least = TrainSpec(model=self.model, text=self.text, budget=self.budget)
+        """The first difference from an earlier run's ``to_dict``, in words, or None.
+
+        Keys that its version did not have count as the defaults. Renamed keys count under their present names.
+        """
+        defaults = TrainSpec(model=self.model, text=self.text, budget=self.budget)
         other = {self.former.get(key, key): value for key, value in other.items()}
-        mine, theirs = _flat(self.to_dict()), _flat(least.to_dict() | other)
-        for key in {**mine, **theirs}:
-            if mine.get(key) != theirs.get(key):
-                return f"{key} was {theirs.get(key)!r}, now {mine.get(key)!r}"
+        now, before = _flat(self.to_dict()), _flat(defaults.to_dict() | other)
+        for key in {**now, **before}:
+            if now.get(key) != before.get(key):
+                return f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         return None
 
 
@@ -195,7 +201,7 @@ def _names(value: Any) -> Any:
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones, so that a difference is named exactly."""
+    """Write nested keys as dotted ones, so that messages name a difference exactly."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}

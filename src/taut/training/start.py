@@ -1,4 +1,4 @@
-"""The model a training run begins with: from scratch, from a checkpoint, or where it was cut off."""
+"""The model that a training run starts with: from scratch, from a checkpoint, or from an interrupted run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,22 +25,24 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def resolve_objective(spec: TrainSpec) -> tuple[Source, bool]:
-    """Where the model comes from, and whether it learns from hidden tokens. Only the configuration is read.
+    """Find the source of the model, and whether training is masked. Only the configuration is read.
 
-    Raises TautError for an encoder-decoder, a model without a head over its vocabulary, an objective that does not suit
+    Raises TautError for an encoder-decoder, a model without a head over its vocabulary, an objective that does not fit
     its attention, rows longer than its positions, a recipe that fits nowhere, carry_memory without a memory, and
-    reconstruction without anything that learns to compress.
+    reconstruction without a memory that learns to compress.
     """
     source = resolve(spec.model)
     skeleton = open_skeleton(source, torch.float32)
     if skeleton.config.is_encoder_decoder:
-        raise TautError(f"{source.name}: an encoder-decoder; taut train knows causal and masked models")
+        raise TautError(f"{source.name}: an encoder-decoder; taut train supports causal and masked models")
     causal = all(site.causal for site in locate(skeleton).sites if isinstance(site, AttentionSite))
     if spec.objective == "causal" and not causal:
-        raise TautError(f"objective = 'causal': {source.name} sees what comes after a token; use masked")
+        raise TautError(f"objective = 'causal': {source.name} attends to later tokens; use masked")
     masked = spec.objective == "masked" or (spec.objective == "auto" and not causal)
     if masked and causal:
-        raise TautError(f"objective = 'masked': {source.name} is causal, and sees nothing after a hidden token")
+        raise TautError(
+            f"objective = 'masked': {source.name} is causal and does not attend to later tokens; use causal"
+        )
     if masked and source.scratch is not None:
         mapping = transformers.AutoModelForMaskedLM._model_mapping
         if type(source.scratch) not in mapping:
@@ -49,8 +51,8 @@ def resolve_objective(spec: TrainSpec) -> tuple[Source, bool]:
         skeleton = open_skeleton(source, torch.float32)
     if skeleton.get_output_embeddings() is None:
         raise TautError(
-            f"{source.name}: {type(skeleton).__name__} has no head over its vocabulary: nothing to predict. What a "
-            "recipe installed in it learns from its original: taut apply --heal"
+            f"{source.name}: {type(skeleton).__name__} has no head over its vocabulary, so there is nothing to "
+            "predict. To train compressed parts on the original's outputs, use taut apply --heal"
         )
     positions = position_limit(skeleton.config)
     if positions is not None and spec.length > positions:
@@ -67,9 +69,9 @@ def resolve_objective(spec: TrainSpec) -> tuple[Source, bool]:
 def begin(spec: TrainSpec, source: Source, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> PreTrainedModel:
     """The model before its first step, float32, with the recipe applied.
 
-    A scratch model without a vocabulary of its own gets the tokenizer's. Its parts that can learn start as their method
-    starts them from scratch, not as fits to random weights. Raises TautError for a vocabulary smaller than the
-    tokenizer's.
+    A scratch model whose vocabulary size is not given gets that of the tokenizer. Its trainable parts start as their
+    method initialises them, not as fits to random weights. Raises TautError for a vocabulary smaller than that of the
+    tokenizer.
     """
     if source.scratch is not None:
         source = _fitted_to(source, tokenizer)
@@ -78,7 +80,7 @@ def begin(spec: TrainSpec, source: Source, tokenizer: PreTrainedTokenizerBase, t
         raise TautError(f"{source.name}: a vocabulary of {vocabulary}, but the tokenizer has {len(tokenizer)} entries")
     if not spec.recipe:
         return open_model(source, torch.float32, seed=spec.seed)
-    # Planned once more: only now are the vocabulary and the tokenizer known that the run will have.
+    # Planned again, because only now the vocabulary and the tokenizer of the run are known.
     prepared = prepare(source, Recipe.load(spec.recipe), dtype=torch.float32, tokenizer=tokenizer)
     model = compress(prepared, texts, seed=spec.seed)
     if source.scratch is not None:
@@ -88,7 +90,7 @@ def begin(spec: TrainSpec, source: Source, tokenizer: PreTrainedTokenizerBase, t
 
 
 def resumed(checkpoint: Path) -> PreTrainedModel:
-    """The model as a checkpoint has it, float32."""
+    """Open the model of a checkpoint, float32."""
     return open_model(Source(checkpoint.name, checkpoint), torch.float32)
 
 
@@ -102,10 +104,10 @@ def _fitted_to(source: Source, tokenizer: PreTrainedTokenizerBase) -> Source:
 
 
 def _start_parts(model: PreTrainedModel) -> None:
-    """``build`` is a method's start from scratch; codes, which nothing trains, stay as they were fitted."""
+    """Initialise parts with the ``build`` of their method. Parts with codes, which are not trained, stay as fitted."""
     for step in steps_of(model):
         if isinstance(step.method, PartMethod):
             part = model.get_submodule(step.site.path)
-            fresh = step.method.build(step.site, torch.device("cpu"), part.dtype)
-            if all(tensor.is_floating_point() for tensor in fresh.state_dict().values()):
-                part.load_state_dict(fresh.state_dict())
+            initial = step.method.build(step.site, torch.device("cpu"), part.dtype)
+            if all(tensor.is_floating_point() for tensor in initial.state_dict().values()):
+                part.load_state_dict(initial.state_dict())

@@ -1,4 +1,4 @@
-"""From documents to rows of token ids, and from rows to what a step reads."""
+"""Rows of token ids from documents, and the inputs of a step from rows."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,14 +16,17 @@ from taut.training.corpus import pieces_of
 from taut.training.spec import TrainSpec
 
 RANDOM, KEPT = 0.1, 0.1
-"""Of the tokens that masked training asks for: shares shown as a random one, and as they are (Devlin et al. 2019)."""
+"""Shares of the tokens that masked training predicts: shown as a random token, and unchanged (Devlin et al. 2019)."""
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Token ids (N, T) int32, and which of them are real, (N, T) bool (None: all). ``framed``: a special token stands
-    at both ends of what is real, and is never asked for. With ``lanes`` rows follow each other: each of so many lanes
-    reads its share of them in order, and ``first`` (N,) bool are those that begin a text."""
+    """Token ids (N, T) int32, and which of them are real, (N, T) bool (None: all).
+
+    ``framed``: a special token stands at both ends of the real tokens and is never predicted. With ``streams`` (their
+    number; 0: none) rows follow each other. Each stream reads its share of the rows in order, and ``first`` (N,) bool
+    marks the rows that begin a text.
+    """
 
     ids: Tensor
     real: Tensor | None = None
@@ -40,19 +43,22 @@ class TokenRows:
 
     @property
     def steps(self) -> int:
-        """Rows of a lane; what is left over is not read."""
+        """Rows per stream. Remaining rows are not read."""
         return len(self) // self.streams
 
     def follows(self, index: int) -> bool:
-        """Whether this row goes on where the one before it ended."""
+        """Whether this row continues the row before it."""
         return self.first is not None and 0 < index < len(self) and not self.first[index]
 
 
 def token_rows(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, spec: TrainSpec, masked: bool
 ) -> TokenRows:
-    """The rows that a spec trains on. Documents are packed, or each of their paragraphs is a row, cut or padded. With
-    carried memory each document begins a row and has as many as it needs. See ``data.token_rows.document_rows``."""
+    """Make the rows of a spec; see ``data.token_rows.document_rows``.
+
+    Documents are packed, or each of their paragraphs is a row, cut or padded. With carried memory and without packing,
+    each document begins a row and has as many rows as it needs.
+    """
     framed = masked and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
     texts = list(documents) if spec.pack or spec.carry_memory else pieces_of(documents)
     choices = {"pack": spec.pack, "whole": spec.carry_memory, "framed": framed}
@@ -69,8 +75,10 @@ def token_rows(
 
 
 def spread(rows: TokenRows, tokens: int) -> TokenRows:
-    """Of many rows as many as hold about ``tokens`` ids, evenly spread; at least one. Of lanes, what stands at the
-    beginning of each."""
+    """Select rows that hold about ``tokens`` ids, at least one row.
+
+    They are spread evenly; with streams, they are the first rows of each stream.
+    """
     count = min(len(rows), max(1, tokens // rows.ids.shape[1]))
     if not rows.streams:
         chosen = torch.linspace(0, len(rows) - 1, count).round().long()
@@ -85,7 +93,7 @@ def spread(rows: TokenRows, tokens: int) -> TokenRows:
 
 @dataclass(frozen=True)
 class Masking:
-    """How masked training hides tokens: ``share`` of a row, shown as ``token``, as any of ``vocabulary``, or as is."""
+    """How masked training hides a ``share`` of a row: shown as ``token``, as any of ``vocabulary``, or unchanged."""
 
     share: float
     token: int
@@ -93,11 +101,10 @@ class Masking:
 
 
 class TrainingSet(Dataset):
-    """Rows in the order of training, ``positions`` of them: every epoch has all rows once, in an order of its own.
+    """``positions`` rows in the order of training. Every epoch has all rows once, in its own order.
 
-    What stands at a position follows from its number and the seed alone. ``batch_of`` says which batch of ``batch``
-    rows a step reads. Rows in lanes have one order, that of the text, and each says whether its lane begins anew:
-    ``fresh``.
+    The item at a position depends only on its number and the seed. ``batch_of`` says which batch of ``batch`` rows a
+    step reads. Rows of streams are in the order of the text, and their ``restart`` says whether the stream restarts.
     """
 
     def __init__(
@@ -128,14 +135,14 @@ class TrainingSet(Dataset):
         step, place = divmod(position, self.batch)
         number = self.batch_of(step) * self.batch + place
         row = self._row(number)
-        found = example(self.rows, row, self.masking, epoch_seed(self.seed, number))
+        item = example(self.rows, row, self.masking, epoch_seed(self.seed, number))
         if self.rows.streams:
-            goes_on = step > 0 and self._row((self.batch_of(step - 1)) * self.batch + place) == row - 1
-            found["restart"] = torch.tensor(not (goes_on and self.rows.follows(row)))
-        return found
+            continues = step > 0 and self._row((self.batch_of(step - 1)) * self.batch + place) == row - 1
+            item["restart"] = torch.tensor(not (continues and self.rows.follows(row)))
+        return item
 
     def _row(self, number: int) -> int:
-        """Which row has this number in the order of training."""
+        """The row that has this number in the order of training."""
         if self.rows.streams:
             batch, stream = divmod(number, self.batch)
             return stream * self.rows.steps + batch % self.rows.steps
@@ -150,9 +157,11 @@ class TrainingSet(Dataset):
 
 
 def example(rows: TokenRows, index: int, masking: Masking | None, draw: int) -> dict[str, Tensor]:
-    """One row as the model reads it: ``input_ids`` and ``labels`` (T,) int64, each label at the position that predicts
-    it; ``attention_mask`` where rows are padded. The number ``draw`` decides what is hidden. In lanes the last position
-    predicts the first token of the next row."""
+    """One row as model inputs: ``input_ids`` and ``labels`` (T,) int64, and ``attention_mask`` if rows are padded.
+
+    A label stands at the position that predicts it. ``draw`` is the seed of the choice of hidden tokens. In a stream,
+    the last position predicts the first token of the next row.
+    """
     ids = rows.ids[index].long()
     real = torch.ones_like(ids, dtype=torch.bool) if rows.real is None else rows.real[index]
     if masking is None:
@@ -162,22 +171,22 @@ def example(rows: TokenRows, index: int, masking: Masking | None, draw: int) -> 
             labels[-1] = rows.ids[index + 1, 0]
     else:
         ids, labels = _hidden(ids, real, rows.framed, masking, draw)
-    found = {"input_ids": ids, "labels": labels}
-    return found if rows.real is None else found | {"attention_mask": real.long()}
+    item = {"input_ids": ids, "labels": labels}
+    return item if rows.real is None else item | {"attention_mask": real.long()}
 
 
 def _hidden(ids: Tensor, real: Tensor, framed: bool, masking: Masking, draw: int) -> tuple[Tensor, Tensor]:
-    """As many tokens in every row of a length, so that rows weigh the same; at least one."""
+    """Hide tokens: equally many in all rows of one length, so that rows weigh the same; at least one."""
     generator = torch.Generator().manual_seed(draw)
     width = int(real.sum())
     first, after = (1, width - 1) if framed else (0, width)
     count = max(1, math.floor(masking.share * (after - first)))
-    asked = first + torch.randperm(after - first, generator=generator)[:count]
+    hidden = first + torch.randperm(after - first, generator=generator)[:count]
     labels = torch.full_like(ids, IGNORED)
-    labels[asked] = ids[asked]
+    labels[hidden] = ids[hidden]
     dice = torch.rand(count, generator=generator)
     others = torch.randint(masking.vocabulary, (count,), generator=generator)
-    shown = torch.where(dice < RANDOM, others, torch.where(dice < RANDOM + KEPT, ids[asked], masking.token))
+    shown = torch.where(dice < RANDOM, others, torch.where(dice < RANDOM + KEPT, ids[hidden], masking.token))
     ids = ids.clone()
-    ids[asked] = shown
+    ids[hidden] = shown
     return ids, labels

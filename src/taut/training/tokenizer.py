@@ -13,39 +13,41 @@ from taut.surgery.loading import Source, open_tokenizer, resolve
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
 FRAME = {"cls_token": "<s>", "sep_token": "</s>"}
 LEAST = len(SPECIAL) + 256
-"""A vocabulary of bytes alone."""
+"""The size of the least vocabulary: the special tokens and all bytes."""
 
 
 def make_tokenizer(
     choice: str | None, source: Source, texts: Iterable[str], framed: bool, cache: Path
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that ``choice`` names; one that is made here is kept in the folder ``cache`` and opened from there.
+    """Open the tokenizer that ``choice`` names, or make it. A new one is saved in ``cache`` and opened from there.
 
-    ``framed``: every text stands between two special tokens, as masked models want it. Raises TautError for a model
-    without a tokenizer when none is chosen, and for a vocabulary smaller than the bytes.
+    ``framed`` puts every text between two special tokens, as masked models expect. Raises TautError if there is no
+    tokenizer where ``choice`` (or the model, without a choice) should have one, and for a vocabulary below ``LEAST``.
     """
     if choice is None:
-        own = open_tokenizer(source)
-        if own is None:
+        tokenizer = open_tokenizer(source)
+        if tokenizer is None:
             raise TautError(f"{source.name}: no tokenizer there; give tokenizer: a folder, bytes, or bpe:4096")
-        return own
+        return tokenizer
     size = _size(choice)
     if size is None:
-        own = AutoTokenizer.from_pretrained(choice) if _is_tokenizer(choice) else open_tokenizer(resolve(choice))
-        if own is None:
+        tokenizer = AutoTokenizer.from_pretrained(choice) if _is_tokenizer(choice) else open_tokenizer(resolve(choice))
+        if tokenizer is None:
             raise TautError(f"tokenizer = {choice!r}: no tokenizer there")
-        return own
+        return tokenizer
     if not cache.is_dir():
-        # Under its name only when it is whole: a kill may come at any time.
-        fresh = cache.with_name(f"{cache.name}.new")
-        byte_level(size, texts, framed).save_pretrained(fresh)
-        fresh.replace(cache)
+        # Renamed only when it is complete, because the process may be killed at any time.
+        partial = cache.with_name(f"{cache.name}.new")
+        byte_level(size, texts, framed).save_pretrained(partial)
+        partial.replace(cache)
     return AutoTokenizer.from_pretrained(cache)
 
 
 def byte_level(size: int, texts: Iterable[str], framed: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding of ``size`` entries over bytes (Sennrich et al. 2016, as in GPT-2), trained on ``texts``: any
-    text, no unknown tokens. With ``LEAST`` entries there is nothing to train, and a token is a byte."""
+    """Train byte-pair encoding of ``size`` entries over bytes (Sennrich et al. 2016, as in GPT-2) on ``texts``.
+
+    It encodes any text without unknown tokens. With ``LEAST`` entries nothing is trained, and a token is a byte.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,7 +65,7 @@ def byte_level(size: int, texts: Iterable[str], framed: bool = False) -> PreTrai
 
 
 def _size(choice: str) -> int | None:
-    """The entries of a vocabulary to be made; None for one that exists."""
+    """The size of a vocabulary to make; None for an existing tokenizer."""
     if choice == "bytes":
         return LEAST
     if not choice.startswith("bpe:"):

@@ -1,4 +1,4 @@
-"""transformers.Trainer, told to train LanguageModelling: its clock, its evaluations, its checkpoints."""
+"""transformers.Trainer for LanguageModelling: the clock, the evaluations, the checkpoints."""
 
 import json
 import math
@@ -27,16 +27,16 @@ from taut.training.spec import TrainSpec
 from taut.training.token_rows import Masking, TokenRows, TrainingSet, example
 
 GUIDES, SPENT, CARRIED = "guides.safetensors", "spent.json", "carried-{}-of-{}.safetensors"
-"""What lies in a checkpoint beside the model and what Trainer puts there."""
+"""The files of a checkpoint besides the model and those of Trainer."""
 TWICE = 0.5
-"""Seconds from which on a second ctrl-C is one: torchrun passes on what the terminal has sent to all already."""
+"""Seconds after which a second ctrl-C counts: torchrun repeats the one that the terminal has sent to all processes."""
 FIRST = 0.01
-"""Of a warm-up that follows the clock: the rate of the first step."""
+"""The rate of the first step, as a share of the peak, in a warm-up that follows the clock."""
 
 
 @dataclass
 class Spent:
-    """What a run has used up so far, all processes together; kept with every checkpoint."""
+    """What a run has used so far, in all processes together. Every checkpoint has it."""
 
     seconds: float = 0.0
     guide_flops: float = 0.0
@@ -51,7 +51,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Moment:
-    """How a run is going: ``done`` is the share of the budget. ``evaluation`` where the loss is of held-out text."""
+    """The progress of a run. ``done`` is the share of the budget; ``evaluation``: the loss is that of held-out text."""
 
     step: int
     done: float
@@ -60,11 +60,11 @@ class Moment:
     evaluation: bool = False
 
 
-Tell = Callable[[Moment], None]
+Report = Callable[[Moment], None]
 
 
 def make_optimizer(task: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
-    """AdamW. Biases and norms do not decay; a part's tensors do, whatever their shape."""
+    """AdamW. Biases and norms have no weight decay. The other tensors of a part have it, whatever their shape."""
     decayed, others = [], []
     for module in task.modules():
         for name, tensor in module.named_parameters(recurse=False):
@@ -78,7 +78,7 @@ def make_optimizer(task: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, spec: TrainSpec, total: int, spent: Spent) -> LambdaLR:
-    """The learning rate by the step, or by the clock where the budget is in seconds."""
+    """The learning rate by the step, or by the clock if the budget is in seconds."""
     shape = (spec.warmup, spec.schedule, spec.floor)
     if spec.budget.seconds is not None:
         limit = spec.budget.seconds
@@ -87,23 +87,25 @@ def make_schedule(optimizer: torch.optim.Optimizer, spec: TrainSpec, total: int,
 
 
 class Stop:
-    """Whether the run was asked to end: by ctrl-C, or by a machine that shuts down (SIGTERM)."""
+    """Whether the run should end: after ctrl-C, or after SIGTERM from a machine that shuts down."""
 
     def __init__(self) -> None:
         self.asked = False
-        self._heard_at: float | None = None
+        self._first_signal_at: float | None = None
 
     @contextmanager
-    def heard(self, tell: Callable[[str], None]) -> Iterator[None]:
-        """The first signal ends the run after its step; a second ctrl-C ends it at once. Outside the main thread,
-        where Python hears no signals, nothing changes."""
+    def listening(self, say: Callable[[str], None]) -> Iterator[None]:
+        """In this context, the first signal ends the run after its step; a second ctrl-C ends it at once.
+
+        Outside the main thread, where Python receives no signals, nothing changes.
+        """
 
         def note(number: int, frame: FrameType | None) -> None:
             now = time.monotonic()
-            if self._heard_at is None:
-                self.asked, self._heard_at = True, now
-                tell("stopping after this step, with a checkpoint; ctrl-C once more stops at once")
-            elif number == signal.SIGINT and now - self._heard_at >= TWICE:
+            if self._first_signal_at is None:
+                self.asked, self._first_signal_at = True, now
+                say("stopping after this step, with a checkpoint; press ctrl-C once more to stop at once")
+            elif number == signal.SIGINT and now - self._first_signal_at >= TWICE:
                 raise KeyboardInterrupt
 
         if threading.current_thread() is not threading.main_thread():
@@ -118,13 +120,15 @@ class Stop:
 
 
 class Watch(TrainerCallback):
-    """Counts time, says when to evaluate, save and stop, and ends what has diverged.
+    """Counts time, decides when to evaluate, save and stop, and ends a run that has diverged.
 
-    Training time is that of the steps: forward, backward, update. With several processes all of them decide alike.
+    Training time is the time of the steps: forward pass, backward pass, update. All processes decide alike.
     """
 
-    def __init__(self, task: LanguageModelling, spec: TrainSpec, spent: Spent, stop: Stop, tell: Tell | None) -> None:
-        self.task, self.spec, self.spent, self.stop, self.tell = task, spec, spent, stop, tell
+    def __init__(
+        self, task: LanguageModelling, spec: TrainSpec, spent: Spent, stop: Stop, report: Report | None
+    ) -> None:
+        self.task, self.spec, self.spent, self.stop, self.report = task, spec, spent, stop, report
         self.clock = SaveClock(spec.save.seconds)
         self._began = self._last = 0.0
         self._done = 0.0
@@ -167,17 +171,17 @@ class Watch(TrainerCallback):
         names = ("loss",) if self.spec.precision == "float16" else ("loss", "grad_norm")
         check_finite(logs, state.global_step, names)
         loss = logs.get("eval_loss", logs.get("loss"))
-        if self.tell is not None and loss is not None and state.is_world_process_zero:
+        if self.report is not None and loss is not None and state.is_world_process_zero:
             tokens = self.spec.batch * self.spec.length
             speed = tokens / self._last if self._last else 0.0
-            self.tell(Moment(state.global_step, self._done, loss, speed, "eval_loss" in logs))
+            self.report(Moment(state.global_step, self._done, loss, speed, "eval_loss" in logs))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
         self.clock.restart()
 
 
 class TaskTrainer(Trainer):
-    """Evaluates by exact sums over held-out rows, and saves the model under its own names with the guides beside."""
+    """Evaluates by exact sums over held-out rows. Saves the model with its own tensor names, and the guides apart."""
 
     def __init__(
         self,
@@ -196,7 +200,7 @@ class TaskTrainer(Trainer):
         self.held, self.masking = held, stream.masking
 
     def evaluate(self, *given: Any, **options: Any) -> dict[str, float]:
-        """The loss on all held-out rows, as the model stands without its guides."""
+        """Compute the loss of the model without guides on all held-out rows."""
         with self.accelerator.autocast():
             metrics = held_out_losses(self.task, self.held, self.masking, self.args)
         self.log(dict(metrics))
@@ -204,8 +208,10 @@ class TaskTrainer(Trainer):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Model, guides and what was spent, from the main process. Nothing is saved over good numbers once some are
-        not finite."""
+        """Save model, guides and ``Spent`` from the main process, and carried memory from every process.
+
+        Raises ``Diverged``, and saves nothing, if a parameter is not finite.
+        """
         started = time.monotonic()
         self.task.check_finite()
         if self.task.carried is not None:
@@ -224,8 +230,10 @@ class TaskTrainer(Trainer):
         self.watch.clock.note_writing(time.monotonic() - started)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The model was opened from the checkpoint; its guides lie beside it, and so does what its lanes carry, unless
-        there were more or fewer processes: then lanes begin anew."""
+        """Load guides and carried memory. The model itself was opened from the checkpoint before.
+
+        If the number of processes has changed, all streams restart.
+        """
         if self.task.guides is not None:
             self.task.guides.load_state_dict(load_file(Path(resume_from_checkpoint) / GUIDES))
         if self.task.carried is not None and self._carried_in(resume_from_checkpoint).is_file():
@@ -239,8 +247,10 @@ class TaskTrainer(Trainer):
 def held_out_losses(
     task: LanguageModelling, rows: TokenRows, masking: Masking | None, args: TrainingArguments
 ) -> dict[str, float]:
-    """``eval_loss``: nats a target, over all processes' shares of the rows; float64 sums. Of a task with a
-    reconstruction ``eval_reconstruction``, the mean over batches by their targets."""
+    """``eval_loss`` in nats per target, over the rows of all processes, from float64 sums.
+
+    With a reconstruction also ``eval_reconstruction``: the mean over batches, weighted by their targets.
+    """
     training = task.training
     task.eval()
     carried = task.carried.emptied() if task.carried is not None else None
@@ -260,32 +270,32 @@ def held_out_losses(
     if args.world_size > 1:
         torch.distributed.all_reduce(sums)
     total, count, missed = sums.tolist()
-    found = {"eval_loss": total / count}
-    return found if task.reconstruction is None else found | {"eval_reconstruction": missed / count}
+    metrics = {"eval_loss": total / count}
+    return metrics if task.reconstruction is None else metrics | {"eval_reconstruction": missed / count}
 
 
 def _held_batches(rows: TokenRows, args: TrainingArguments) -> list[list[int]]:
-    """This process's share of the rows, in batches; lanes in their order, each batch the next row of each."""
+    """This process's share of the rows, in batches. With streams, a batch holds the next row of each of its streams."""
     size, world = args.per_device_train_batch_size, max(1, args.world_size)
     if rows.streams:
-        mine = range(args.process_index, rows.streams, world)
-        groups = [mine[start : start + size] for start in range(0, len(mine), size)]
+        streams = range(args.process_index, rows.streams, world)
+        groups = [streams[start : start + size] for start in range(0, len(streams), size)]
         return [[stream * rows.steps + step for stream in group] for group in groups for step in range(rows.steps)]
-    mine = range(args.process_index, len(rows), world)
-    return [list(mine[start : start + size]) for start in range(0, len(mine), size)]
+    indices = range(args.process_index, len(rows), world)
+    return [list(indices[start : start + size]) for start in range(0, len(indices), size)]
 
 
 def agreed(args: TrainingArguments, seconds: float, *flags: bool) -> tuple[float, ...]:
     """The longest time and the union of the flags, over all processes."""
     if args.world_size <= 1:
         return seconds, *flags
-    said = torch.tensor([seconds, *map(float, flags)], dtype=torch.float64, device=args.device)
-    torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
-    return tuple(said.tolist())
+    values = torch.tensor([seconds, *map(float, flags)], dtype=torch.float64, device=args.device)
+    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+    return tuple(values.tolist())
 
 
 def together(args: TrainingArguments, task: LanguageModelling, spent: Spent) -> Spent:
-    """``spent`` with what the guides of all processes used since it was last brought up to date."""
+    """Add to ``spent`` what the guides of all processes have used since the last call, and return it."""
     guides = task.guides
     if guides is None:
         return spent
@@ -305,5 +315,5 @@ def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _passed(done: float, every: float) -> int:
-    """How many evaluations are due by now. Rounded: 3 x 0.1 is not 0.3."""
+    """How many evaluations are due by now. Rounded, because 3 x 0.1 is not exactly 0.3."""
     return math.floor(round(done / every, 9))

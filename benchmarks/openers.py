@@ -21,14 +21,14 @@ SENTENCES = [
 NEW_TOKENS = 48
 
 Opener = Callable[[Path, PreTrainedModel | None], Any]
-"""Opens a folder, or takes the model given instead, and returns what comes out on SENTENCES."""
+"""Opens a folder, or takes a model instead, and returns what comes out on SENTENCES."""
 
 
 @torch.no_grad()
 def auto_model(folder: Path, model: PreTrainedModel | None) -> list[Tensor]:
     """Last hidden states (1, T, D) of each sentence; without the head if there is one."""
     model = AutoModel.from_pretrained(folder).eval() if model is None else model.base_model
-    return [model(**given).last_hidden_state for given in _tokens(folder)]
+    return [model(**arguments).last_hidden_state for arguments in _tokens(folder)]
 
 
 @torch.no_grad()
@@ -36,11 +36,11 @@ def auto_model_for_causal_lm(folder: Path, model: PreTrainedModel | None) -> lis
     """Logits (1, T, V) of each sentence; then greedy decoding from its beginning: ids, and the logits of each step."""
     model = model or AutoModelForCausalLM.from_pretrained(folder).eval()
     found = []
-    for given in _tokens(folder):
-        start = {name: tensor[:, :12] for name, tensor in given.items()}
+    for arguments in _tokens(folder):
+        start = {name: tensor[:, :12] for name, tensor in arguments.items()}
         options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
         story = model.generate(**start, max_new_tokens=NEW_TOKENS, **options)
-        found += [model(**given).logits, story.sequences, torch.stack(story.logits)]
+        found += [model(**arguments).logits, story.sequences, torch.stack(story.logits)]
     return found
 
 
@@ -108,7 +108,7 @@ def _tokens(folder: Path) -> list[dict[str, Tensor]]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     names = ("input_ids", "attention_mask")
     encoded = [tokenizer(sentence, return_tensors="pt") for sentence in SENTENCES]
-    return [{name: given[name] for name in names} for given in encoded]
+    return [{name: arguments[name] for name in names} for arguments in encoded]
 
 
 if __name__ == "__main__":
