@@ -186,7 +186,7 @@ def test_a_window_reaches_as_far_as_its_layers_carry(tmp_path: Path):
             tokenizer=tiny_tokenizer(begin=False),
             **{"shortest": 2, "step": 2, "longest": 24, "positions": 60, "hardest": 0.5, "threshold": 1e-5},
         )
-        (alone,) = result.found
+        (alone,) = result.results
         reached[size] = alone.tokens
         assert alone.at_least == (size is None)
         assert all(abs(gain) < 1e-6 for gain in alone.gains[alone.tokens // 2 - 1 :] if size)
@@ -216,7 +216,7 @@ def test_the_verb_tells_everything(tmp_path: Path):
     smaller = taut.context(group, tmp_path / "text.txt", **options, batch_size=3)
     for one, other in zip(result.losses, smaller.losses, strict=True):
         assert one == pytest.approx(other, abs=1e-6)
-    assert [context.tokens for context in smaller.found] == [context.tokens for context in result.found]
+    assert [context.tokens for context in smaller.results] == [context.tokens for context in result.results]
 
 
 def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):

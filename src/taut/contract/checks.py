@@ -348,7 +348,7 @@ def _inputs_of_maps(case: Case, model: PreTrainedModel) -> dict[str, Tensor]:
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if isinstance(module, LinearPart):
-                keep = partial(lambda name, _, given: seen.update({name: given[0].detach().flatten(0, -2)}), name)
+                keep = partial(lambda name, _, args: seen.update({name: args[0].detach().flatten(0, -2)}), name)
                 stack.enter_context(module.register_forward_pre_hook(keep))
         case.answer(model)
     return seen

@@ -183,20 +183,20 @@ def padded_inputs(
     return tensors
 
 
-def logits(model: PreTrainedModel, **given: Tensor) -> Tensor:
+def logits(model: PreTrainedModel, **batch: Tensor) -> Tensor:
     """Compute the logits (B, T, V) of a model with a head, else the last hidden state (B, T, D). No gradient."""
     with torch.no_grad():
-        output = model(**given)
+        output = model(**batch)
     return output["logits"] if "logits" in output else output["last_hidden_state"]
 
 
 def stepwise(
-    model: PreTrainedModel, chunks: list[int], past: Cache | None = None, **given: Tensor
+    model: PreTrainedModel, chunks: list[int], past: Cache | None = None, **batch: Tensor
 ) -> tuple[Tensor, Cache]:
     """Run a text through the model's cache, in chunks of these lengths. Returns the logits (B, T, V) and the cache."""
-    key = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
-    ids, places = given.pop(key), given.pop("position_ids", None)
-    mask = given.pop("attention_mask", None) if key == "input_ids" else None
+    key = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
+    ids, places = batch.pop(key), batch.pop("position_ids", None)
+    mask = batch.pop("attention_mask", None) if key == "input_ids" else None
     pieces, start = [], 0
     with torch.no_grad():
         for count in chunks:
@@ -206,7 +206,7 @@ def stepwise(
             start += count
             if mask is not None:
                 step["attention_mask"] = mask[:, :start]
-            output = model(**given, **step, past_key_values=past, use_cache=True)
+            output = model(**batch, **step, past_key_values=past, use_cache=True)
             past = output["past_key_values"]
             pieces.append(output["logits"])
     return torch.cat(pieces, 1), past

@@ -144,17 +144,17 @@ def last_logits(model: PreTrainedModel, rows: Sequence[Sequence[int]], cached: i
 
 
 def _passes(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], cached: int | None, given: dict[str, Any]
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], cached: int | None, inputs: dict[str, Any]
 ) -> Iterator[Tensor]:
     """The logits of every pass over B rows, (B, tokens of the pass, V)."""
     table = torch.tensor(rows, device=model.device)
     if cached is None:
-        given = given | ({"use_cache": False} if model.can_generate() else {})
-        yield model(input_ids=table, **given).logits
+        inputs = inputs | ({"use_cache": False} if model.can_generate() else {})
+        yield model(input_ids=table, **inputs).logits
         return
     past = None
     for piece in table.split(cached, dim=1):
-        answer = model(input_ids=piece, past_key_values=past, use_cache=True, **given)
+        answer = model(input_ids=piece, past_key_values=past, use_cache=True, **inputs)
         past = answer.past_key_values
         yield answer.logits
 

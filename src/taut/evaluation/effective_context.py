@@ -33,7 +33,7 @@ class Contexts:
 
     models: tuple[str, ...]
     contexts: tuple[int, ...]
-    found: tuple[EffectiveContext, ...]
+    results: tuple[EffectiveContext, ...]
     losses: tuple[tuple[float, ...], ...]
     settings: dict[str, Any]
 
@@ -41,7 +41,7 @@ class Contexts:
         """The results as one dictionary, for scripts."""
         rows = [
             {"model": name, **asdict(effective), "losses": list(losses)}
-            for name, effective, losses in zip(self.models, self.found, self.losses, strict=True)
+            for name, effective, losses in zip(self.models, self.results, self.losses, strict=True)
         ]
         return {"contexts": list(self.contexts), "models": rows, "settings": self.settings}
 

@@ -109,12 +109,12 @@ def _enter(
     inputs: list[Tensor] = []
     calls: list[list[partial]] = [[] for _ in paths]
 
-    def note(number: int, block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def note(number: int, block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         named = {name: None if name in CACHES else value for name, value in named.items()}
-        state = named.pop("hidden_states") if "hidden_states" in named else given[0]
+        state = named.pop("hidden_states") if "hidden_states" in named else arguments[0]
         if number == 0:
             inputs.append(state)
-        calls[number].append(partial(_call, given[1:], named))
+        calls[number].append(partial(_call, arguments[1:], named))
 
     hooks = [
         model.get_submodule(path).register_forward_pre_hook(partial(note, number), with_kwargs=True)
@@ -134,8 +134,8 @@ def _device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
-def _call(given: tuple[Any, ...], named: dict[str, Any], block: nn.Module, state: Tensor) -> Tensor:
-    output = block(state, *given, **named)
+def _call(arguments: tuple[Any, ...], named: dict[str, Any], block: nn.Module, state: Tensor) -> Tensor:
+    output = block(state, *arguments, **named)
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -107,7 +107,7 @@ def page(records: Sequence[Record], damaged: Sequence[tuple[str, str]] = (), tit
         figures=drawn,
         data=_for_script(
             {
-                "cells": cells.found,
+                "cells": cells.details,
                 "charts": [
                     {
                         "kind": figure.kind,
@@ -133,11 +133,11 @@ class _Cells:
     """Collects the provenance of the cells while the table is drawn. ``add`` returns a cell's index in the list."""
 
     def __init__(self) -> None:
-        self.found: list[dict[str, Any]] = []
+        self.details: list[dict[str, Any]] = []
 
     def add(self, heading: str, cell: Cell) -> int:
-        self.found.append({"heading": heading, "value": words.value(cell), "how": cell.how, "facts": _facts(cell)})
-        self.found[-1]["sources"] = [
+        self.details.append({"heading": heading, "value": words.value(cell), "how": cell.how, "facts": _facts(cell)})
+        self.details[-1]["sources"] = [
             {
                 "record": source.record.id,
                 "seed": source.record.seed,
@@ -147,7 +147,7 @@ class _Cells:
             }
             for source in cell.sources
         ]
-        return len(self.found) - 1
+        return len(self.details) - 1
 
 
 def _row(index: int, scores: list[str], costs: list[str], cells: _Cells, rows: Sequence[Row]) -> dict[str, Any]:

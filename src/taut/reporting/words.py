@@ -44,45 +44,45 @@ def signed(number: float) -> str:
     return f"{'+' if number > 0 else '−' if number < 0 else '±'}{score(abs(number))}"
 
 
-def gap(found: Gap | None, names: tuple[str, str] | None = None) -> str:
+def gap(comparison: Gap | None, names: tuple[str, str] | None = None) -> str:
     """A difference or a ratio in words, with its verdict: ``+0.0012 within noise``, ``39% smaller``, ``1.32× faster``.
 
     ``names`` are the words of the column for less and for more. A ratio near 1 is given in percent.
     """
-    if found is None:
+    if comparison is None:
         return ""
-    if found.kind == "difference":
-        return f"{signed(found.value)} {found.word}".strip()
-    if names is None or found.word not in names:
-        return found.word if found.word == "same" else f"{found.value:.2f}× {found.word}".strip()
+    if comparison.kind == "difference":
+        return f"{signed(comparison.value)} {comparison.word}".strip()
+    if names is None or comparison.word not in names:
+        return comparison.word if comparison.word == "same" else f"{comparison.value:.2f}× {comparison.word}".strip()
     if names[0] == "faster":
-        return f"{1 / found.value if found.word == 'faster' else found.value:.2f}× {found.word}"
-    if found.value <= 0.5 or found.value >= 2:
-        return f"{1 / found.value if 0 < found.value < 1 else found.value:.3g}× {found.word}"
-    share = abs(found.value - 1)
-    return f"{100 * share:.2g}% {found.word}"
+        return f"{1 / comparison.value if comparison.word == 'faster' else comparison.value:.2f}× {comparison.word}"
+    if comparison.value <= 0.5 or comparison.value >= 2:
+        return f"{1 / comparison.value if 0 < comparison.value < 1 else comparison.value:.3g}× {comparison.word}"
+    share = abs(comparison.value - 1)
+    return f"{100 * share:.2g}% {comparison.word}"
 
 
-def interval(found: Gap | Cell | None) -> str:
+def interval(comparison: Gap | Cell | None) -> str:
     """``[low, high]``, or an empty string."""
-    if found is None or found.low is None or found.high is None:
+    if comparison is None or comparison.low is None or comparison.high is None:
         return ""
-    if isinstance(found, Gap) and found.kind == "difference":
-        return f"[{signed(found.low)}, {signed(found.high)}]"
-    if isinstance(found, Gap):
-        return f"[{found.low:.2f}, {found.high:.2f}]"
-    return f"[{quantity(found.low, found.unit)}, {quantity(found.high, found.unit)}]"
+    if isinstance(comparison, Gap) and comparison.kind == "difference":
+        return f"[{signed(comparison.low)}, {signed(comparison.high)}]"
+    if isinstance(comparison, Gap):
+        return f"[{comparison.low:.2f}, {comparison.high:.2f}]"
+    return f"[{quantity(comparison.low, comparison.unit)}, {quantity(comparison.high, comparison.unit)}]"
 
 
-def verdict(found: Gap | None) -> str:
+def verdict(comparison: Gap | None) -> str:
     """The class of a gap, which sets its colour: good, bad, noise, unknown or none."""
-    if found is None or not found.word:
+    if comparison is None or not comparison.word:
         return "none"
-    if found.word == UNKNOWN:
+    if comparison.word == UNKNOWN:
         return "unknown"
-    if found.word in (NOISE, "same") or found.good is None:
+    if comparison.word in (NOISE, "same") or comparison.good is None:
         return "noise"
-    return "good" if found.good else "bad"
+    return "good" if comparison.good else "bad"
 
 
 def label(cost: str) -> str:

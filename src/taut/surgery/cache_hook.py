@@ -68,19 +68,19 @@ class Memory:
         serving.set(Serving(pattern, positioned, marks, store, handed_out=requested))
         return (), arguments
 
-    def _incoming(self, base: nn.Module, given: dict[str, Any]) -> Incoming:
+    def _incoming(self, base: nn.Module, arguments: dict[str, Any]) -> Incoming:
         """Describe the new tokens of this call. Raises TautError for a mask that is not (batch, length)."""
-        ids, mask = given.get("input_ids"), given.get("attention_mask")
-        tokens = given.get("inputs_embeds") if ids is None else ids
+        ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+        tokens = arguments.get("inputs_embeds") if ids is None else ids
         if mask is not None and mask.dim() != 2:
             raise TautError(f"{self.method.id}: give a (batch, length) attention_mask, not one of {mask.dim()} axes")
         queries = tokens.shape[1]
         real = None if mask is None or bool(mask[:, -queries:].all()) else mask[:, -queries:].bool()
-        restarts = _restarts(given.get("position_ids"), mask)
+        restarts = _restarts(arguments.get("position_ids"), mask)
         learned = dict(base.named_children()).get(LEARNED)
         return Incoming(queries, tokens.device, ids, real, first_tokens(mask), restarts, learned)
 
-    def _requested(self, base: nn.Module, given: Cache | None, use_cache: bool | None) -> bool:
+    def _requested(self, base: nn.Module, past: Cache | None, use_cache: bool | None) -> bool:
         """Whether the caller requests a cache: by passing one, or by ``use_cache``.
 
         Raises TautError for gradient checkpointing with a method that makes its own keys.
@@ -89,20 +89,20 @@ class Memory:
         checkpointing = base.training and getattr(base, "gradient_checkpointing", False)
         if checkpointing and self.method.makes_keys:
             raise TautError(f"{self.method.id}: gradient checkpointing would fill its cache twice; switch it off")
-        return given is not None or bool(use_cache and not checkpointing)
+        return past is not None or bool(use_cache and not checkpointing)
 
-    def _cache(self, base: nn.Module, given: Cache | None) -> Cache:
+    def _cache(self, base: nn.Module, past: Cache | None) -> Cache:
         """Return our cache for this call: a new one, or the one that the caller passed.
 
         Raises TautError for a cache of another type, and for one of transformers that already holds tokens.
         """
-        if given is None:
+        if past is None:
             ours = self.method.cache(self.layers)
             return EncoderDecoderCache(ours, DynamicCache()) if base.config.is_encoder_decoder else ours
-        passed = given.self_attention_cache if isinstance(given, EncoderDecoderCache) else given
+        passed = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
         ours = self.method.cache(self.layers)
         if type(passed) is type(ours):
-            return given
+            return past
         if type(passed) is not DynamicCache or not all(isinstance(layer, DynamicLayer) for layer in passed.layers):
             raise TautError(
                 f"{self.method.id} uses its own cache: do not pass cache_implementation, or past_key_values of type "
@@ -113,9 +113,7 @@ class Memory:
                 f"{self.method.id}: past_key_values already holds {passed.get_seq_length()} tokens in another cache; "
                 "start with an empty cache, or with none"
             )
-        return (
-            EncoderDecoderCache(ours, given.cross_attention_cache) if isinstance(given, EncoderDecoderCache) else ours
-        )
+        return EncoderDecoderCache(ours, past.cross_attention_cache) if isinstance(past, EncoderDecoderCache) else ours
 
 
 def _restarts(positions: Tensor | None, mask: Tensor | None) -> Tensor | None:

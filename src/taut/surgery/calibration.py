@@ -124,7 +124,7 @@ def _inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return {site.name: tally.found() for site, tally in tallies.items()}
+    return {site.name: tally.result() for site, tally in tallies.items()}
 
 
 class _Tally:
@@ -152,7 +152,7 @@ class _Tally:
                 low, high = torch.minimum(low, self.ranges[0]), torch.maximum(high, self.ranges[1])
             self.ranges = low, high
 
-    def found(self) -> dict[str, Tensor]:
+    def result(self) -> dict[str, Tensor]:
         """Return the statistics as fields of Calibration. They are missing if no token passed through this map."""
         fields = {"gram": self.gram / self.count} if self.gram is not None and self.count else {}
         return fields if self.ranges is None else fields | dict(zip(("least", "greatest"), self.ranges, strict=True))

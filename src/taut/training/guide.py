@@ -67,13 +67,13 @@ class Guides(nn.Module):
         place = f"{self.seed}/{self._step}/{self._piece}/{self.rank}/{index}"
         return random.Random(place).random() < self.weight
 
-    def _mix(self, index: int, part: LinearPart, given: tuple[Any, ...], answer: Tensor) -> Tensor | None:
+    def _mix(self, index: int, part: LinearPart, arguments: tuple[Any, ...], answer: Tensor) -> Tensor | None:
         if not part.training or self.weight == 0.0:
             return None
         self.calls += 1
         if not self.drawn(index):
             return None
-        (x,), guide = given, self.maps[index]
+        (x,), guide = arguments, self.maps[index]
         self.uses += 1
         self.flops += TRAINING * 2.0 * guide.numel() * (x.numel() // x.shape[-1])
         return self.weight * F.linear(x, guide, part.bias) + (1.0 - self.weight) * answer

@@ -199,7 +199,7 @@ class TaskTrainer(Trainer):
         self.task, self.watch = task, watch
         self.held, self.masking = held, stream.masking
 
-    def evaluate(self, *given: Any, **options: Any) -> dict[str, float]:
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Compute the loss of the model without guides on all held-out rows."""
         with self.accelerator.autocast():
             metrics = held_out_losses(self.task, self.held, self.masking, self.args)

@@ -80,9 +80,9 @@ def _tied_head_gradient_shape(
 
 
 @register_flop_formula([torch.ops.taut.rowwise_tied_head, torch.ops.taut.rowwise_tied_head_gradient])
-def _tied_head_flops(given: torch.Size, packed: torch.Size, bits: int, width: int, *rest: Any, **named: Any) -> int:
+def _tied_head_flops(shape: torch.Size, packed: torch.Size, bits: int, width: int, *rest: Any, **named: Any) -> int:
     """The FLOPs, for PyTorch's FLOP counter, which cannot look inside a custom operator."""
-    return 2 * math.prod(given[:-1]) * width * packed[0]
+    return 2 * math.prod(shape[:-1]) * width * packed[0]
 
 
 register_gradients(_tied_head, _tied_head_gradient, bias=False)
