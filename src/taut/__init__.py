@@ -9,10 +9,8 @@ from typing import Any
 from taut import _plugin
 
 __all__ = (
-    "TautError",
     "anchor_token",
     "apply",
-    "tune",
     "check",
     "compare",
     "context",
@@ -29,7 +27,9 @@ __all__ = (
     "report",
     "search",
     "show",
+    "TautError",
     "train",
+    "tune",
     "undo",
     "vectors",
 )

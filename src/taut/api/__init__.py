@@ -22,7 +22,6 @@ from taut.api.vectors import index, search, vectors
 __all__ = (
     "anchor_token",
     "apply",
-    "tune",
     "check",
     "compare",
     "context",
@@ -41,6 +40,7 @@ __all__ = (
     "search",
     "show",
     "train",
+    "tune",
     "undo",
     "use_threads",
     "vectors",
