@@ -153,6 +153,12 @@ def test_a_run_cut_off_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert taut.load(newest(tmp_path / "out.state"))
     with pytest.raises(TautError, match=r"another training run: learning_rate was 0.001, now 0.1; remove it"):
         train(spec | {"learning_rate": 0.1}, tmp_path / "out")
+    run = tmp_path / "out.state" / "run.json"
+    current = run.read_text()
+    run.write_text(json.dumps({key: value for key, value in json.loads(current).items() if key != "version"}))
+    with pytest.raises(TautError, match="another version of taut; remove it"):
+        train(spec, tmp_path / "out")
+    run.write_text(current)
     done = train(spec, tmp_path / "out")
     assert done.record["losses"] == whole.record["losses"]
     assert done.record["evaluations"] == whole.record["evaluations"]

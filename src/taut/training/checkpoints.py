@@ -18,6 +18,8 @@ from taut.training.spec import TrainSpec
 
 RUN = "run.json"
 """The file that says which run the state belongs to."""
+VERSION = 2
+"""Of the state. Version 1, without a number in the file, names the files of carried memory otherwise."""
 FULL = ("No space left", "PytorchStreamWriter failed writing", "os error 28")
 """Words in the errors of libraries that do not raise OSError when the disk is full."""
 
@@ -34,16 +36,18 @@ def claim(state: Path, spec: TrainSpec, text: str) -> None:
     state.mkdir(parents=True, exist_ok=True)
     # Renamed only when it is complete, because the process may be killed at any time.
     partial = state / f"{RUN}.new"
-    partial.write_text(json.dumps({"spec": spec.to_dict(), "text": text}, sort_keys=True))
+    partial.write_text(json.dumps({"version": VERSION, "spec": spec.to_dict(), "text": text}, sort_keys=True))
     partial.replace(state / RUN)
     remove_cut_off(state)
 
 
 def check(state: Path, spec: TrainSpec, text: str) -> None:
-    """Raises TautError with the difference if the folder holds a checkpoint of another run."""
+    """Raises TautError if the folder holds a checkpoint of another run, with the difference, or of another version."""
     if not (state / RUN).is_file() or newest(state) is None:
         return
     other = json.loads((state / RUN).read_text())
+    if other.get("version", 1) != VERSION:
+        raise TautError(f"{state}: a training state of another version of taut; remove it to start again")
     change = spec.change(other["spec"])
     if change is None and other["text"] != text:
         change = f"the text {', '.join(spec.text)} has changed"
