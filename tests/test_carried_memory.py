@@ -245,7 +245,7 @@ def test_evaluation_reads_streams_in_order(tmp_path: Path) -> None:
     assert abs(float(alone - loss)) > 1e-4
 
 
-def test_carry_without_a_memory_are_refused(tmp_path: Path) -> None:
+def test_carrying_without_a_memory_is_refused(tmp_path: Path) -> None:
     for recipe in ({}, {"feedforward": {"method": "low_rank", "keep": 0.5}}, {"memory": "identity"}):
         with pytest.raises(TautError, match=r"give the recipe a bounded memory, such as memory: \{method: segment"):
             train(small(tmp_path, carry_memory=True, recipe=recipe, model=LLAMA), tmp_path / "out")
