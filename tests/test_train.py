@@ -260,7 +260,7 @@ def test_ctrl_c_stops_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert newest(tmp_path / "out.state").name in ("checkpoint-3", "checkpoint-4")
     assert train(spec, tmp_path / "out").record["losses"] == train(spec, tmp_path / "whole").record["losses"]
     stop = Stop()
-    with stop.heard(lambda text: None):
+    with stop.listening(lambda text: None):
         os.kill(os.getpid(), signal.SIGINT)
         # The same signal, passed on by a launcher.
         os.kill(os.getpid(), signal.SIGINT)
