@@ -26,6 +26,7 @@ from taut.healing.heal import heal
 from taut.studies.statistics import paired_bootstrap
 from taut.surgery.apply import compress
 from taut.surgery.loading import open_tokenizer, resolve
+from taut.surgery.prepare import prepare
 
 FIRST = 800
 """Pairs of STS-B dev, in the order of the file, that the targets were set on."""
@@ -75,7 +76,8 @@ def main() -> int:
                 with seen(arguments.done, f"{recipe} {steps} {CHOICES} {TEXT}") as known:
                     if not known:
                         clock = time.process_time()
-                        model, plan = compress(source, Recipe.parse(recipe), texts[:CALIBRATION])
+                        prepared = prepare(source, Recipe.parse(recipe))
+                        plan, model = prepared.plan, compress(prepared, texts[:CALIBRATION])
                         enough = texts[: steps * CHOICES["batch"] + 10 * CHOICES["batch"]]
                         heal(model, original, enough, {"steps": steps, **CHOICES}, tokenizer=tokenizer, text=TEXT)
                         known["minutes"] = (time.process_time() - clock) / 60

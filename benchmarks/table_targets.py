@@ -19,8 +19,8 @@ from taut.data import calibration_texts, scored_pairs
 from taut.healing.heal import heal
 from taut.studies.statistics import paired_bootstrap
 from taut.surgery.apply import compress
-from taut.surgery.loading import open_skeleton, open_tokenizer, resolve
-from taut.surgery.plan import make_plan
+from taut.surgery.loading import open_tokenizer, resolve
+from taut.surgery.prepare import prepare
 
 CLAIM = (
     "minilm's table, loss of Spearman on STS-B dev, mean of 3 seeds: <= 2.2 bits: .0015 as fitted, .0005 healed; "
@@ -72,12 +72,13 @@ def main() -> int:
         if arguments.only not in (0.0, rate):
             continue
         recipe = Recipe.parse({"embedding": line})
-        step = make_plan(open_skeleton(source), recipe).steps[0]
+        prepared = prepare(source, recipe)
+        step = prepared.plan.steps[0]
         bits = 8 * step.cost.bytes / (step.site.rows * step.site.width)
         for seed in range(seeds):
             with seen(arguments.done, f"{step.label} {steps} {seed}") as known:
                 if not known:
-                    model, _ = compress(source, recipe, texts, seed=seed)
+                    model = compress(prepared, texts, seed=seed)
                     known["as fitted"] = spearman(model)
                     heal(model, original, texts, {"steps": steps, "seed": seed}, tokenizer=tokenizer, text=TEXT)
                     known["healed"] = spearman(model)

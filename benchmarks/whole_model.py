@@ -14,6 +14,7 @@ from taut.measurement.count import folder_bytes
 from taut.studies.statistics import paired_bootstrap
 from taut.surgery.apply import compress, save
 from taut.surgery.loading import open_tokenizer, resolve
+from taut.surgery.prepare import prepare
 
 SMALLER, LOSS = 4.5, 0.004
 CLAIM = (
@@ -51,7 +52,7 @@ def main() -> int:
         if arguments.quick and not promised:
             continue
         recipe = {"embedding": table, "projection": maps, "feedforward": maps}
-        model, _ = compress(source, Recipe.parse(recipe), texts)
+        model = compress(prepare(source, Recipe.parse(recipe)), texts)
         with tempfile.TemporaryDirectory() as folder:
             save(model, Path(folder) / "light", source.folder)
             small = folder_bytes(Path(folder) / "light").total
