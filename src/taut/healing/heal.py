@@ -136,7 +136,7 @@ def compress_and_heal(
     model = compress(prepared, texts, device=device, seed=seed, progress=progress)
     # Healing by layer is for models that do not fit into memory twice, so the original stays on disk.
     place = "disk" if chosen.by == "layer" else device
-    original = open_model(prepared.source, prepared.skeleton.dtype, place, seed)
+    original = open_model(prepared.source, prepared.dtype, place, seed)
     heal(model, original, choices=chosen, batches=batches, text=text, state=state, progress=healing)
     return model
 

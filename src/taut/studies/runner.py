@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {"tasks": ("docs_retrieval", "agreement"), "measure":
 log = logging.getLogger("taut")
 
 
-class Prepared(Protocol):
+class ReadyTrial(Protocol):
     """A trial that is ready to run. ``taut.studies.trial.Trial`` is one."""
 
     reason: str | None
@@ -44,7 +44,7 @@ class Prepared(Protocol):
         """Run the whole trial. ``report`` is called with a few words on what is being done."""
 
 
-Prepare = Callable[[TrialSpec], Prepared]
+Prepare = Callable[[TrialSpec], ReadyTrial]
 """Makes a trial from a spec. Raises TautError for input that is wrong with any recipe."""
 
 
@@ -181,7 +181,7 @@ def run(study: Study, ledger: Ledger, prepare: Prepare, view: Display | None = N
 
 
 def _afford(
-    pending: Sequence[TrialSpec], trials: dict[str, Prepared], outcome: Outcome, view: Display
+    pending: Sequence[TrialSpec], trials: dict[str, ReadyTrial], outcome: Outcome, view: Display
 ) -> list[TrialSpec]:
     """Report what the run will take, and leave out the trials that need more memory than is available."""
     free, affordable, seconds, peak = free_memory(), [], 0.0, 0.0
@@ -206,7 +206,7 @@ def _afford(
 
 
 def _one(
-    spec: TrialSpec, trial: Prepared, ledger: Ledger, view: Display, outcome: Outcome, place: tuple[int, int]
+    spec: TrialSpec, trial: ReadyTrial, ledger: Ledger, view: Display, outcome: Outcome, place: tuple[int, int]
 ) -> None:
     """Run one trial under its lease and write its record, also if it fails.
 

@@ -87,7 +87,7 @@ def compress(
     ``texts`` are for calibration. They are read only when a method calibrates and there is a tokenizer.
     """
     plan = prepared.plan
-    model = open_model(prepared.source, prepared.skeleton.dtype, device, seed)
+    model = open_model(prepared.source, prepared.dtype, device, seed)
     batches: Iterable[dict[str, torch.Tensor]] = ()
     calibrates = any(isinstance(step.method, PartMethod) and step.method.needs for step in plan.steps)
     if calibrates and (tokenizer := prepared.tokenizer()) is not None:

@@ -16,11 +16,12 @@ from taut.surgery.plan import Plan, make_plan
 class Prepared:
     """A model and a recipe that fits it.
 
-    ``skeleton`` is the model on the meta device, in the dtype in which its weights will be read. ``plan`` was made with
-    it. ``tokenizer`` opens the tokenizer when it is first called, and returns None if the source has none.
+    ``skeleton`` is the model on the meta device, and ``plan`` was made with it. ``dtype`` is its dtype, in which the
+    weights will be read. ``tokenizer`` opens the tokenizer when first called, and returns None if the source has none.
     """
 
     source: Source
+    dtype: torch.dtype
     skeleton: PreTrainedModel
     plan: Plan
     tokenizer: Callable[[], PreTrainedTokenizerBase | None]
@@ -40,5 +41,6 @@ def prepare(
     same dtype. Raises TautError as ``make_plan`` does.
     """
     open_once = cache(lambda: open_tokenizer(source) if tokenizer is None else tokenizer)
+    dtype = dtype or source.dtype
     skeleton = open_skeleton(source, dtype) if skeleton is None else skeleton
-    return Prepared(source, skeleton, make_plan(skeleton, recipe, tokenizer=open_once), open_once)
+    return Prepared(source, dtype, skeleton, make_plan(skeleton, recipe, tokenizer=open_once), open_once)
