@@ -299,6 +299,7 @@ def test_the_shipped_spec_is_valid() -> None:
         ({"budget": {}}, "not none"),
         ({"lenght": 3}, "unknown key 'lenght': did you mean 'length'"),
         ({"length": 2}, "length = 2: Input should be greater"),
+        ({"precision": "flot32"}, "precision = 'flot32': did you mean 'float32'"),
         ({"schedule": "cosin"}, "schedule = 'cosin'"),
         ({"batch": 5, "accumulate": 2}, "batch = 5 is not a multiple of accumulate = 2"),
         ({"recipe": {"feedforwrd": {}}}, "recipe: recipe: unknown slot 'feedforwrd'"),

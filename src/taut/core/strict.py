@@ -38,7 +38,7 @@ class Strict(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(step) for step in first["loc"])
-            text = first["msg"].removeprefix("Value error, ")
+            text = _words(first)
             value = "" if first["type"] in ("value_error", "missing") else f" = {first['input']!r}"
             raise TautError(f"{source}: {key}{value}: {text}" if key else f"{source}: {text}") from None
 
@@ -61,11 +61,16 @@ def parse_options(model: type[Options], values: dict[str, Any], where: str, owne
         return model(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        key, words = ".".join(str(step) for step in first["loc"]), first["msg"].removeprefix("Value error, ")
-        if first["type"] == "literal_error" and isinstance(first["input"], str):
-            words = nearest(first["input"], re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+        key = ".".join(str(step) for step in first["loc"])
         subject = f"{key} = {first['input']!r}" if key else owner
-        raise TautError(f"{where}: {subject}: {words}") from None
+        raise TautError(f"{where}: {subject}: {_words(first)}") from None
+
+
+def _words(problem: Any) -> str:
+    """What pydantic says is wrong, without its prefix. For a mistyped choice, the nearest one."""
+    if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+        return nearest(problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
+    return problem["msg"].removeprefix("Value error, ")
 
 
 def read_yaml(path: Path, what: str) -> Any:
