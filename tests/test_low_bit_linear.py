@@ -40,17 +40,24 @@ class TestInt8Linear:
         assert torch.equal(parts.sums.long(), parts.codes.long().sum(1))
         assert parts.codes.min() >= -127
 
+    @pytest.mark.parametrize("has_product", [True, False])
     @pytest.mark.parametrize("tokens", [1, 3, 16, 200])
-    @pytest.mark.parametrize("shape", SHAPES)
-    def test_integer_product_is_exact(self, shape: tuple[int, int], tokens: int) -> None:
-        """The kernel multiplies integers without error or saturation, so every path must give these very numbers."""
-        if not int8_linear.integer_product_is_exact():
-            pytest.skip("this processor has no exact product of uint8 and int8")
+    @pytest.mark.parametrize("shape", [*SHAPES, (24, 1500)])
+    def test_integer_product_is_exact(
+        self, shape: tuple[int, int], tokens: int, has_product: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Integers are multiplied without error or saturation, so every path must give these very numbers."""
+        if has_product and not int8_linear.has_integer_product():
+            pytest.skip("this processor has no fast exact product of uint8 and int8")
+        monkeypatch.setattr(int8_linear, "has_integer_product", lambda: has_product)
         codes = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+        # The greatest sums there can be: a row and a token of nothing but extremes.
+        codes[0] = 127
         x = normal(tokens, shape[1]) + 2
         q, step, low = int8_linear.quantise_tokens(x)
+        q[0] = 255
         exact = q.double() @ codes.double().T
-        assert torch.equal(torch._int_mm(q, codes.T).double(), exact)
+        assert torch.equal(int8_linear.integer_product(q, codes), exact.float())
         weight = int8_linear.Int8Weight(codes, torch.ones(shape[0]), codes.sum(1, dtype=torch.int32).float())
         answer = int8_linear._scaled_product(q, step, low, weight, None).double()
         expected = exact * step.double() + low.double() * weight.sums.double()
@@ -149,13 +156,13 @@ class TestInt8Linear:
         with torch.no_grad():
             assert torch.equal(part(torch.cat((x, x * 1000)))[:9], part(x))
 
-    def test_without_an_integer_product(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_every_processor_gives_the_same_bits(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for knobs in INTEGER:
-            part, x = fitted(64, 48, **knobs), normal(9, 48, seed=5)
-            fast = part(x)
+            part, x = fitted(64, 1100, **knobs), normal(9, 1100, seed=5)
+            answer = part(x)
             with monkeypatch.context() as patch:
-                patch.setattr(int8_linear, "integer_product_is_exact", lambda: False)
-                assert torch.allclose(part(x), fast, atol=1e-5)
+                patch.setattr(int8_linear, "has_integer_product", lambda: False)
+                assert torch.equal(part(x), answer)
 
 
 class TestGroups:

@@ -129,17 +129,28 @@ def cache_bytes(cache: Any) -> int:
     return sum(tensor.untyped_storage().nbytes() for _, tensor in _by_storage(_inner(cache, set())))
 
 
-def flops_per_token(model: nn.Module, inputs: Mapping[str, Tensor]) -> Quantity:
+def flops_per_token(
+    model: nn.Module, inputs: Mapping[str, Tensor], predicted: Mapping[tuple[str, ...], float] | None = None
+) -> Quantity:
     """FLOPs of one forward pass, divided by the positions of ``input_ids`` (B, T); a multiply-add counts as two.
 
     Counts matrix products, convolutions and attention, as torch does. A fused attention counts all pairs, masked or
-    not. Element-wise work and operators without a formula (int8 kernels) count as zero.
+    not. Element-wise work and operators without a formula (int8 kernels) count as zero. ``predicted`` are FLOPs per
+    token of parts that may use such operators, by the paths of their modules. They replace what is counted there: how
+    much torch sees depends on the number of tokens and on the processor.
     """
     formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         model(**inputs)
     how = f"torch's FLOP counter, one forward pass of {tuple(inputs['input_ids'].shape)} tokens"
-    return Quantity(value=counter.get_total_flops() / inputs["input_ids"].numel(), unit="FLOPs/token", how=how)
+    value = counter.get_total_flops() / inputs["input_ids"].numel()
+    if predicted:
+        root, seen = type(model).__name__, counter.get_flop_counts()
+        paths = (path for group in predicted for path in group)
+        inside = sum(sum(seen.get(f"{root}.{path}", {}).values()) for path in paths)
+        value += sum(predicted.values()) - inside / inputs["input_ids"].numel()
+        how += f"; {len(predicted)} parts that it cannot see as predicted"
+    return Quantity(value=value, unit="FLOPs/token", how=how)
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:

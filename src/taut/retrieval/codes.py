@@ -16,7 +16,7 @@ from taut.core.errors import TautError, nearest
 from taut.ops.codebooks.gather import gather_rows
 from taut.ops.codebooks.kmeans import kmeans
 from taut.ops.codebooks.kmeans import nearest as nearest_centroids
-from taut.ops.quantization.int8_linear import integer_product_is_exact
+from taut.ops.quantization.int8_linear import has_integer_product
 
 CENTROIDS = 256
 """Centroids per codebook: one for each value of a byte."""
@@ -137,7 +137,7 @@ class Int8(Code):
 
     def scores(self, queries: Tensor, rows: Tensor) -> Tensor:
         scaled, offset = queries * self.fitted["step"], (queries @ self.fitted["middle"])[:, None]
-        if rows.device.type != "cpu" or not integer_product_is_exact():
+        if rows.device.type != "cpu" or not has_integer_product():
             return torch.addmm(offset, scaled, rows.float().T)
         # Two digits to the base 255 represent a query in 16 bits; one digit would round as coarsely as the rows.
         unit = scaled.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / (127 * 255)

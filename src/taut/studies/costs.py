@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from taut.core.record import Quantity
-from taut.core.site import Site
+from taut.core.site import Site, TableSite
 from taut.measurement.clock import ratio
 from taut.measurement.count import Footprint, cache_bytes, count, flops_per_token, folder_bytes
 from taut.measurement.energy import energy
@@ -101,7 +101,7 @@ def sizes(model: PreTrainedModel, footprint: Footprint, folder: Path, length: in
         "stored_bytes": _counted(footprint.stored, "bytes", stored),
         "file_bytes": _counted(files.total, "bytes", f"size of {len(files.files)} saved weight file(s)"),
         "resident_bytes": _counted(footprint.resident, "bytes", resident),
-        "flops_per_token": _flops(model, inputs),
+        "flops_per_token": flops_of(model, inputs),
     }
     if cache is not None:
         tokens = inputs["input_ids"].shape[1]
@@ -158,17 +158,14 @@ def _counted(value: float, unit: str, how: str) -> Quantity:
     return Quantity(value=value, unit=unit, how=how)
 
 
-def _flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Quantity:
-    """FLOPs as PyTorch counts them. On a CPU its counter misses integer kernels; their predicted FLOPs are added."""
-    counted = flops_per_token(model, inputs)
-    if not is_compressed(model) or model.device.type != "cpu":
-        return counted
-    hidden = [step for step in steps_of(model) if isinstance(step.method, PartMethod) and step.method.uncounted]
-    if not hidden:
-        return counted
-    unseen = sum(step.cost.flops_per_token for step in hidden)
-    how = f"{counted.how}; {len(hidden)} parts that it misses are added as predicted"
-    return counted.model_copy(update={"value": counted.value + unseen, "how": how})
+def flops_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Quantity:
+    """Counted by PyTorch, but for the parts whose kernels its counter cannot see: those count as predicted."""
+    predicted: dict[tuple[str, ...], float] = {}
+    for step in steps_of(model) if is_compressed(model) else ():
+        if isinstance(step.method, PartMethod) and step.method.uncounted:
+            users = (*step.site.copies, *step.site.heads) if isinstance(step.site, TableSite) else ()
+            predicted[step.site.path, *users] = step.cost.flops_per_token
+    return flops_per_token(model, inputs, predicted)
 
 
 def _is_packed(model: PreTrainedModel, path: str) -> bool:

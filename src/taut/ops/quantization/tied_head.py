@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from taut.ops.quantization.int8_linear import integer_product_is_exact
+from taut.ops.quantization.int8_linear import has_integer_product
 from taut.ops.quantization.packed_gradients import register_gradients
 from taut.ops.quantization.rowwise import RowFormat, fields, lookup
 
@@ -48,7 +48,7 @@ def _tied_head(hidden: Tensor, packed: Tensor, bits: int, width: int, group: int
         and number == "int"
         and 8 % bits == 0
         and packed.device.type == "cpu"
-        and integer_product_is_exact()
+        and has_integer_product()
     ):
         _by_digits(flat.float(), packed, layout, scores)
     else:
