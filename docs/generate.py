@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from taut import api
+import taut
 from taut.core.cost import Cost
 from taut.core.errors import TautError
 from taut.core.registry import METHODS
@@ -118,7 +118,7 @@ def card(key: str) -> str:
 def catalogue() -> str:
     """The table of methods in README."""
     lines = ["| method | what it does | source |", "|---|---|---|"]
-    for row in api.methods():
+    for row in taut.methods():
         if row["id"] not in METHODS.built_in():
             continue
         source = row["source"].replace("|", "\\|")
@@ -148,7 +148,7 @@ def run_contract(keys: list[str]) -> None:
     found: dict[str, dict[str, list[str]]] = {key: known[key] for key in METHODS.built_in() if key in known and keys}
     for key in keys or METHODS.built_in():
         print(key, file=sys.stderr)
-        rows = api.check(key)
+        rows = taut.check(key)
         failed = [row for row in rows if row["status"] == "failed"]
         if failed:
             sys.exit(f"{key}: {failed[0]['check']} failed on {failed[0]['case']}: {failed[0]['reason']}")

@@ -8,7 +8,7 @@ from taut.api.sources import RecipeLike, read_dtype, read_texts, use_threads
 from taut.core.errors import TautError
 from taut.core.progress import Progress
 from taut.core.recipe import Recipe
-from taut.core.registry import METHODS
+from taut.core.registry import list_methods
 
 if TYPE_CHECKING:
     import torch
@@ -24,18 +24,9 @@ if TYPE_CHECKING:
 def methods(kind: str | None = None) -> list[dict[str, Any]]:
     """List the methods: id, one-line summary, source, dial, and knobs with their defaults and meanings.
 
-    ``kind`` is embedding, linear, attention or memory; None lists all.
+    ``kind`` is embedding, linear, attention or memory; None lists all. Raises TautError for another kind.
     """
-    rows = []
-    for key in METHODS.ids(kind):
-        method = METHODS.get(key)
-        knobs = {
-            name: {"default": field.get_default(), "description": field.description or ""}
-            for name, field in method.Knobs.model_fields.items()
-        }
-        row = {"id": key, "summary": method.summary, "source": method.source, "dial": method.dial, "knobs": knobs}
-        rows.append(row)
-    return rows
+    return list_methods(kind)
 
 
 def plan(model: "str | Path | PreTrainedModel", recipe: RecipeLike, length: int | None = None) -> "Plan":

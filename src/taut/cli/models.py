@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+import taut
+from taut.api.sources import use_threads
 from taut.cli.app import app
 from taut.cli.options import Device, Dtype, Json, Model, RecipeName, Seed, Threads, finish, pairs
 from taut.core.errors import TautError
@@ -24,10 +26,9 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the methods with what they do, their sources and their knobs."""
-    from taut import api
     from taut.cli import tables
 
-    rows = api.methods(kind.value if kind else None)
+    rows = taut.methods(kind.value if kind else None)
     finish(as_json, {"methods": rows}, lambda: tables.methods(rows))
 
 
@@ -39,10 +40,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a recipe would do and cost. Read only the config of the model."""
-    from taut import api
     from taut.cli import tables
 
-    result = api.plan(model, recipe, length)
+    result = taut.plan(model, recipe, length)
     finish(as_json, result.to_dict(), lambda: tables.plan(result.to_dict()))
 
 
@@ -74,14 +74,13 @@ def apply(
 ) -> None:
     """Compress a model and write a complete folder that AutoModel opens. Repeat the command to continue interrupted
     healing."""
-    from taut import api
     from taut.cli import tables
 
     if heal_option and not heal:
         raise TautError("--heal-option: works only with --heal STEPS; add that option")
-    api.use_threads(threads)
+    use_threads(threads)
     with tables.stages("fitting parts", *(["healing"] if heal else [])) as steps:
-        compressed = api.apply(
+        compressed = taut.apply(
             model,
             recipe,
             out,
@@ -94,8 +93,8 @@ def apply(
             progress=steps[0],
             healing=steps[-1],
         )
-    line = api.footprint(compressed)
-    finish(as_json, {"out": str(out), "footprint": line, **api.show(out)}, lambda: print(f"{out}: {line}"))
+    line = taut.footprint(compressed)
+    finish(as_json, {"out": str(out), "footprint": line, **taut.show(out)}, lambda: print(f"{out}: {line}"))
 
 
 @app.command()
@@ -108,11 +107,10 @@ def train(
 ) -> None:
     """Train a language model, with or without a recipe. Repeat the command to continue an interrupted run. Start
     several processes with: torchrun --nproc-per-node 2 -m taut train SPEC."""
-    from taut import api
     from taut.cli import tables
 
     with tables.training(spec.stem) as progress:
-        outcome = api.train(spec, out, device=device, threads=threads, progress=progress)
+        outcome = taut.train(spec, out, device=device, threads=threads, progress=progress)
     if outcome.main:
         content = {"folder": str(outcome.folder), **outcome.record}
         finish(as_json, content, lambda: print(outcome.sentence()))
@@ -129,9 +127,8 @@ def anchor_token(
     as_json: Json = False,
 ) -> None:
     """Add an anchor token to a model: a token that its tokenizer puts behind every sentence."""
-    from taut import api
 
-    folder = api.anchor_token(model, out, token=token, after=after or (".", "!", "?"), start=start)
+    folder = taut.anchor_token(model, out, token=token, after=after or (".", "!", "?"), start=start)
     line = f"{folder}: train it with memory: {{method: anchor, anchors: [{token!r}]}}"
     finish(as_json, {"out": str(folder), "token": token}, lambda: print(line))
 
@@ -145,11 +142,10 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Measure where a dense copy of a structured map is faster on this machine, and store the choice in FOLDER."""
-    from taut import api
     from taut.cli import tables
 
     with tables.stages("measuring maps") as (progress,):
-        tuning = api.tune(model, threads or (), progress=progress)
+        tuning = taut.tune(model, threads or (), progress=progress)
     finish(as_json, tuning.to_dict(), lambda: tables.tuning(tuning.to_dict()))
 
 
@@ -159,10 +155,9 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what is inside a folder: recipe, parts, tensors, bytes."""
-    from taut import api
     from taut.cli import tables
 
-    content = api.show(folder)
+    content = taut.show(folder)
     finish(as_json, content, lambda: tables.folder(content))
 
 
@@ -174,11 +169,10 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a plain dense checkpoint, for tools without taut."""
-    from taut import api
 
     if not dense:
         raise TautError("export: add --dense; taut exports only dense checkpoints")
-    kept = api.export(folder, out)
+    kept = taut.export(folder, out)
 
     def text() -> None:
         print(f"{out}: plain dense checkpoint")

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+import taut
+from taut.api.sources import use_threads
 from taut.cli.app import app
 from taut.cli.options import Device, Dtype, Json, Model, Seed, Threads, finish, pairs, without_none
 
@@ -26,13 +28,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a model on one task, beside the task's shortcut baselines."""
-    from taut import api
     from taut.cli import tables
 
-    api.use_threads(threads)
+    use_threads(threads)
     options = pairs(option)
     with tables.progress(task) as step:
-        scores = api.evaluate(
+        scores = taut.evaluate(
             model,
             task,
             data=data,
@@ -66,12 +67,11 @@ def context(
     as_json: Json = False,
 ) -> None:
     """Measure how much of their context models use, relative to each other (RECL)."""
-    from taut import api
     from taut.cli import tables
 
-    api.use_threads(threads)
+    use_threads(threads)
     with tables.progress("reading") as progress:
-        contexts = api.context(
+        contexts = taut.context(
             models,
             data,
             shortest=shortest,
@@ -105,11 +105,10 @@ def measure(
     as_json: Json = False,
 ) -> None:
     """Measure size, FLOPs, latency, throughput, peak memory, cache bytes and energy."""
-    from taut import api
     from taut.cli import tables
 
     with tables.status("measuring") as progress:
-        costs = api.measure(
+        costs = taut.measure(
             model,
             against=against,
             device=device,
@@ -145,10 +144,9 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare recipes under equal conditions and draw the report. Repeat the command to continue an interrupted run."""
-    from taut import api
     from taut.cli import tables
 
-    outcome = api.compare(
+    outcome = taut.compare(
         study,
         [*(recipes or []), *(more or [])],
         ledger=ledger,
@@ -172,7 +170,6 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Draw the report of a ledger again."""
-    from taut import api
 
-    api.report(ledger, out, figures=figures)
+    taut.report(ledger, out, figures=figures)
     finish(as_json, {"report": str(out), "figures": str(figures) if figures else None}, lambda: print(out))

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+import taut
+from taut.api.sources import use_threads
 from taut.cli.app import app
 from taut.cli.options import Device, Dtype, Json, Model, Seed, Threads, finish
 from taut.core.errors import TautError
@@ -24,10 +26,9 @@ def prefix(
     as_json: Json = False,
 ) -> None:
     """Read a text once and save the model's cache of it, for `taut generate --prefix`."""
-    from taut import api
 
-    api.use_threads(threads)
-    result = api.prefix(model, _text_of(text, text_file, "--text"), out=out, device=device, dtype=dtype)
+    use_threads(threads)
+    result = taut.prefix(model, _text_of(text, text_file, "--text"), out=out, device=device, dtype=dtype)
     content = {"out": str(out), "tokens": len(result.ids), "entries": result.entries, "cache_bytes": result.bytes}
     line = f"{out}: {len(result.ids)} tokens, {result.entries} cache entries, {result.bytes:,} bytes"
     finish(as_json, content, lambda: print(line))
@@ -50,9 +51,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt and print the text as it is generated, then its speed and the size of its cache."""
-    from taut import api
 
-    api.use_threads(threads)
+    use_threads(threads)
     prompt = _text_of(prompt, prompt_file, "--prompt")
     # The prompt is shown together with the first piece of new text.
     shown = iter([prompt])
@@ -60,7 +60,7 @@ def generate(
     def show(piece: str) -> None:
         print(next(shown, ""), piece, sep="", end="", flush=True)
 
-    result = api.generate(
+    result = taut.generate(
         model,
         prompt,
         prefix=prefix,

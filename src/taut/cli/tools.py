@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+import taut
 from taut.cli.app import app
 from taut.cli.options import Device, Json, finish, pairs
 from taut.core.errors import TautError
@@ -20,10 +21,9 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Run the contract suite on one method, for example your own."""
-    from taut import api
     from taut.cli import tables
 
-    rows = api.check(method, family or (), pairs(knob) or None, device=device)
+    rows = taut.check(method, family or (), pairs(knob) or None, device=device)
     failed = any(row["status"] == "failed" for row in rows)
     finish(as_json, {"method": method, "passed": not failed, "rows": rows}, lambda: tables.checks(rows))
     if failed:

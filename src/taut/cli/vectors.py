@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+import taut
+from taut.api.sources import use_threads
 from taut.cli.app import app
 from taut.cli.options import Device, Dtype, Json, Model, Seed, Threads, finish
 
@@ -30,13 +32,12 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Index the paragraphs of a text by compact sentence vectors."""
-    from taut import api
     from taut.cli import tables
 
-    api.use_threads(threads)
+    use_threads(threads)
     kept = {"code": code, "width": width, "rotate": rotate, "bytes": bytes, "finer": finer}
     with tables.progress("encoding") as step:
-        built = api.index(model, documents, out, device=device, dtype=dtype, seed=seed, progress=step, **kept)
+        built = taut.index(model, documents, out, device=device, dtype=dtype, seed=seed, progress=step, **kept)
     facts = {"out": str(out), "documents": len(built), "width": built.width, "bytes_per_vector": built.bytes_per_vector}
     text = f"{out}: {len(built):,} documents, {built.bytes_per_vector:,} bytes each"
     finish(as_json, facts, lambda: print(text))
@@ -54,10 +55,9 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the documents of an index that are nearest to a query."""
-    from taut import api
     from taut.cli import tables
 
-    api.use_threads(threads)
-    results = api.search(folder, queries, k, model=model, device=device, dtype=dtype)
+    use_threads(threads)
+    results = taut.search(folder, queries, k, model=model, device=device, dtype=dtype)
     rows = [{"query": query, "hits": hits} for query, hits in zip(queries, results, strict=True)]
     finish(as_json, {"queries": rows}, lambda: tables.hits(rows))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
 from taut.core.errors import TautError, nearest
 from taut.core.slot import KINDS
@@ -90,3 +91,19 @@ def _has_id(value: object, key: str) -> bool:
 
 METHODS = Registry("method", "taut.methods", "taut.methods", KINDS)
 TASKS = Registry("task", "taut.evaluation.tasks", "taut.tasks")
+
+
+def list_methods(kind: str | None = None) -> list[dict[str, Any]]:
+    """The rows of ``taut.methods``."""
+    if kind is not None and kind not in KINDS:
+        raise TautError(f"unknown kind of method {kind!r}: {nearest(kind, KINDS)}")
+    rows = []
+    for key in METHODS.ids(kind):
+        method = METHODS.get(key)
+        knobs = {
+            name: {"default": field.get_default(), "description": field.description or ""}
+            for name, field in method.Knobs.model_fields.items()
+        }
+        row = {"id": key, "summary": method.summary, "source": method.source, "dial": method.dial, "knobs": knobs}
+        rows.append(row)
+    return rows
