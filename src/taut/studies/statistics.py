@@ -1,10 +1,11 @@
 """Intervals and tests for the differences between two trials. numpy and scipy, fixed seeds, no state."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtr, ndtri, stdtrit
+from scipy.stats import DegenerateDataWarning, bootstrap, sem, t
 
 from taut.core.errors import TautError
 
@@ -52,28 +53,32 @@ def paired_bootstrap(
     """The bootstrap interval of a contrast between two sets of scores of the same N items, in the same order.
 
     Both sides are resampled with the same items, so what makes an item hard for both cancels. ``corrected`` chooses the
-    BCa interval (bias-corrected and accelerated), else the percentile interval. If no resample differs from the value,
-    the interval is the value itself. Raises TautError unless N >= 2 and both have N items.
+    BCa interval (bias-corrected and accelerated), else the percentile interval, which also stands in where BCa is
+    undefined. If no resample differs from the value, the interval is the value itself. Raises TautError unless N >= 2
+    and both have N items.
 
     Source: B. Efron, Better Bootstrap Confidence Intervals, JASA 82 (1987).
     """
     pairs = _pairs(variant, baseline)
-    count = pairs.shape[1]
-    value = float(contrast(*pairs.mean(axis=1)))
-    estimates = np.concatenate([contrast(*means) for means in _resampled_means(pairs, resamples, seed)])
-    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
-    # The share of resamples below the value, counting ties as half, is the median bias.
-    below = float(np.mean(estimates < value) + np.mean(estimates == value) / 2)
-    if corrected and 0 < below < 1:
-        left_out = contrast(*((pairs.sum(axis=1, keepdims=True) - pairs) / (count - 1)))
-        pull = left_out.mean() - left_out
-        spread = float((pull**2).sum()) ** 1.5
-        acceleration = float((pull**3).sum()) / (6 * spread) if spread > 0 else 0.0
-        bias = ndtri(below)
-        shifted = bias + ndtri(tails)
-        tails = ndtr(bias + shifted / (1 - acceleration * shifted))
-    low, high = np.quantile(estimates, tails)
-    return Interval(value, float(low), float(high))
+    # Where BCa is undefined, scipy warns and answers NaN.
+    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        result = bootstrap(
+            tuple(pairs),
+            lambda ours, dense, axis: contrast(ours.mean(axis), dense.mean(axis)),
+            n_resamples=resamples,
+            batch=_rows_at_once(pairs.shape[1]),
+            vectorized=True,
+            paired=True,
+            confidence_level=confidence,
+            method="BCa" if corrected else "percentile",
+            rng=np.random.default_rng(seed),
+        )
+    low, high = result.confidence_interval
+    if not np.isfinite([low, high]).all():
+        # All resamples lie on one side of the value, or no item changes it.
+        low, high = np.quantile(result.bootstrap_distribution, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(contrast(*pairs.mean(axis=1))), float(low), float(high))
 
 
 def sign_flip_test(
@@ -116,7 +121,7 @@ def student_interval(values: Sequence[float], confidence: float = CONFIDENCE) ->
     if sample.size < 2:
         raise TautError(f"an interval over seeds needs at least 2 values, not {sample.size}; add seeds to the study")
     mean = float(sample.mean())
-    reach = float(stdtrit(sample.size - 1, (1 + confidence) / 2) * sample.std(ddof=1) / np.sqrt(sample.size))
+    reach = float(t.ppf((1 + confidence) / 2, sample.size - 1) * sem(sample))
     return Interval(mean, mean - reach, mean + reach)
 
 
@@ -140,15 +145,11 @@ def _pairs(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
     return np.asarray([first, second], dtype=np.float64)
 
 
-def _resampled_means(pairs: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """(2, chunk) means of resamples of the N items, drawn with replacement."""
-    generator, count = np.random.default_rng(seed), pairs.shape[1]
-    for size in _chunks(resamples, count):
-        chosen = generator.integers(0, count, (size, count), dtype=np.int32)
-        yield np.stack([side[chosen].mean(axis=1) for side in pairs])
-
-
 def _chunks(total: int, width: int) -> Iterator[int]:
-    size = max(1, CELLS_AT_ONCE // width)
+    size = _rows_at_once(width)
     for start in range(0, total, size):
         yield min(size, total - start)
+
+
+def _rows_at_once(width: int) -> int:
+    return max(1, CELLS_AT_ONCE // width)
