@@ -1,7 +1,7 @@
 """A case: one method with some knobs on one model family. It builds what a check needs."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
 
@@ -10,18 +10,12 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from taut.contract.tiny import inputs, is_decoder, logits, tiny
-from taut.core.errors import TautError
+from taut.contract.tiny import FAMILIES, inputs, logits, tiny
 from taut.core.recipe import Recipe
 from taut.core.registry import METHODS
 from taut.core.slot import KIND_OF_SLOT
-from taut.methods.base import MemoryMethod
 from taut.surgery.apply import apply
-from taut.surgery.plan import Plan, make_plan
-
-
-class Skip(Exception):
-    """Raised with the reason when a check does not apply to a case."""
+from taut.surgery.plan import FitsNowhere, Plan, Step, make_plan
 
 
 @dataclass(frozen=True)
@@ -67,31 +61,41 @@ class Case:
         return model
 
     def planned(self, model: PreTrainedModel, length: int | None = None) -> Plan:
-        """Make the plan; ``length`` as in ``make_plan``. Raises Skip with the reason if the method fits no site."""
-        try:
-            return make_plan(model, self.recipe(), length)
-        except TautError as error:
-            if "fits no site" in str(error):
-                raise Skip(str(error).partition("fits no site: ")[2]) from None
-            raise
+        """Make the plan; ``length`` as in ``make_plan``. Raises FitsNowhere if the method fits no site."""
+        return make_plan(model, self.recipe(), length)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps of the plan, made on shapes alone; none if the method fits no site."""
+        return self._outcome if isinstance(self._outcome, tuple) else ()
+
+    @property
+    def misfit(self) -> str | None:
+        """Why the method fits no site of this family, or None."""
+        return self._outcome if isinstance(self._outcome, str) else None
 
     @cached_property
+    def _outcome(self) -> tuple[Step, ...] | str:
+        try:
+            return self.planned(skeleton(self.family)).steps
+        except FitsNowhere as error:
+            return error.reasons
+
+    @property
     def decoder(self) -> bool:
-        return is_decoder(self.model())
-
-    def need_decoder(self) -> None:
-        if not self.decoder:
-            raise Skip("an encoder is not causal and has no cache")
-
-    def need_equal_steps(self, model: PreTrainedModel) -> None:
-        for step in model.hf_quantizer.surgery.steps:
-            if isinstance(step.method, MemoryMethod) and step.method.unequal:
-                raise Skip(step.method.unequal)
+        return FAMILIES[self.family].decoder
 
     def answer(self, model: PreTrainedModel, **options: Any) -> Tensor:
         return logits(model, **inputs(model, **options))
 
 
+@cache
+def skeleton(family: str) -> PreTrainedModel:
+    """The tiny model of a family on the meta device."""
+    return tiny(family, device="meta")
+
+
+@cache
 def rows() -> dict[str, list[dict[str, Any]]]:
     """Read the recipe entries to test each method with, by method id."""
     return yaml.safe_load(files("taut.contract").joinpath("rows.yaml").read_text())

@@ -1,8 +1,10 @@
-"""The checks, each a function of a case. A failed assertion breaks the contract; Skip gives why one does not apply."""
+"""The checks, each a function of a case. A failed assertion breaks the contract.
+
+Every check names what it needs of a case, so whether it applies is known before anything runs.
+"""
 
 import copy
 import itertools
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,12 +16,21 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from taut.contract.case import Case, Skip
+from taut.contract.case import Case
+from taut.contract.conditions import (
+    Check,
+    has_a_dial,
+    has_parts,
+    is_counted,
+    is_decoder,
+    named,
+    plans_by_keep,
+    steps_agree,
+)
 from taut.contract.tiny import inputs, logits, padded_inputs, stepwise
 from taut.contract.workers import Worker, bits_equal
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
-from taut.core.registry import METHODS
 from taut.core.site import LinearSite, TableSite
 from taut.healing.distil import Comparison
 from taut.healing.trainer import optimizer
@@ -63,14 +74,11 @@ def predicted_is_counted(case: Case) -> None:
 
 
 def flops_are_counted(case: Case) -> None:
-    """Predicted FLOPs are within 2 % of PyTorch's counter, or the method says why it cannot count them."""
+    """Predicted FLOPs are within 2 % of PyTorch's counter, unless the method says why it cannot count them."""
     model = case.compressed()
-    seen = 0
     for step in model.hf_quantizer.surgery.steps:
         if not isinstance(step.method, PartMethod):
             continue
-        if step.method.uncounted:
-            raise Skip(step.method.uncounted)
         part = model.get_submodule(step.site.path)
         tokens, there = 16, {"device": model.device}
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -82,30 +90,15 @@ def flops_are_counted(case: Case) -> None:
                 part(torch.randn(tokens, step.site.inputs, **there))
         counted = counter.get_total_flops() / tokens
         assert abs(step.cost.flops_per_token - counted) <= 0.02 * counted + 1e-9, (step.site.name, counted)
-        seen += 1
-    if not seen:
-        raise Skip("no part with tensors of its own")
 
 
 def cost_is_monotone(case: Case) -> None:
     """A smaller ``keep`` never costs more of anything, and parts never need more bytes than the dense weights."""
-    method = METHODS.get(case.method)
-    if method.dial is None:
-        raise Skip("no dial")
-    entry = {key: value for key, value in case.entry if key not in (method.dial, "keep")}
-    model = case.model()
-    costs = []
-    for keep in (0.25, 0.5, 0.75, 1.0):
-        try:
-            plan = make_plan(model, Case(case.method, case.family, (*entry.items(), ("keep", keep))).recipe())
-        except TautError:
-            continue
-        after, before = plan.after, plan.before
-        costs.append((after.parameters, after.bytes, after.flops_per_token, after.cache_bytes_per_token))
-        assert after.bytes <= before.bytes or not isinstance(plan.steps[0].method, PartMethod)
-    if len(costs) < 2:
-        raise Skip("fewer than two values of keep are possible at this size")
-    assert all(all(x <= y for x, y in zip(a, b, strict=True)) for a, b in itertools.pairwise(costs))
+    for plan in plans_by_keep(case):
+        assert plan.after.bytes <= plan.before.bytes or not isinstance(plan.steps[0].method, PartMethod)
+    costs = [plan.after for plan in plans_by_keep(case)]
+    for less, more in itertools.pairwise(costs):
+        assert all(vars(less)[name] <= vars(more)[name] for name in vars(less)), (less, more)
 
 
 def gradients_flow(case: Case) -> None:
@@ -129,7 +122,6 @@ def gradients_flow(case: Case) -> None:
 
 def future_does_not_leak(case: Case) -> None:
     """Changing a token leaves the outputs at all earlier positions unchanged, to the bit."""
-    case.need_decoder()
     model = case.compressed()
     batch = inputs(model, length=14)
     key = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
@@ -167,9 +159,7 @@ def padding_does_not_leak(case: Case) -> None:
 
 def steps_equal_full_pass(case: Case) -> None:
     """Decoding token by token through the cache gives the same output as one pass over the whole text."""
-    case.need_decoder()
     model = case.compressed()
-    case.need_equal_steps(model)
     batch = inputs(model, length=14)
     whole = logits(model, **batch, use_cache=False)
     steps, _ = stepwise(model, [4, *[1] * 10], **batch)
@@ -242,8 +232,6 @@ def merged_is_equivalent(case: Case) -> None:
     """The dense equivalent of every part computes what the part computes, and the exported model agrees."""
     model = case.compressed()
     parts = {name: module for name, module in model.named_modules() if isinstance(module, Part)}
-    if not parts:
-        raise Skip("no part with a dense equivalent")
     tolerance, seen = _approximate(model) or 1e-4, _inputs_of_maps(case, model)
     for name, part in parts.items():
         merged = part.merged()
@@ -264,8 +252,7 @@ def merged_is_equivalent(case: Case) -> None:
 def builds_from_scratch(case: Case) -> None:
     """A part built from shapes alone, without any trained weight, gives a finite output."""
     model = case.model()
-    seen = 0
-    for step in case.planned(model).steps:
+    for step in case.steps:
         if isinstance(step.method, PartMethod):
             torch.manual_seed(0)
             part = step.method.build(step.site, model.device, torch.float32)
@@ -273,9 +260,6 @@ def builds_from_scratch(case: Case) -> None:
                 assert part(torch.arange(4, device=model.device)).isfinite().all()
             elif isinstance(step.site, LinearSite):
                 assert part(torch.randn(2, step.site.inputs, device=model.device)).isfinite().all()
-            seen += 1
-    if not seen:
-        raise Skip("no part with tensors of its own")
 
 
 def copies_deeply(case: Case) -> None:
@@ -300,20 +284,15 @@ def heals(case: Case) -> None:
     batches = case.batches(original)
     comparison = Comparison(model, original, batches, "hidden")
     first = comparison.mean(range(len(batches)))
-    try:
-        with unpacked(model, original) as trained:
-            room = max(1e-3, _approximate(model))
-            assert (case.answer(model) - answer).norm() <= room * answer.norm(), "unpacked and packed outputs differ"
-            adam = optimizer(trained, 0.01)
-            for _ in range(6):
-                adam.zero_grad()
-                sum(comparison.loss(index) for index in range(len(batches))).backward()
-                assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
-                adam.step()
-    except TautError as error:
-        if "nothing here can learn" in str(error):
-            raise Skip(str(error)) from None
-        raise
+    with unpacked(model, original) as trained:
+        room = max(1e-3, _approximate(model))
+        assert (case.answer(model) - answer).norm() <= room * answer.norm(), "unpacked and packed outputs differ"
+        adam = optimizer(trained, 0.01)
+        for _ in range(6):
+            adam.zero_grad()
+            sum(comparison.loss(index) for index in range(len(batches))).backward()
+            assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
+            adam.step()
     after = model.state_dict()
     assert list(after) == list(before)
     assert all((after[name].shape, after[name].dtype) == (before[name].shape, before[name].dtype) for name in after)
@@ -325,7 +304,6 @@ def heals(case: Case) -> None:
 def composes(case: Case) -> None:
     """The method works, and reloads to the bit, together with a real method in every other slot of this family."""
     model = case.model()
-    case.planned(model)
     content = dict(case.recipe().to_dict())
     for slot, line in COMPANIONS.items():
         if slot not in content:
@@ -371,28 +349,22 @@ def assert_close(model: PreTrainedModel, a: Tensor, b: Tensor, atol: float) -> N
         assert torch.allclose(a, b, atol=atol, rtol=1e-4)
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {
-    check.__name__: check
-    for check in (
-        shape_and_dtype,
-        predicted_is_counted,
-        flops_are_counted,
-        cost_is_monotone,
-        gradients_flow,
-        future_does_not_leak,
-        padding_does_not_leak,
-        steps_equal_full_pass,
-        undo_to_the_bit,
-        same_seed_same_bits,
-        casting_keeps_codes,
-        merged_is_equivalent,
-        builds_from_scratch,
-        copies_deeply,
-        heals,
-        composes,
-    )
-}
-PROCESS_CHECKS: dict[str, tuple[Callable[[Case, Worker], None], bool]] = {
-    "reloads_to_the_bit": (reloads_to_the_bit, True),
-    "loud_without_taut": (loud_without_taut, False),
-}
+CHECKS = named(
+    Check(shape_and_dtype),
+    Check(predicted_is_counted),
+    Check(flops_are_counted, (has_parts, is_counted)),
+    Check(cost_is_monotone, (has_a_dial,)),
+    Check(gradients_flow),
+    Check(future_does_not_leak, (is_decoder,)),
+    Check(padding_does_not_leak),
+    Check(steps_equal_full_pass, (is_decoder, steps_agree)),
+    Check(undo_to_the_bit),
+    Check(same_seed_same_bits),
+    Check(casting_keeps_codes),
+    Check(merged_is_equivalent, (has_parts,)),
+    Check(builds_from_scratch, (has_parts,)),
+    Check(copies_deeply),
+    Check(heals, (has_parts,)),
+    Check(composes),
+)
+PROCESS_CHECKS = named(Check(reloads_to_the_bit, with_taut=True), Check(loud_without_taut, with_taut=False))

@@ -1,6 +1,5 @@
 """Checks for devices other than the CPU: a model must work there as it does on the CPU."""
 
-from collections.abc import Callable
 from tempfile import TemporaryDirectory
 
 import torch
@@ -8,6 +7,7 @@ from transformers import PreTrainedModel
 
 from taut.contract.case import Case
 from taut.contract.checks import assert_close
+from taut.contract.conditions import Check, is_decoder, named
 from taut.contract.tiny import inputs, logits, padded_inputs, stepwise
 from taut.contract.workers import bits_equal
 
@@ -28,7 +28,6 @@ def answers_as_on_the_cpu(case: Case) -> None:
 
 def decodes_as_on_the_cpu(case: Case) -> None:
     """Decoding a prompt, then single tokens, gives the CPU's output, even if it may differ from that of a full pass."""
-    case.need_decoder()
     model = _on_the_cpu(case)
     chunks = [6, *[1] * 8]
     expected, _ = stepwise(model, chunks, **inputs(model, length=14))
@@ -39,7 +38,6 @@ def decodes_as_on_the_cpu(case: Case) -> None:
 
 def generates(case: Case) -> None:
     """Plain ``generate`` with left padding and beams gives the requested number of tokens."""
-    case.need_decoder()
     model = case.compressed()
     batch = {name: tensor for name, tensor in padded_inputs(model).items() if name != "decoder_input_ids"}
     ids = model.generate(**batch, max_new_tokens=6, min_new_tokens=6, num_beams=2, do_sample=False)
@@ -76,13 +74,10 @@ def _on_the_cpu(case: Case) -> PreTrainedModel:
     return Case(case.method, case.family, case.entry).compressed()
 
 
-DEVICE_CHECKS: dict[str, Callable[[Case], None]] = {
-    check.__name__: check
-    for check in (
-        answers_as_on_the_cpu,
-        decodes_as_on_the_cpu,
-        generates,
-        opens_on_the_device,
-        learns_in_bfloat16,
-    )
-}
+DEVICE_CHECKS = named(
+    Check(answers_as_on_the_cpu),
+    Check(decodes_as_on_the_cpu, (is_decoder,)),
+    Check(generates, (is_decoder,)),
+    Check(opens_on_the_device),
+    Check(learns_in_bfloat16),
+)

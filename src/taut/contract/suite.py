@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from taut.contract.case import Skip, cases
+from taut.contract.case import cases
 from taut.contract.checks import CHECKS, PROCESS_CHECKS
 from taut.contract.device_checks import DEVICE_CHECKS
 from taut.contract.tiny import FAMILIES, REPRESENTATIVES
@@ -28,17 +28,17 @@ def run(
     here = check_device(device).type == "cpu"
     chosen = cases(method, families or REPRESENTATIVES, None if knobs is None else [knobs], device)
     workers = {flag: Worker(flag) for flag in (True, False) if here}
-    jobs = {name: (check, ()) for name, check in (CHECKS if here else CHECKS | DEVICE_CHECKS).items()}
-    jobs |= {name: (check, (workers[flag],)) for name, (check, flag) in PROCESS_CHECKS.items() if here}
+    checks = CHECKS | PROCESS_CHECKS if here else CHECKS | DEVICE_CHECKS
     rows = []
     try:
         for case in chosen:
-            for name, (check, extra) in jobs.items():
+            for name, check in checks.items():
                 status, reason = "passed", ""
                 try:
-                    check(case, *extra)
-                except Skip as skip:
-                    status, reason = "skipped", str(skip)
+                    if obstacle := check.obstacle(case):
+                        status, reason = "skipped", obstacle
+                    else:
+                        check.run(case, *(() if check.with_taut is None else (workers[check.with_taut],)))
                 except Exception as error:
                     # A method under test may raise any error. It becomes a row, and the run continues.
                     status, reason = "failed", f"{type(error).__name__}: {error}".strip()

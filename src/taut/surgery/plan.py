@@ -16,6 +16,15 @@ from taut.core.slot import SLOTS
 from taut.methods.base import Method
 from taut.surgery.positions import check_whole_stacks
 
+
+class FitsNowhere(TautError):
+    """An entry of a recipe fits no site of the model. ``reasons`` says why, in words."""
+
+    def __init__(self, entry: str, reasons: str) -> None:
+        super().__init__(f"{entry} fits no site: {reasons}")
+        self.reasons = reasons
+
+
 SPARED = "the first layer stays dense, as in the paper; write layers: ':' to include it"
 
 
@@ -183,7 +192,7 @@ def _place(
         reasons = "; ".join(sorted({reason for _, reason in refused})) or (
             f"no such slot in this model ({anatomy.family})" if not sites else f"layers {entry.layers!r} selects none"
         )
-        raise TautError(f"{where}: {entry.method_id} fits no site: {reasons}")
+        raise FitsNowhere(f"{where}: {entry.method_id}", reasons)
     return steps, spared + refused
 
 
