@@ -17,10 +17,10 @@ from taut.core.errors import TautError
 from taut.core.registry import METHODS
 from taut.core.site import AttentionSite, LinearSite, MemorySite, Site, TableSite
 from taut.methods.base import Method
-from taut.reporting.words import score, signed
 from taut.studies.ledger import Ledger
 from taut.studies.protocol import Row, score_keys, summary
 from taut.studies.selection import behind_front
+from taut.studies.words import score, signed
 
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "docs" / "methods"

@@ -139,7 +139,7 @@ def test_a_whole_model_in_few_bits_generates_and_counts_itself() -> None:
     numbers = sum(parameter.numel() for parameter in tiny("llama", vocab_size=SIZE).parameters())
     for recipe in ({}, RECIPES["anchor"], {"embedding": light["embedding"]} | RECIPES["anchor"]):
         other = tiny("llama", vocab_size=SIZE)
-        report = taut.footprint(taut.apply(other, recipe) if recipe else other)
+        report = str(taut.footprint(taut.apply(other, recipe) if recipe else other))
         assert f" {numbers / 1e6:.2f} M parameters" in report
 
 

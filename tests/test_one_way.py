@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "reporting": {"core", "studies"},
     "api": {
         *("core", "data", "surgery", "healing", "training", "generation", "evaluation", "retrieval", "contract"),
-        *("studies", "reporting"),
+        *("measurement", "studies", "reporting"),
     },
     "cli": {"core", "reporting", "api"},
     "__main__": {"cli"},

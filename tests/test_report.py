@@ -13,12 +13,13 @@ from sample_records import quickstart, record, spec
 
 from taut.core.errors import TautError
 from taut.core.record import Quantity, Record
-from taut.reporting import words
 from taut.reporting.figures import config, draw, save
 from taut.reporting.highlights import highlights
 from taut.reporting.page import page, write
 from taut.reporting.scatter import PLACES, _place_labels
 from taut.reporting.tables import terminal
+from taut.studies import words
+from taut.studies.comparison import Comparison
 from taut.studies.ledger import Ledger
 from taut.studies.protocol import Gap, summary
 
@@ -250,11 +251,12 @@ def test_highlights_tell_the_bad_beside_the_good() -> None:
 def test_the_terminal_table_has_words_and_reasons() -> None:
     stream = io.StringIO()
     rows = summary([*quickstart(), record(spec("[bold]odd", {"embedding": {"method": "odd"}}))])
-    Console(file=stream, width=200).print(terminal(rows, "minilm"))
+    (table,) = Comparison(rows).tables()
+    Console(file=stream, width=200).print(terminal(table, ruled=True))
     text = stream.getvalue()
     for expected in ("local attention", "1.21× slower", "38% smaller", "within noise", "[bold]odd"):
         assert expected in text
-    assert "cache on an encoder failed: memory: no site: an encoder keeps no cache" in text
+    assert "cache on an encoder failed: memory: no site: an encoder keeps no cache" in table.notes
 
 
 @pytest.mark.parametrize(

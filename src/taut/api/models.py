@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from taut.measurement.count import Footprint
     from taut.surgery.plan import Plan
     from taut.surgery.tune import Tuning
     from taut.training.run import Trained
@@ -242,8 +243,12 @@ def export(model: "str | Path | PreTrainedModel", out: str | Path) -> list[tuple
     return write(model, out)
 
 
-def footprint(model: "PreTrainedModel") -> str:
-    """Describe a model in one line to paste into an issue: class, parameters, bytes per slot, recipe."""
-    from taut.studies.costs import footprint_line
+def footprint(model: "str | Path | PreTrainedModel") -> "Footprint":
+    """Count the parameters and bytes of a model, slot by slot.
 
-    return footprint_line(model)
+    ``str`` of the result is one line to paste into an issue: class, parameters, bytes per slot, recipe. A folder, Hub
+    id, ``minilm`` or scratch spec is opened first. Raises TautError for wrong input.
+    """
+    from taut.studies.costs import footprint_of
+
+    return footprint_of(load(model) if isinstance(model, str | Path) else model)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from taut.api.sources import read_dtype, use_threads
 from taut.core.progress import Progress
-from taut.core.record import Quantity, Score
+from taut.core.record import Measurements, Scores
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ def evaluate(
     dtype: "str | torch.dtype | None" = None,
     progress: Progress | None = None,
     **options: Any,
-) -> tuple[Score, ...]:
+) -> Scores:
     """Score a model on one task, beside the task's shortcut baselines.
 
     ``data`` is a file or a named data set; default: the task's own. A model in memory needs its ``tokenizer``.
@@ -86,7 +86,7 @@ def measure(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     **options: Any,
-) -> dict[str, Quantity]:
+) -> Measurements:
     """Measure the size, FLOPs, latency, memory and energy of a model.
 
     With ``against``, also gives interleaved latency ratios to that model. ``options``: ``batch``, ``length``,
@@ -126,14 +126,21 @@ def compare(
     return outcome
 
 
-def report(ledger: "Ledger | str | Path", out: str | Path | None, *, figures: str | Path | None = None) -> Path | None:
+def report(
+    ledger: "Ledger | str | Path",
+    out: str | Path | None,
+    *,
+    figures: str | Path | None = None,
+    csv: str | Path | None = None,
+) -> Path | None:
     """Draw the report of a ledger: one self-contained page ``out``, and PNG files in the folder ``figures``.
 
-    Writes only what is given. Raises TautError if the ledger is empty or a file cannot be written.
+    ``csv`` is a file for the same numbers unrounded, a line for each score and cost of each recipe. Writes only what is
+    given. Raises TautError if the ledger is empty or a file cannot be written.
     """
     from taut.reporting.page import write
 
-    return write(ledger, out, figures)
+    return write(ledger, out, figures, csv)
 
 
 draw = report

@@ -43,7 +43,7 @@ def plan(
     from taut.cli import tables
 
     result = taut.plan(model, recipe, length)
-    finish(as_json, result.to_dict(), lambda: tables.plan(result.to_dict()))
+    finish(as_json, result.to_dict(), lambda: tables.show(result.table(), wide="method"))
 
 
 @app.command()
@@ -93,7 +93,7 @@ def apply(
             progress=steps[0],
             healing=steps[-1],
         )
-    line = taut.footprint(compressed)
+    line = str(taut.footprint(compressed))
     finish(as_json, {"out": str(out), "footprint": line, **taut.show(out)}, lambda: print(f"{out}: {line}"))
 
 

@@ -44,8 +44,8 @@ def evaluate(
             progress=step,
             **options,
         )
-    content = {"model": model, "scores": [score.model_dump(mode="json") for score in scores]}
-    finish(as_json, content, lambda: tables.scores(scores))
+    content = {"model": model, **scores.to_dict()}
+    finish(as_json, content, lambda: tables.show(scores.table()))
 
 
 @app.command()
@@ -87,7 +87,7 @@ def context(
             dtype=dtype,
             progress=progress,
         )
-    finish(as_json, contexts.to_dict(), lambda: tables.contexts(contexts.to_dict()))
+    finish(as_json, contexts.to_dict(), lambda: tables.contexts(contexts))
 
 
 @app.command()
@@ -121,8 +121,8 @@ def measure(
             threads=threads,
             progress=progress,
         )
-    content = {"model": model, "quantities": {name: costs[name].model_dump(mode="json") for name in costs}}
-    finish(as_json, content, lambda: tables.quantities(costs))
+    content = {"model": model, "quantities": costs.to_dict()}
+    finish(as_json, content, lambda: tables.show(costs.table()))
 
 
 @app.command()
@@ -167,9 +167,12 @@ def report(
     ledger: Annotated[Path, typer.Argument(metavar="LEDGER", help="folder of records")],
     out: Annotated[Path, typer.Option(help="page to write")] = Path("report.html"),
     figures: Annotated[Path | None, typer.Option(help="also write the figures as PNG files into this folder")] = None,
+    csv: Annotated[Path | None, typer.Option(help="also write all numbers, unrounded, as a CSV file")] = None,
     as_json: Json = False,
 ) -> None:
     """Draw the report of a ledger again."""
 
-    taut.report(ledger, out, figures=figures)
-    finish(as_json, {"report": str(out), "figures": str(figures) if figures else None}, lambda: print(out))
+    taut.report(ledger, out, figures=figures, csv=csv)
+    written = {"report": out, "figures": figures, "csv": csv}
+    content = {name: str(path) if path else None for name, path in written.items()}
+    finish(as_json, content, lambda: print(*(path for path in (out, csv) if path), sep="\n"))

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data as texts
 from taut.core.errors import TautError
 from taut.core.progress import Progress
+from taut.core.table import Table
 from taut.evaluation._encode import usable_length
 from taut.evaluation._language import Tokens, last_logits, surprise, tokenize
 from taut.evaluation.context_gain import EffectiveContext, effective_contexts
@@ -36,6 +37,22 @@ class Contexts:
     results: tuple[EffectiveContext, ...]
     losses: tuple[tuple[float, ...], ...]
     settings: dict[str, Any]
+
+    def table(self) -> Table:
+        """A row for each model, with its losses at the shortest and the longest context."""
+        rows = []
+        for name, effective, losses in zip(self.models, self.results, self.losses, strict=True):
+            reached = f"{effective.tokens} or more" if effective.at_least else str(effective.tokens)
+            between = f"{effective.low} to {effective.high}"
+            rows.append((name, reached, between, f"{losses[0]:.4f}", f"{losses[-1]:.4f}"))
+        ends = (f"nats at {self.contexts[0]}", f"nats at {self.contexts[-1]}")
+        return Table(("model", "effective context", "95 % interval", *ends), rows)
+
+    def __repr__(self) -> str:
+        return self.table().text()
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
 
     def to_dict(self) -> dict[str, Any]:
         """The results as one dictionary, for scripts."""

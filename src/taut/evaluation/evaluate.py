@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut.core.errors import TautError
 from taut.core.progress import Progress
-from taut.core.record import Score
+from taut.core.record import Scores
 from taut.evaluation.task import parse_task
 from taut.surgery.loading import open_model, open_tokenizer, resolve
 
@@ -24,7 +24,7 @@ def evaluate(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
-) -> tuple[Score, ...]:
+) -> Scores:
     """The scores of ``model`` on ``task``; see ``taut.evaluate``."""
     chosen = parse_task({"name": task, **options})
     if isinstance(model, str | Path):
@@ -37,4 +37,4 @@ def evaluate(
         raise TautError("evaluate: a model in memory needs its tokenizer=")
     if isinstance(reference, str | Path):
         reference = open_model(resolve(reference), dtype, device, seed)
-    return chosen.evaluate(model, tokenizer, seed=seed, progress=progress, reference=reference)
+    return Scores(chosen.evaluate(model, tokenizer, seed=seed, progress=progress, reference=reference))

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from taut.core.errors import TautError
 from taut.core.site import MemorySite
+from taut.core.table import WIDTH, clip
 from taut.generation.prefix import Prefix, check_length, empty_cache
 from taut.surgery.apply import sites_of
 
@@ -38,6 +39,9 @@ class Generated:
         """The rate of the tokens after the first; None if there was only one."""
         later = len(self.ids) - 1
         return later / (self.seconds - self.first_seconds) if later > 0 else None
+
+    def __repr__(self) -> str:
+        return f"{clip(f'Generated({self.text!r}')}\n{clip(f'  {self.sentence()}', WIDTH - 1)})"
 
     def to_dict(self) -> dict[str, Any]:
         """The result as a dictionary, for scripts."""

@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from taut.architectures.positions import position_limit
 from taut.core.errors import TautError
+from taut.core.numbers import scaled
 from taut.core.site import MemorySite
 from taut.ops.caches.base import PositionedCache
 from taut.surgery.apply import is_compressed, steps_of
@@ -36,6 +37,9 @@ class Prefix:
     ids: Tensor
     memory: Cache
     fingerprint: str
+
+    def __repr__(self) -> str:
+        return f"Prefix({len(self.ids):,} tokens, {self.entries:,} entries in a layer, {scaled(self.bytes, 'B')})"
 
     def cache(self, rows: int = 1) -> Cache:
         """A new copy of the cache for ``rows`` continuations; ``memory`` itself never changes."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from taut.core.errors import TautError
+from taut.core.numbers import scaled
 from taut.core.record import Quantity
 from taut.core.safetensors_header import read_header
 from taut.core.site import Site
+from taut.core.table import Table, data_frame
 
 REST = "rest"
 """The slot name for tensors that belong to no site: norms, position tables, untied heads, poolers."""
@@ -47,19 +49,52 @@ class Share:
 
 @dataclass(frozen=True)
 class Footprint(Share):
-    """The size of a whole model and of its ``slots``, which add up to the whole.
+    """The size of a whole model and of its ``slots``, which add up to the whole. ``str`` gives it in one line.
 
     ``slots`` has those of the five slots and ``rest`` that contain tensors. ``header``: bytes that a safetensors file
-    needs for names and shapes in addition to the tensors.
+    needs for names and shapes in addition to the tensors. ``model`` is the name of its class, ``recipe`` what it was
+    compressed with, or None.
     """
 
     header: int
     slots: dict[str, Share]
+    model: str = ""
+    recipe: dict[str, Any] | None = None
 
     @property
     def file(self) -> int:
         """Bytes of the model as one safetensors file."""
         return self.stored + self.header
+
+    def __str__(self) -> str:
+        """One line: class, parameters, stored bytes of each slot, bits per parameter, recipe."""
+        slots = ", ".join(f"{slot} {scaled(share.stored, 'B')}" for slot, share in self.slots.items() if share.stored)
+        return (
+            f"{self.model} {self.parameters / 1e6:.2f} M parameters in {scaled(self.stored, 'B')} "
+            f"({_bits(self)} bits each): {slots}; "
+            + (f"recipe {self.recipe}" if self.recipe is not None else "not compressed")
+        )
+
+    def table(self) -> Table:
+        """A row for each slot, and the whole model."""
+        rows = [(slot, *_cells(share)) for slot, share in self.slots.items()]
+        names = ("slot", "parameters", "stored", "bits each", "resident")
+        return Table(names, rows, ("together", *_cells(self)), title=str(self))
+
+    def __repr__(self) -> str:
+        return self.table().text()
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The footprint as one dictionary, for scripts."""
+        return asdict(self) | {"file": self.file}
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame, one row for each slot. Raises TautError if pandas is not installed."""
+        rows = [{"slot": slot, **vars(share)} for slot, share in self.slots.items()]
+        return data_frame(rows, ("slot", *(entry.name for entry in fields(Share))))
 
     def quantities(self) -> dict[str, Quantity]:
         return {
@@ -101,7 +136,7 @@ def count(model: nn.Module, sites: Iterable[Site] = (), logical: Mapping[str, in
     }
     total = None if resident is None else sum(resident.values())
     header = _header_bytes({names[0]: tensor for names, tensor in tied})
-    return Footprint(sum(parameters.values()), sum(stored.values()), total, header, slots)
+    return Footprint(sum(parameters.values()), sum(stored.values()), total, header, slots, model=type(model).__name__)
 
 
 @dataclass(frozen=True)
@@ -239,3 +274,13 @@ def _header_bytes(tensors: Mapping[str, Tensor]) -> int:
         offset = end
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8
+
+
+def _cells(share: Share) -> tuple[str, ...]:
+    resident = "-" if share.resident is None else scaled(share.resident, "B")
+    return scaled(share.parameters), scaled(share.stored, "B"), _bits(share), resident
+
+
+def _bits(share: Share) -> str:
+    """Stored bits for each parameter."""
+    return f"{8 * share.stored / share.parameters:.2f}" if share.parameters else "-"

@@ -11,8 +11,8 @@ import altair as alt
 import vl_convert
 
 from taut.core.errors import TautError
-from taut.reporting import words
 from taut.reporting.scatter import Axis, logarithmic, palette, scatter, symmetric
+from taut.studies import words
 from taut.studies.protocol import Row, score_keys
 from taut.studies.selection import behind_front
 

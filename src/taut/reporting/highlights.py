@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from taut.reporting import words
+from taut.studies import words
 from taut.studies.protocol import COSTS, NOISE, Cell, Row, score_keys
 
 

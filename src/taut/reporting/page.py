@@ -15,10 +15,11 @@ from markupsafe import Markup
 
 from taut.core.errors import TautError
 from taut.core.record import Record
-from taut.reporting import words
 from taut.reporting.figures import FAMILY_COLORS, config, draw
 from taut.reporting.figures import save as save_figures
 from taut.reporting.highlights import highlights
+from taut.studies import words
+from taut.studies.comparison import Comparison
 from taut.studies.ledger import Ledger
 from taut.studies.protocol import COSTS, RATIOS, Cell, Row, cost_keys, score_keys, summary
 
@@ -38,37 +39,55 @@ SAMPLES_SHOWN = 600
 
 
 def write(
-    ledger: Ledger | str | Path, out: str | Path | None, figures: str | Path | None = None, title: str | None = None
+    ledger: Ledger | str | Path,
+    out: str | Path | None,
+    figures: str | Path | None = None,
+    csv: str | Path | None = None,
+    title: str | None = None,
 ) -> Path | None:
-    """Draw the report of a whole ledger: the page ``out`` and PNG files in the folder ``figures``, each if given.
+    """Draw the report of a whole ledger: the page ``out``, PNG files in the folder ``figures``, the numbers in ``csv``.
 
-    Raises TautError if the ledger is empty or a file cannot be written.
+    Each is written if it is given. Raises TautError if the ledger is empty or a file cannot be written.
     """
     ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
     records, damaged = ledger.records(), ledger.damaged()
     if not records and not damaged:
         raise TautError(f"{ledger.path}: no records found; run `taut compare` first or name another ledger")
+    rows = Comparison(summary(records))
     if figures is not None:
-        save_figures(summary(records), figures)
+        save_figures(rows, figures)
+    if csv is not None:
+        _write_whole(Path(csv), rows.csv())
     if out is None:
         return None
-    out = Path(out)
-    draft = out.with_name(f".{out.name}.draft")
-    text = page(records, [(str(path), reason) for path, reason in damaged], title)
+    return _write_whole(Path(out), page(records, [(str(path), reason) for path, reason in damaged], title, rows))
+
+
+def _write_whole(path: Path, text: str) -> Path:
+    """Write the file whole or not at all. Raises TautError if it cannot be written."""
+    draft = path.with_name(f".{path.name}.draft")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(draft, path)
     except OSError as error:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise TautError(f"{out}: cannot write the report: {error.strerror or error}") from None
-    return out
+        raise TautError(f"{path}: cannot write the report: {error.strerror or error}") from None
+    return path
 
 
-def page(records: Sequence[Record], damaged: Sequence[tuple[str, str]] = (), title: str | None = None) -> str:
-    """The HTML of a report. All content from records is escaped, in markup and in scripts."""
-    rows = summary(records)
+def page(
+    records: Sequence[Record],
+    damaged: Sequence[tuple[str, str]] = (),
+    title: str | None = None,
+    rows: Sequence[Row] | None = None,
+) -> str:
+    """The HTML of a report. All content from records is escaped, in markup and in scripts.
+
+    ``rows`` is the summary of the records if it is there already.
+    """
+    rows = summary(records) if rows is None else rows
     cells = _Cells()
     drawn = draw(rows)
     scores, costs = score_keys(rows), [name for name in cost_keys(rows) if name not in RATIOS]

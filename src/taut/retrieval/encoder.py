@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut import data
 from taut.core.errors import TautError, nearest
 from taut.core.progress import Progress
+from taut.core.table import clip
 from taut.evaluation._encode import POOLINGS, encode
 from taut.evaluation.task import reads_text
 from taut.retrieval.index import Index, chosen_codes, prefix
@@ -36,6 +37,10 @@ class Encoder:
     max_length: int = LENGTH
     lower: bool = False
     name: str = ""
+
+    def __repr__(self) -> str:
+        name = self.name or type(self.model).__name__
+        return clip(f"Encoder({name}, {self.pooling} of at most {self.max_length} tokens, width {self.width})")
 
     @property
     def width(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taut.core.errors import TautError
+from taut.core.table import clip
 from taut.retrieval.codes import Code, code_named
 from taut.surgery.apply import whole_folder
 
@@ -97,6 +98,11 @@ class Index:
             for kind, size in zip(kinds, (bytes, None), strict=True)
         )
         return cls(rows, full, rotation, again)
+
+    def __repr__(self) -> str:
+        codes = self.rows.code.name + (f" and {self.finer.code.name}" if self.finer else "")
+        size = f"{self.width} of {self.full_width} numbers, {self.bytes_per_vector} bytes each"
+        return clip(f"Index({len(self):,} documents in {codes}, {size}{f', by {self.model}' if self.model else ''})")
 
     def __len__(self) -> int:
         return len(self.rows.kept)

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from taut.core.record import Quantity
+from taut.core.record import Measurements, Quantity
 from taut.core.site import Site, TableSite
 from taut.measurement.clock import ratio
 from taut.measurement.count import Footprint, cache_bytes, count, flops_per_token, folder_bytes
@@ -34,7 +35,7 @@ def measure(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     report: Report = lambda text: None,
-) -> dict[str, Quantity]:
+) -> Measurements:
     """Measure all costs of one model; see ``taut.measure``. ``options`` are those of ``latencies``."""
     report("opening")
     subject = open_model(resolve(model), dtype, device, seed) if isinstance(model, str | Path) else model
@@ -52,19 +53,7 @@ def measure(
     report("energy")
     inputs = sample_inputs(subject, options.get("batch", 1), options.get("length", 128))
     costs["energy_joules"] = energy(forward_case(subject, inputs), device=device)
-    return costs
-
-
-def footprint_line(model: PreTrainedModel) -> str:
-    """One line: class, parameters, stored bytes of each slot, bits per parameter, recipe."""
-    footprint = footprint_of(model)
-    slots = ", ".join(f"{slot} {_bytes(share.stored)}" for slot, share in footprint.slots.items() if share.stored)
-    recipe = model.hf_quantizer.quantization_config.recipe if is_compressed(model) else None
-    return (
-        f"{type(model).__name__} {footprint.parameters / 1e6:.2f} M parameters in {_bytes(footprint.stored)} "
-        f"({8 * footprint.stored / footprint.parameters:.2f} bits each): {slots}; "
-        + (f"recipe {recipe}" if recipe is not None else "not compressed")
-    )
+    return Measurements(costs)
 
 
 def footprint_of(model: PreTrainedModel, sites: Sequence[Site] | None = None) -> Footprint:
@@ -74,11 +63,13 @@ def footprint_of(model: PreTrainedModel, sites: Sequence[Site] | None = None) ->
     """
     steps = steps_of(model) if is_compressed(model) else ()
     parts = {step.site.path: step.cost.parameters for step in steps if isinstance(step.method, PartMethod)}
-    return count(
+    counted = count(
         model,
         sites_of(model) if sites is None else sites,
         {path: number for path, number in parts.items() if _is_packed(model, path)},
     )
+    recipe = model.hf_quantizer.quantization_config.recipe if is_compressed(model) else None
+    return replace(counted, recipe=recipe)
 
 
 @contextmanager
@@ -171,11 +162,3 @@ def flops_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Quantity:
 def _is_packed(model: PreTrainedModel, path: str) -> bool:
     tensors = model.get_submodule(path).state_dict().values()
     return any(not tensor.is_floating_point() for tensor in tensors)
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB"

@@ -32,6 +32,9 @@ class Ledger:
         if self.path.exists() and not self.path.is_dir():
             raise TautError(f"{self.path}: a ledger is a folder, but this is a file; name another place")
 
+    def __repr__(self) -> str:
+        return f"Ledger({str(self.path)!r})"
+
     def records(self) -> list[Record]:
         """All readable records, oldest first."""
         records = [record for _, record in self._read("*.json") if isinstance(record, Record)]

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from taut.core.record import Quantity, Record, Score
+from taut.core.table import clip
 from taut.studies.statistics import (
     CONFIDENCE,
     Contrast,
@@ -91,6 +92,10 @@ class Gap:
     word: str = ""
     good: bool | None = None
 
+    def __repr__(self) -> str:
+        bounds = "" if self.low is None else f" ({self.low:.4g} to {self.high:.4g})"
+        return clip(f"Gap({self.kind} {self.value:.4g}{bounds}, {self.word or 'no verdict'})")
+
     def to_dict(self) -> dict[str, Any]:
         content = {name: getattr(self, name) for name in ("kind", "value", "low", "high", "p", "how")}
         return content | {"verdict": self.word or None}
@@ -108,6 +113,10 @@ class Cell:
     low: float | None = None
     high: float | None = None
     gap: Gap | None = None
+
+    def __repr__(self) -> str:
+        value = "n/a" if self.value is None else f"{self.value:.4g} {self.unit}".strip()
+        return clip(f"Cell({value}, {self.gap})" if self.gap else f"Cell({value})")
 
     def to_dict(self) -> dict[str, Any]:
         content = {name: getattr(self, name) for name in ("value", "unit", "low", "high", "how")}
@@ -141,6 +150,10 @@ class Row:
     @property
     def reason(self) -> str:
         return "; ".join(dict.fromkeys(record.reason or "no reason was given" for record in self.failures))
+
+    def __repr__(self) -> str:
+        amounts = f"{len(self.scores)} scores, {len(self.costs)} costs" if self.records else self.reason
+        return clip(f"Row({self.name}: {self.status}, {amounts})")
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON, every number unrounded."""

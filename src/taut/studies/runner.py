@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +20,11 @@ from taut.core.environment import environment
 from taut.core.errors import TautError
 from taut.core.record import Record
 from taut.core.spec import TrialSpec
+from taut.core.table import LINES, clip
+from taut.studies.comparison import Comparison
 from taut.studies.display import Display, open_display
 from taut.studies.ledger import Ledger
-from taut.studies.protocol import Row, role_of, summary
+from taut.studies.protocol import role_of, summary
 from taut.studies.study import Study
 
 INTERRUPTED = 130
@@ -74,10 +78,20 @@ class Outcome:
             return INTERRUPTED
         return 1 if self.unexpected or self.refused else 0
 
-    @property
-    def rows(self) -> list[Row]:
-        """The comparison, a row for each model and recipe."""
-        return summary(self.records)
+    @cached_property
+    def rows(self) -> Comparison:
+        """The comparison, a row for each model and recipe. Made once, because its intervals take seconds."""
+        return Comparison(summary(self.records))
+
+    def __repr__(self) -> str:
+        return f"{clip(self.sentence())}\n{self.rows.text(LINES - 1)}"
+
+    def _repr_html_(self) -> str:
+        return f"{self.rows._repr_html_()}<div>{escape(self.sentence())}</div>"
+
+    def to_pandas(self) -> Any:
+        """The comparison as tidy rows; see ``Comparison.tidy``. Raises TautError if pandas is not installed."""
+        return self.rows.to_pandas()
 
     def sentence(self) -> str:
         """One line for the end of the run."""
@@ -106,7 +120,7 @@ class Outcome:
             "elsewhere": [{"trial": spec.name, "holder": holder} for spec, holder in self.elsewhere],
             "refused": [{"trial": spec.name, "reason": reason} for spec, reason in self.refused],
             "interrupted": self.interrupted,
-            "rows": [row.to_dict() for row in self.rows],
+            **self.rows.to_dict(),
         }
 
 

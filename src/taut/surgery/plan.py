@@ -9,10 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taut.architectures.locate import Anatomy, locate
 from taut.core.cost import Cost
 from taut.core.errors import TautError
+from taut.core.numbers import scaled
 from taut.core.recipe import Entry, Recipe
 from taut.core.registry import METHODS
 from taut.core.site import Site
 from taut.core.slot import SLOTS
+from taut.core.table import Table, clip, data_frame
 from taut.methods.base import Method
 from taut.surgery.positions import check_whole_stacks
 
@@ -26,6 +28,8 @@ class FitsNowhere(TautError):
 
 
 SPARED = "the first layer stays dense, as in the paper; write layers: ':' to include it"
+COSTS = {"bytes": "bytes", "flops_per_token": "FLOPs/token", "cache_bytes_per_token": "cache B/token"}
+"""The costs that a plan shows, with the headings of their columns."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ class Step:
     def note(self) -> str | None:
         return self.method.note(self.site)
 
+    def __repr__(self) -> str:
+        return clip(f"Step({self.site.name}: {self.label}, {_change(self.site.dense(), self.cost, 'bytes')} bytes)")
+
     def to_dict(self) -> dict[str, Any]:
         knobs = self.method.knobs.model_dump(mode="json", exclude_none=True)
         return {"site": self.site.name, "method": self.method.id, "knobs": knobs}
@@ -75,6 +82,43 @@ class Plan:
     @property
     def after(self) -> Cost:
         return sum((step.cost for step in self.steps), Cost())
+
+    def table(self) -> Table:
+        """A row for each slot and method, and all steps together. The notes say what is not touched, and why."""
+        groups: dict[tuple[str, str], list[Step]] = {}
+        for step in self.steps:
+            groups.setdefault((step.site.slot, step.label), []).append(step)
+        keys = [key for key in COSTS if getattr(self.before, key) or getattr(self.after, key)]
+        rows = []
+        for (slot, label), steps in groups.items():
+            before = sum((step.site.dense() for step in steps), Cost())
+            after = sum((step.cost for step in steps), Cost())
+            rows.append((slot, label, str(len(steps)), *(_change(before, after, key) for key in keys)))
+        total = ("together", "", str(len(self.steps)), *(_change(self.before, self.after, key) for key in keys))
+        notes = [f"{step.site.name}: {step.note}" for step in self.steps if step.note]
+        if self.untouched:
+            notes += ["not touched:", *(f"  {path}: {reason}" for path, reason in self.untouched)]
+        return Table(("slot", "method", "sites", *(COSTS[key] for key in keys)), rows, total, notes=notes)
+
+    def __repr__(self) -> str:
+        return self.table().text()
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame, one row for each step, with every cost before and after.
+
+        Raises TautError if pandas is not installed.
+        """
+        rows = []
+        for step in self.steps:
+            costs = {"before": step.site.dense(), "after": step.cost}
+            numbers = {f"{key}_{side}": value for side, cost in costs.items() for key, value in vars(cost).items()}
+            row = {"slot": step.site.slot, "site": step.site.name, "path": step.site.path, "method": step.method.id}
+            rows.append(row | {"label": step.label, "note": step.note} | numbers)
+        names = [f"{key}_{side}" for side in ("before", "after") for key in vars(Cost())]
+        return data_frame(rows, ("slot", "site", "path", "method", "label", "note", *names))
 
     def to_dict(self) -> dict[str, Any]:
         """Return one dict for scripts: every step with its cost before and after."""
@@ -211,3 +255,12 @@ def _solved(general: Method, site: Site, keep: float | None) -> tuple[Method, st
     except TautError as error:
         return general, str(error)
     return method, method.fits(site)
+
+
+def _change(before: Cost, after: Cost, key: str) -> str:
+    """A cost before and after: ``46.9 M → 6.6 M (14%)``."""
+    old, new = getattr(before, key), getattr(after, key)
+    if not old and not new:
+        return "-"
+    share = f" ({new / old:.0%})" if old else ""
+    return f"{scaled(old)} → {scaled(new)}{share}"

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from taut.core.environment import processor
 from taut.core.errors import TautError
 from taut.core.progress import Progress
+from taut.core.table import clip
 from taut.measurement.clock import compare, ratio
 from taut.methods.part import LinearPart, TokenRanges
 from taut.surgery.apply import surgery_of
@@ -47,6 +48,12 @@ class Tuning:
     def copies(self) -> tuple[str, ...]:
         """The sites that keep a dense copy."""
         return tuple(self.chosen["sites"])
+
+    def __repr__(self) -> str:
+        maps = len({row["map"] for row in self.rows})
+        threads = ", ".join(str(number) for number in sorted({row["threads"] for row in self.rows}))
+        amounts = f"{maps} kinds of maps, threads {threads}: {len(self.copies)} sites keep a dense copy"
+        return clip(f"Tuning({amounts})")
 
     def to_dict(self) -> dict[str, Any]:
         """Return one dict for scripts."""

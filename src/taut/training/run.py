@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from taut.core.errors import TautError
+from taut.core.table import clip
 from taut.healing.runs import Diverged, newest, random_states_kept, training_arguments
 from taut.surgery.apply import check_writable, copy_companions, whole_folder
 from taut.surgery.loading import check_device
@@ -46,6 +47,9 @@ class Trained:
     folder: Path
     record: dict[str, Any]
     main: bool = True
+
+    def __repr__(self) -> str:
+        return clip(f"Trained({self.status}: {self.sentence()})")
 
     @property
     def exit_code(self) -> int:

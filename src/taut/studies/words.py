@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from taut.core.numbers import scaled
 from taut.studies.protocol import COSTS, NOISE, UNKNOWN, Cell, Gap, Row
 
 SLOT_LABELS = {
@@ -23,14 +24,14 @@ def value(cell: Cell) -> str:
 def quantity(number: float, unit: str) -> str:
     """``number`` in a readable multiple of ``unit``; bytes in powers of 1000, as for storage devices."""
     if unit in ("B", "bytes", "bytes/token"):
-        return _scaled(number, ("B", "kB", "MB", "GB", "TB"))
+        return scaled(number, "B")
     if unit in ("s", "seconds"):
         factor, name = (1.0, "s") if number >= 1 else (1e-3, "ms") if number >= 1e-3 else (1e-6, "µs")
         return f"{number / factor:.3g} {name}"
     # The heading of the column already names these units.
     unit = "" if unit in ("parameters", "FLOPs/token") else unit
     if abs(number) >= 1000:
-        return f"{_scaled(number, ('', 'k', 'M', 'G', 'T'))} {unit}".strip()
+        return f"{scaled(number)} {unit}".strip()
     return f"{number:.4g} {unit}".strip()
 
 
@@ -126,11 +127,3 @@ def _line(line: dict[str, Any]) -> str:
     if "store" in line:
         words.append(f"stored as {_line(line['store'])}")
     return " ".join(words)
-
-
-def _scaled(number: float, names: tuple[str, ...]) -> str:
-    for name in names[:-1]:
-        if abs(number) < 999.5:
-            return f"{number:.3g} {name}".strip()
-        number /= 1000
-    return f"{number:.3g} {names[-1]}"
