@@ -36,6 +36,21 @@ def test_a_table_with_hot_rows_counts_as_predicted(family: str) -> None:
     assert flops_of(model, inputs).value == pytest.approx(dense - head + step.cost.flops_per_token, rel=1e-12)
 
 
+@pytest.mark.parametrize("tokens", [1, 100])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_flops_of_a_low_bit_model_by_hand(bits: int, tokens: int) -> None:
+    """Tiny BERT: 2 layers of width 32 with 64 in the middle, and a head of one 32 x 32 and one 32 x 96 map."""
+    model = tiny("bert")
+    line = {"method": "low_bit", "bits": bits}
+    taut.apply(model, {"projection": line, "feedforward": line})
+    maps = 2 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    head = 2 * (32 * 32 + 32 * 96)
+    pairs = 2 * 2 * 2 * 32 * tokens
+    counted = flops_of(model, sample_inputs(model, 1, tokens))
+    assert counted.value == pytest.approx(maps + head + pairs, rel=1e-12)
+    assert counted.how.endswith("; 12 parts that it cannot see as predicted")
+
+
 def test_an_untouched_model_is_counted_alone() -> None:
     model = tiny("llama")
     inputs = sample_inputs(model, 1, 8)

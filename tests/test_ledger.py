@@ -1,5 +1,6 @@
 """The ledger: whole or nothing, never edited, one runner a trial."""
 
+import hashlib
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ from sample_records import record, spec
 
 from taut.core.errors import TautError
 from taut.core.record import Quantity
+from taut.core.spec import TrialSpec
 from taut.studies.ledger import Ledger
 
 
@@ -167,7 +169,14 @@ def test_an_empty_lease_is_respected_only_while_it_is_fresh(tmp_path: Path) -> N
 
 def test_ids_ignore_names_and_limits_and_nothing_else() -> None:
     base = spec("a", {"embedding": {"method": "low_rank", "keep": 0.5}})
-    same = ({"recipe_name": "b"}, {"study": "other"}, {"memory": 1}, {"seconds": 1.0}, {"expect": "failed"})
+    same = (
+        {"recipe_name": "b"},
+        {"study": "other"},
+        {"study_digest": "ff"},
+        {"ram": 1},
+        {"seconds": 1.0},
+        {"expect": "failed"},
+    )
     other = (
         {"recipe": {"embedding": {"method": "low_rank", "keep": 0.25}}},
         {"model": "another"},
@@ -177,11 +186,59 @@ def test_ids_ignore_names_and_limits_and_nothing_else() -> None:
         {"measure": {"latency": {"batch": 2}}},
         {"device": "cuda"},
         {"dtype": "bfloat16"},
+        {"text": "my.txt"},
+        {"heal": 200},
+        {"heal": 300},
     )
+    assert set(TrialSpec.model_fields) == {name for change in (*same, *other) for name in change}
     assert {base.model_copy(update=change).id for change in same} == {base.id}
     ids = {base.model_copy(update=change).id for change in other}
     assert len(ids) == len(other)
     assert base.id not in ids
+
+
+def test_text_and_healing_count_only_with_a_recipe() -> None:
+    changes = ({"text": "my.txt"}, {"heal": 200}, {"text": "my.txt", "heal": 200})
+    assert {spec("dense", **change).id for change in changes} == {spec("dense").id}
+    recipe = {"embedding": {"method": "low_rank"}}
+    assert len({spec("a", recipe, **change).id for change in changes} | {spec("a", recipe).id}) == 4
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields", "text"),
+    [
+        (
+            {},
+            {"text": "my.txt", "heal": 5},
+            '{"device": "cpu", "dtype": "float32", "measure": {}, "model": "minilm", "model_digest": null, '
+            '"recipe": {}, "seed": 0, "tasks": []}',
+        ),
+        (
+            {"embedding": {"method": "low_rank", "keep": 0.5}},
+            {"text": "my.txt", "heal": 5, "seed": 3, "model_digest": "ff", "measure": {"memory": True}},
+            '{"device": "cpu", "dtype": "float32", "heal": 5, "measure": {"memory": true}, "model": "minilm", '
+            '"model_digest": "ff", "recipe": {"embedding": {"keep": 0.5, "method": "low_rank"}}, "seed": 3, '
+            '"tasks": [], "text": "my.txt"}',
+        ),
+    ],
+)
+def test_an_id_is_the_hash_of_what_decides_the_outcome(recipe: dict, fields: dict, text: str) -> None:
+    """Ledgers written earlier stay valid only as long as this text stays the same."""
+    assert spec("a", recipe, tasks=(), **fields).id == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_the_record_of_a_spec_repeats_it() -> None:
+    recipe = {"embedding": {"method": "low_rank", "keep": 0.5}}
+    trial = spec("a", recipe, seed=3, heal=5, text="my.txt", expect="failed", study_digest="ff")
+    made = trial.record("failed", reason="why")
+    expected = {
+        **{"id": trial.id, "study": "sample", "study_digest": "ff", "trial": "minilm · a · seed 3", "model": "minilm"},
+        **{"recipe_name": "a", "recipe": recipe, "seed": 3, "text": "my.txt", "heal": 5, "status": "failed"},
+        **{"expect": "failed", "reason": "why"},
+        # Of the recipe alone, with sorted keys.
+        "recipe_digest": hashlib.sha256(b'{"embedding": {"keep": 0.5, "method": "low_rank"}}').hexdigest()[:16],
+    }
+    assert {name: getattr(made, name) for name in expected} == expected
 
 
 def test_an_id_is_the_same_in_every_process() -> None:

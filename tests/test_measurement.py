@@ -16,9 +16,10 @@ from transformers import StaticCache
 from taut.architectures.locate import locate
 from taut.contract.tiny import inputs, tiny
 from taut.core.errors import TautError
+from taut.core.site import AttentionSite, LinearSite, MemorySite, TableSite
 from taut.measurement import energy, memory, sandbox, speed
 from taut.measurement.clock import CLOCKS, Prepared, Timing, compare, median_interval, ratio
-from taut.measurement.count import cache_bytes, count, flops_per_token, folder_bytes
+from taut.measurement.count import _attention_flops, cache_bytes, count, flops_per_token, folder_bytes
 from taut.measurement.sandbox import SandboxError, call
 
 FAMILIES = ("bert", "gpt2", "llama", "llama_untied", "t5")
@@ -170,6 +171,32 @@ def test_packed_parts_count_as_the_parameters_they_stand_for():
     assert count(model).parameters == 5 + 15
 
 
+def test_a_tensor_belongs_to_the_innermost_site_around_it():
+    """A table tied to a head outside all sites, a map inside a larger site, and a norm that belongs to none."""
+    model = nn.ModuleDict({"table": nn.Embedding(10, 4), "block": nn.ModuleDict({"up": nn.Linear(4, 3)})})
+    model["head"], model["norm"] = nn.Linear(4, 10, bias=False), nn.LayerNorm(4)
+    model["head"].weight = model["table"].weight
+    model["block"]["gate"] = nn.Linear(4, 2, bias=False)
+    shape = {"head_width": 4, "key_heads": 1, "position": "rope", "length": 6}
+    sites = [
+        TableSite(slot="embedding", path="table", rows=10, width=4),
+        AttentionSite(slot="attention", path="block", heads=1, causal=True, **shape),
+        LinearSite(slot="projection", path="block.up", inputs=4, outputs=3),
+        MemorySite(slot="memory", path="block", layers=1, **shape),
+    ]
+    footprint = count(model, sites)
+    assert {slot: share.parameters for slot, share in footprint.slots.items()} == {
+        **{"embedding": 40, "attention": 8, "projection": 15, "rest": 8},
+    }
+    assert {slot: (share.stored, share.resident) for slot, share in footprint.slots.items()} == {
+        **{"embedding": (160, 160), "attention": (32, 32), "projection": (60, 60), "rest": (32, 32)},
+    }
+    assert (footprint.parameters, footprint.stored, footprint.resident) == (71, 284, 284)
+    assert {name: one.value for name, one in footprint.quantities().items()} == {
+        **{"parameters": 71, "stored": 284, "resident": 284},
+    }
+
+
 def test_memory_is_counted_by_storage_and_not_on_meta():
     model = nn.Linear(4, 4, bias=False)
     model.register_buffer("view", torch.zeros(1000)[:10], persistent=False)
@@ -217,6 +244,44 @@ def test_flops_count_every_map_and_every_pair():
     )
     pairs = sum(4.0 * site.heads * site.head_width * 12 for site in sites if site.slot == "attention")
     assert flops_per_token(model, batch).value == pytest.approx(maps + pairs)
+
+
+class TwoMaps(nn.Module):
+    """Looks up 3 numbers a token, maps them to 4 and those to 5: 2 x 12 and 2 x 20 FLOPs a token."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 3)
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 5)
+
+    def forward(self, input_ids):
+        return self.second(self.first(self.table(input_ids)))
+
+
+@pytest.mark.parametrize(
+    ("predicted", "value"),
+    [
+        (None, 24 + 40),
+        ({}, 24 + 40),
+        # What is counted inside a predicted part is replaced, once for all paths of a part.
+        ({("first",): 100.0}, 100 + 40),
+        ({("first",): 100.0, ("second",): 7.0}, 100 + 7),
+        ({("first", "second"): 100.0}, 100),
+        # The counter sees nothing in a lookup, so the prediction is added.
+        ({("table",): 1000.0}, 24 + 40 + 1000),
+    ],
+)
+def test_predicted_flops_replace_counted_ones(predicted, value):
+    result = flops_per_token(TwoMaps(), {"input_ids": torch.zeros(2, 3, dtype=torch.int64)}, predicted)
+    assert result.value == pytest.approx(value)
+    assert (result.unit, "(2, 3)" in result.how) == ("FLOPs/token", True)
+    assert (f"{len(predicted)} parts" in result.how) if predicted else ("parts" not in result.how)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2)])
+def test_attention_flops_count_all_pairs(heads, key_heads):
+    """Keys of width 8 and values of width 6: 14 multiply-adds of two FLOPs for each of 5 x 7 pairs of a head."""
+    assert _attention_flops((2, heads, 5, 8), (2, key_heads, 7, 8), (2, key_heads, 7, 6)) == 2 * heads * 35 * 14 * 2
 
 
 @pytest.mark.parametrize(("family", "layers"), [("llama", 2), ("gpt2", 2)])

@@ -63,6 +63,40 @@ def test_bca_agrees_with_scipy(contrast: st.Contrast) -> None:
     assert abs(mine.high - theirs.high) < 0.03 * width
 
 
+def test_bca_is_the_published_interval() -> None:
+    """Test A of the 26 children of Efron & Tibshirani (1993), table 14.1; the variance as a contrast of two means.
+
+    Table 14.2 gives the 90 % intervals from 2000 resamples: (100.8, 233.9) by percentiles, (115.8, 259.6) by BCa. The
+    tolerance is what 2000 resamples leave open. Without acceleration BCa would be (111.2, 252.4).
+    """
+    scores = [48, 36, 20, 29, 42, 42, 20, 42, 22, 41, 45, 14, 6, 0, 33, 28, 34, 4, 32, 24, 47, 41, 24, 26, 30, 41]
+    squares = [score**2 for score in scores]
+
+    def variance(squares: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        return squares - mean**2
+
+    bca, percentile = (
+        st.paired_bootstrap(squares, scores, variance, confidence=0.9, resamples=20_000, corrected=flag)
+        for flag in (True, False)
+    )
+    assert bca.value == pytest.approx(171.5, abs=0.05)
+    assert (bca.low, bca.high) == pytest.approx((115.8, 259.6), abs=4.0)
+    assert (percentile.low, percentile.high) == pytest.approx((100.8, 233.9), abs=4.0)
+
+
+def test_bca_without_a_correction_is_the_percentile_interval() -> None:
+    """Where all resamples are alike, and where the value is at the rim of them, BCa is undefined."""
+    threes, half = [3.0] * 8, [0.5] * 8
+    assert st.paired_bootstrap(threes, half) == st.Interval(2.5, 2.5, 2.5)
+    assert st.paired_bootstrap(threes, half, st.ratio) == st.Interval(6.0, 6.0, 6.0)
+
+    def highest(ours: np.ndarray, dense: np.ndarray) -> np.ndarray:
+        return np.minimum(ours - dense, 0.2)
+
+    rim = st.paired_bootstrap([0.1, 0.3, 0.3, 0.3], [0.0] * 4, highest)
+    assert rim.low < rim.high == rim.value == 0.2
+
+
 def test_bca_moves_towards_the_long_tail() -> None:
     skewed = [*([0.0] * 30), 10.0, 20.0]
     bca, percentile = (st.paired_bootstrap(skewed, [0.0] * 32, corrected=flag) for flag in (True, False))
@@ -101,6 +135,30 @@ def test_sign_flips_are_exact_for_few_items() -> None:
     assert st.sign_flip_test([3, 1, -1], [0, 0, 0]) == 6 / 8
 
 
+def test_up_to_twelve_differences_are_flipped_in_every_way() -> None:
+    """Of 2^12 patterns of twelve ones, only the two without a change reach 12. Thirteen are sampled: a sample of
+    10,000 of 8192 patterns, of which two reach 13, and the one as it is."""
+    assert st.sign_flip_test([1.0] * 12, [0.0] * 12) == 2 / 4096
+    sampled = st.sign_flip_test([1.0] * 13, [0.0] * 13)
+    assert sampled * 10_001 == pytest.approx(round(sampled * 10_001))
+    assert 1 <= round(sampled * 10_001) <= 12
+    assert st.sign_flip_test([1.0] * 13, [0.0] * 13, resamples=1) in (0.5, 1.0)
+
+
+def test_rounding_does_not_break_ties_between_sums() -> None:
+    """.1 + .2 + .3 is .6000000000000001 or .6 by the order of its terms; |sum| >= .6 for +++ and --- alone."""
+    assert st.sign_flip_test([0.1, 0.2, 0.3], [0.0] * 3) == 2 / 8
+    assert st.sign_flip_test([0.3, 0.2, 0.1, -0.1], [0.0] * 4) == st.sign_flip_test([3, 2, 1, -1], [0] * 4) == 6 / 16
+
+
+def test_chunks_cover_all_sign_flips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Differences that cancel exactly: every sum is at least as far from zero, so every resample counts."""
+    ours, dense = [1.0, -1.0] * 10, [0.0] * 20
+    for cells in (1, 20 * 7, 20 * 50):
+        monkeypatch.setattr(st, "CELLS_AT_ONCE", cells)
+        assert st.sign_flip_test(ours, dense, resamples=50) == 1.0
+
+
 def test_sampled_sign_flips_agree_with_scipy() -> None:
     theirs = stats.permutation_test(
         (np.subtract(A, B),), np.sum, permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(1)
@@ -112,6 +170,8 @@ def test_sampled_sign_flips_agree_with_scipy() -> None:
 def test_holm_is_the_textbook_example() -> None:
     assert st.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert st.holm([0.9, 0.8]) == [1.0, 1.0]
+    # 3 x .02 = .06; then max(.06, 2 x .025 = .05); then max(.06, .5).
+    assert st.holm([0.5, 0.02, 0.025]) == pytest.approx([0.5, 0.06, 0.06])
     assert st.holm([]) == []
 
 
@@ -119,6 +179,10 @@ def test_student_interval_is_the_textbook_one() -> None:
     interval = st.student_interval([1.0, 2.0, 3.0])
     reach = 4.302652729911275 / math.sqrt(3)
     assert (interval.value, interval.low, interval.high) == pytest.approx((2.0, 2.0 - reach, 2.0 + reach))
+    # t with one degree of freedom at 90 %: tan(0.45 pi).
+    interval = st.student_interval([1.0, 3.0], confidence=0.9)
+    assert (interval.low, interval.high) == pytest.approx((2 - math.tan(0.45 * math.pi), 2 + math.tan(0.45 * math.pi)))
+    assert st.student_interval([5.0, 5.0, 5.0]) == st.Interval(5.0, 5.0, 5.0)
     with pytest.raises(TautError, match="add seeds"):
         st.student_interval([1.0])
 
@@ -128,6 +192,8 @@ def test_pareto_front() -> None:
     assert st.pareto_front(points, (True, False)) == [0, 1, 2, 4]
     assert st.pareto_front([(1, 1), (2, 2)], (True, True)) == [0]
     assert st.pareto_front([], (True, True)) == []
+    assert st.pareto_front([(1, 1), (1, 2), (2, 1), (0, 3)], (False, True)) == [2]
+    assert st.pareto_front([(1, 1), (1, 2), (2, 1), (0, 3)], (True, True)) == [0, 3]
 
 
 @pytest.mark.parametrize(("first", "second"), [([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([], [])])
