@@ -333,6 +333,6 @@ def test_an_unwritable_ledger_is_one_line(tmp_path: Path) -> None:
 
 def test_compare_needs_recipes_or_a_study(tmp_path: Path) -> None:
     with pytest.raises(TautError, match="--recipes light"):
-        runner.compare("minilm")
+        Study.read("minilm")
     with pytest.raises(TautError, match="a study's file says what to compare"):
-        runner.compare("study.yaml", ["light"])
+        Study.read("study.yaml", ["light"])

@@ -86,7 +86,7 @@ def test_controls_under_other_names_are_not_doubled() -> None:
         (("seeds: [0, 1]", "sead: [0]"), "small.yaml: unknown key 'sead': did you mean 'seeds'"),
         (("length: 64", "lenght: 64"), "small.yaml: measure.latency: unknown key 'lenght': did you mean 'length'"),
         (("length: 64", "length: 0"), r"small.yaml: measure.latency.length = 0: .*greater than or equal to 1"),
-        (("8GB", "8 bananas"), "small.yaml: limits.ram: '8 bananas' is not an amount of memory"),
+        (("8GB", "8 bananas"), "small.yaml: limits.ram = '8 bananas': expected an amount of memory"),
         (("seeds: [0, 1]", "seeds: [zero]"), "small.yaml: seeds.0 = 'zero'"),
         (("models: [minilm, other]", "models: []"), "small.yaml: models"),
         (("models: [minilm, other]", ""), "small.yaml: models: Field required"),
@@ -95,7 +95,7 @@ def test_controls_under_other_names_are_not_doubled() -> None:
         (("embedding:", "embeding:"), "recipes.halves: unknown slot 'embeding': did you mean 'embedding'"),
         (
             ("low_rank", "low_rang"),
-            "halves.embedding: unknown embedding method 'low_rang': did you mean 'low_rank'",
+            "halves: embedding: unknown embedding method 'low_rang': did you mean 'low_rank'",
         ),
         (("keep: 0.5", "keep: 5"), "recipes.halves: embedding: keep = 5 is out of range"),
         (("expect: failed", "expect: fail"), "recipes.fails: expect = 'fail': did you mean 'failed'"),

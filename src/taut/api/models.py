@@ -4,10 +4,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taut.api.sources import RecipeLike, read_dtype, read_texts, use_threads
+from taut.api.sources import (
+    RecipeLike,
+    check_models,
+    check_out,
+    read_dtype,
+    read_recipe,
+    read_texts,
+    use_threads,
+)
 from taut.core.errors import TautError
 from taut.core.progress import Progress
-from taut.core.recipe import Recipe
 from taut.core.registry import list_methods
 
 if TYPE_CHECKING:
@@ -36,11 +43,13 @@ def plan(model: "str | Path | PreTrainedModel", recipe: RecipeLike, length: int 
     Reads only the config of a folder, Hub id, ``minilm`` or scratch spec, and no weight. ``length`` is the declared n
     of attention and memory costs. Raises TautError for wrong input.
     """
+    chosen = read_recipe(recipe)
+    check_models(model)
     from taut.surgery.loading import open_skeleton, resolve
     from taut.surgery.plan import make_plan
 
     described = open_skeleton(resolve(model)) if isinstance(model, str | Path) else model
-    return make_plan(described, Recipe.load(recipe), length)
+    return make_plan(described, chosen, length)
 
 
 def apply(
@@ -71,21 +80,23 @@ def apply(
     run. ``exclude`` names evaluation data such as ``stsb:dev``; no text with one of its sentences is used. Raises
     TautError for wrong input.
     """
+    chosen = read_recipe(recipe)
+    check_models(model)
+    check_out(out)
+    dtype = read_dtype(dtype)
     from taut.surgery import apply as surgery
     from taut.surgery.loading import resolve
     from taut.surgery.prepare import prepare
 
-    if out is not None:
-        surgery.check_writable(Path(out).absolute())
     if not isinstance(model, str | Path):
         if heal:
             raise TautError("apply: a model in memory is healed by taut.heal(model, original, ...)")
-        surgery.apply(model, Recipe.load(recipe), batches, tokenizer=tokenizer, seed=seed, progress=progress)
+        surgery.apply(model, chosen, batches, tokenizer=tokenizer, seed=seed, progress=progress)
         if out is not None:
             surgery.save(model, out)
         return model
     source = resolve(model)
-    prepared = prepare(source, Recipe.load(recipe), dtype=read_dtype(dtype))
+    prepared = prepare(source, chosen, dtype=dtype)
     options = {"device": device, "seed": seed, "progress": progress}
     texts = read_texts(text, exclude)
     if heal:
@@ -145,6 +156,9 @@ def train(
     interrupted run. Under torchrun or accelerate launch the processes share every batch. Raises TautError for wrong
     input.
     """
+    from taut.training.spec import TrainSpec
+
+    check_models(TrainSpec.load(spec).model)
     from taut.training.run import train as run
 
     use_threads(threads)
@@ -165,11 +179,11 @@ def anchor_token(
     row: ``mean`` of all rows, or a copy of the row of the token that it names. Raises TautError for wrong input and for
     a model without a tokenizer.
     """
+    check_models(model)
+    check_out(out)
     from taut.surgery.anchor_token import add_anchor_token, write
-    from taut.surgery.apply import check_writable
     from taut.surgery.loading import open_model, open_tokenizer, resolve
 
-    check_writable(Path(out).absolute())
     source = resolve(model)
     tokenizer = open_tokenizer(source)
     if tokenizer is None:
@@ -190,6 +204,7 @@ def tune(
     copies. ``threads`` are the numbers of threads to measure; default: the present one. Raises TautError for a model
     that is not compressed or has no such map.
     """
+    check_models(model)
     from taut.surgery.tune import tune as measure_maps
 
     return measure_maps(model, threads, progress=progress)
@@ -213,6 +228,7 @@ def load(
 
     Raises TautError for wrong input and for any missing or unexpected key.
     """
+    check_models(model)
     from taut.surgery.loading import open_model, resolve
 
     return open_model(resolve(model), read_dtype(dtype), device, seed)
@@ -234,10 +250,10 @@ def export(model: "str | Path | PreTrainedModel", out: str | Path) -> list[tuple
     Returns (name, reason) of each site that has no dense equivalent. Raises TautError if the model is not compressed
     or ``out`` cannot be written.
     """
-    from taut.surgery.apply import check_writable
+    check_models(model)
+    check_out(out)
     from taut.surgery.export import export as write
 
-    check_writable(Path(out).absolute())
     if isinstance(model, str | Path):
         return write(load(model), out, Path(model))
     return write(model, out)
@@ -249,6 +265,7 @@ def footprint(model: "str | Path | PreTrainedModel") -> "Footprint":
     ``str`` of the result is one line to paste into an issue: class, parameters, bytes per slot, recipe. A folder, Hub
     id, ``minilm`` or scratch spec is opened first. Raises TautError for wrong input.
     """
+    check_models(model)
     from taut.studies.costs import footprint_of
 
     return footprint_of(load(model) if isinstance(model, str | Path) else model)

@@ -7,14 +7,40 @@ from typing import Any
 from taut.core.errors import TautError
 from taut.core.recipe import Recipe
 
-RecipeLike = str | Path | dict | Recipe
+RecipeLike = str | Path | dict[str, Any] | Recipe
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def check_models(*models: Any) -> None:
+    """Check the names among ``models`` before anything heavy is imported; a model in memory passes.
+
+    Raises TautError for a folder that is missing or incomplete. Hub ids and scratch specs are checked when opened.
+    """
+    from taut.surgery.folders import local_folder
+
+    for model in models:
+        if isinstance(model, str | Path):
+            local_folder(model)
+
+
+def check_out(out: str | Path | None) -> None:
+    """Check that a folder can be made at ``out``, if it is given. Raises TautError if not."""
+    from taut.surgery.folders import check_writable
+
+    if out is not None:
+        check_writable(Path(out).absolute())
+
+
+def read_recipe(recipe: RecipeLike) -> Recipe:
+    """The recipe, its methods and knobs checked by name. Raises TautError for anything unknown."""
+    return Recipe.load(recipe).check_methods()
 
 
 def use_threads(threads: int | None) -> None:
     """Set the number of processor threads from here on; None leaves it as it is."""
-    import torch
-
     if threads is not None:
+        import torch
+
         torch.set_num_threads(threads)
 
 
@@ -27,12 +53,14 @@ def read_texts(text: str | Path | None, exclude: Sequence[str] = ()) -> Iterable
 
 
 def read_dtype(dtype: Any) -> Any:
-    """The torch dtype with this name. Raises TautError for any other word."""
+    """The torch dtype with this name. Raises TautError for any other word, before torch is imported."""
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise TautError(f"dtype = {dtype!r}: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    if dtype is None:
+        return None
     import torch
 
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    value = getattr(torch, str(dtype), None)
+    value = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        raise TautError(f"dtype = {dtype!r}: expected float32, bfloat16, float16 or float64")
+        raise TautError(f"dtype = {dtype!r}: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     return value

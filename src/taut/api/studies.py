@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taut.api.sources import read_dtype, use_threads
+from taut.api.sources import check_models, read_dtype, use_threads
 from taut.core.progress import Progress
 from taut.core.record import Measurements, Scores
+from taut.core.registry import METHODS, check_task
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,9 @@ def evaluate(
     ``reference`` is the original model, for tasks that compare with it. ``options`` are further options of the task.
     Raises TautError for wrong input.
     """
+    check_task({"name": task, **options})
+    check_models(model, reference)
+    dtype = read_dtype(dtype)
     from taut.evaluation.evaluate import evaluate as run
 
     return run(
@@ -46,7 +50,7 @@ def evaluate(
         reference=reference,
         seed=seed,
         device=device,
-        dtype=read_dtype(dtype),
+        dtype=dtype,
         progress=progress,
     )
 
@@ -70,11 +74,13 @@ def context(
     the shorter context. All models must share a tokenizer; for models in memory, pass it as ``tokenizer``. Further
     options: ``positions``, ``batch_size``, ``cached``, ``split``, ``limit``. Raises TautError for wrong input.
     """
+    group = models if isinstance(models, list | tuple) else [models]
+    check_models(*group)
+    dtype = read_dtype(dtype)
     from taut.evaluation.effective_context import context as run
 
-    single = not isinstance(models, list | tuple)
-    chosen = {"tokenizer": tokenizer, "seed": seed, "device": device, "dtype": read_dtype(dtype), "progress": progress}
-    return run([models] if single else models, str(data), **chosen, **options)
+    chosen = {"tokenizer": tokenizer, "seed": seed, "device": device, "dtype": dtype, "progress": progress}
+    return run(group, str(data), **chosen, **options)
 
 
 def measure(
@@ -92,9 +98,10 @@ def measure(
     With ``against``, also gives interleaved latency ratios to that model. ``options``: ``batch``, ``length``,
     ``decode``, ``repeats``, ``threads``. Raises TautError for wrong input.
     """
+    check_models(model, against)
+    chosen = {"device": device, "dtype": read_dtype(dtype), "seed": seed}
     from taut.studies.costs import measure as run
 
-    chosen = {"device": device, "dtype": read_dtype(dtype), "seed": seed}
     return run(model, against, options=options, **chosen, **({} if progress is None else {"report": progress}))
 
 
@@ -117,10 +124,16 @@ def compare(
     to run; ``dense`` and ``identity`` always run. ``ledger`` is a folder, ``runs/NAME`` by default. ``report`` is the
     page to write, ``figures`` a folder for PNG files. Raises TautError for wrong input, before anything runs.
     """
+    from taut.studies.ledger import Ledger
+    from taut.studies.study import Study
+
+    chosen = Study.read(study, recipes, **options).narrowed(only, device, threads)
+    records = Ledger(ledger or Path("runs") / chosen.name)
+    check_models(*(spec.model for spec in chosen.trials() if not records.has(spec.id)))
     from taut.studies import runner
 
     use_threads(threads)
-    outcome = runner.compare(study, recipes, ledger=ledger, only=only, device=device, threads=threads, **options)
+    outcome = runner.compare(chosen, records)
     if not outcome.interrupted and (report is not None or figures is not None):
         draw(outcome.ledger, report, figures=figures)
     return outcome
@@ -138,9 +151,13 @@ def report(
     ``csv`` is a file for the same numbers unrounded, a line for each score and cost of each recipe. Writes only what is
     given. Raises TautError if the ledger is empty or a file cannot be written.
     """
+    from taut.studies.ledger import Ledger
+
+    records = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+    records.check_not_empty()
     from taut.reporting.page import write
 
-    return write(ledger, out, figures, csv)
+    return write(records, out, figures, csv)
 
 
 draw = report
@@ -150,12 +167,14 @@ draw = report
 def check(
     method: str, families: Sequence[str] = (), knobs: dict[str, Any] | None = None, *, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """Run the contract suite on one method.
+    """Run the contract suite on one method, given by its id or by a name that no other method has.
 
     Returns a row for each check and case: ``passed``, ``skipped`` or ``failed``, with the reason. ``families`` are the
     tiny model families to try; default: four representatives. ``knobs`` replaces the method's own test row. Raises
     TautError for an unknown method or family, and for a missing device.
     """
+    key = METHODS.resolve(method)
+    METHODS.check_names(key, knobs or (), "check")
     from taut.contract.suite import run
 
-    return run(method, tuple(families), knobs, device)
+    return run(key, tuple(families), knobs, device)

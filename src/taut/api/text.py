@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taut.api.sources import read_dtype
+from taut.api.sources import check_models, read_dtype
 from taut.core.errors import TautError
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ def prefix(
     Call the model's ``generate`` with ``prefix.before(ids)`` and ``past_key_values=prefix.cache()``. With ``out``, also
     write the prefix to that file. ``text`` may be ids (T,). Raises TautError for wrong input.
     """
+    check_models(model)
+    dtype = read_dtype(dtype)
     from taut.generation.prefix import read
 
     opened, tokenizer = _opened(model, tokenizer, device, dtype)
@@ -57,6 +59,8 @@ def generate(
     the most likely token. ``on_text`` is called with each piece of text as soon as it is finished. Raises TautError for
     wrong input.
     """
+    check_models(model)
+    dtype = read_dtype(dtype)
     from taut.generation.generate import generate as run
     from taut.generation.prefix import Prefix
 
@@ -75,4 +79,4 @@ def _opened(model: Any, tokenizer: Any, device: str, dtype: Any) -> tuple[Any, A
     if not isinstance(model, str | Path):
         return model, tokenizer
     source = resolve(model)
-    return open_model(source, read_dtype(dtype), device), tokenizer or open_tokenizer(source)
+    return open_model(source, dtype, device), tokenizer or open_tokenizer(source)

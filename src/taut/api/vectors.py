@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taut.api.sources import read_dtype
+from taut.api.sources import check_models, check_out, read_dtype
 from taut.core.progress import Progress
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ def vectors(
     Its ``encode(sentences, width)`` returns unit vectors, one a row. Its ``index(documents, code)`` returns an index to
     search in. The default ``pooling`` is what the model's folder says, else the mean. Raises TautError for wrong input.
     """
+    check_models(model)
+    dtype = read_dtype(dtype)
     from taut.retrieval.encoder import open_encoder
 
-    return open_encoder(
-        model, tokenizer, pooling=pooling, max_length=max_length, dtype=read_dtype(dtype), device=device, seed=seed
-    )
+    return open_encoder(model, tokenizer, pooling=pooling, max_length=max_length, dtype=dtype, device=device, seed=seed)
 
 
 def index(
@@ -55,11 +55,11 @@ def index(
     has only one paragraph. ``options``: code (float, int8, binary, pq), width, rotate, bytes, finer. Raises TautError
     for wrong input.
     """
+    check_models(model)
+    check_out(out)
+    dtype = read_dtype(dtype)
     from taut.retrieval.encoder import documents_of
-    from taut.surgery.apply import check_writable
 
-    if out is not None:
-        check_writable(Path(out).absolute())
     texts = documents_of(documents) if isinstance(documents, str | Path) else documents
     encoder = vectors(model, tokenizer, dtype=dtype, device=device, seed=seed)
     built = encoder.index(texts, keep_texts=True, seed=seed, progress=progress, **options)
@@ -84,6 +84,12 @@ def search(
     The default ``model`` is the one that the index was made with. ``candidates`` is how many documents to score a
     second time, more exactly. Raises TautError for wrong input.
     """
+    from taut.retrieval.facts import read_facts
+
+    check_models(model)
+    if isinstance(index, str | Path):
+        read_facts(Path(index))
+    dtype = read_dtype(dtype)
     from taut.retrieval.index import Index
 
     opened = index if isinstance(index, Index) else Index.load(index)

@@ -1,6 +1,5 @@
 """Commands that inspect, change and train models."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,24 +10,18 @@ from taut.api.sources import use_threads
 from taut.cli.app import app
 from taut.cli.options import Device, Dtype, Json, Model, RecipeName, Seed, Threads, finish, pairs
 from taut.core.errors import TautError
-
-
-class Kind(StrEnum):
-    embedding = "embedding"
-    linear = "linear"
-    attention = "attention"
-    memory = "memory"
+from taut.core.slot import KINDS
 
 
 @app.command()
 def methods(
-    kind: Annotated[Kind | None, typer.Argument(help="list only this kind")] = None,
+    kind: Annotated[str | None, typer.Argument(metavar="KIND", help=f"list only this kind: {', '.join(KINDS)}")] = None,
     as_json: Json = False,
 ) -> None:
     """List the methods with what they do, their sources and their knobs."""
     from taut.cli import tables
 
-    rows = taut.methods(kind.value if kind else None)
+    rows = taut.methods(kind)
     finish(as_json, {"methods": rows}, lambda: tables.methods(rows))
 
 

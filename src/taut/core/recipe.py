@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from taut.core.errors import TautError, nearest
+from taut.core.registry import METHODS
 from taut.core.slot import KIND_OF_SLOT, SLOTS
 
 RESERVED = ("method", "keep", "layers", "store")
@@ -47,7 +48,7 @@ class Recipe:
     source: str = "recipe"
 
     @classmethod
-    def load(cls, source: "str | Path | dict | Recipe") -> "Recipe":
+    def load(cls, source: "str | Path | dict[str, Any] | Recipe") -> "Recipe":
         """Load a YAML file, a recipe shipped with taut (by name), a mapping, or a recipe.
 
         Raises TautError that names the file, the key and the nearest valid choice.
@@ -85,6 +86,19 @@ class Recipe:
     def digest(self) -> str:
         """A hash of the content that does not depend on the order of the keys."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def check_methods(self) -> "Recipe":
+        """Check that every method exists and has the knobs named, and return the recipe. Imports no method.
+
+        Raises TautError that names the slot and the nearest valid choice. Values are checked when the plan is made.
+        """
+        for entry in self.entries:
+            where = f"{self.source}: {entry.slot}"
+            for each, place in ((entry, where), (entry.store, f"{where}.store")):
+                if each is not None and each.method_id not in METHODS:
+                    raise TautError(f"{place}: {METHODS.unknown(each.method_id)}")
+            METHODS.check_names(entry.method_id, entry.knobs, where)
+        return self
 
     def for_slot(self, slot: str) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if entry.slot == slot)
@@ -147,11 +161,12 @@ def _selected(layers: str, count: int, where: str = "layers") -> set[int]:
     chosen: set[int] = set()
     for piece in layers.split(","):
         try:
-            numbers = [int(number) if number.strip() else None for number in piece.split(":")]
-            if len(numbers) == 1:
-                chosen.add(range(count)[numbers[0]] if -count <= numbers[0] < count else -1)
-            else:
+            if ":" in piece:
+                numbers = [int(number) if number.strip() else None for number in piece.split(":")]
                 chosen |= set(range(count)[slice(*numbers)])
+            else:
+                number = int(piece)
+                chosen.add(range(count)[number] if -count <= number < count else -1)
         except (ValueError, TypeError):
             raise TautError(
                 f"{where}: layers = {layers!r} is not a selection such as '0', '1:', ':-1' or '0,3'"

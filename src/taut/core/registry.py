@@ -2,12 +2,14 @@
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from taut.core.declared import fields
 from taut.core.errors import TautError, nearest
 from taut.core.slot import KINDS
 
@@ -22,11 +24,15 @@ class Registry:
     An id is ``kind.name``, or ``name`` if there are no kinds. ``name`` is a file, or a folder with ``method.py`` and
     the modules that only this method needs. Names that begin with ``_`` are skipped. The class is the one that itself
     defines this ``id``. Other packages add classes through the entry-point group; the entry point's name is the id.
+
+    ``settings`` is the attribute of a class that holds the model of its settings, and ``setting`` is what one is called.
     """
 
     noun: str
     package: str
     group: str
+    settings: str
+    setting: str
     kinds: tuple[str, ...] = ()
 
     @cached_property
@@ -58,7 +64,33 @@ class Registry:
             sorted(key for key in (*self._built_in, *self._outside) if kind is None or key.startswith(f"{kind}."))
         )
 
-    def get(self, key: str) -> type:
+    def __contains__(self, key: str) -> bool:
+        return key in self._built_in or key in self._outside
+
+    def resolve(self, name: str) -> str:
+        """The id that ``name`` stands for: ``name`` itself, or the one id whose last part it is. Imports no class.
+
+        Raises TautError with the candidates if there are several, and with the nearest id if there is none.
+        """
+        if name in self:
+            return name
+        candidates = [key for key in self.ids() if key.rpartition(".")[2] == name]
+        if not candidates:
+            raise TautError(self.unknown(name))
+        if len(candidates) > 1:
+            raise TautError(f"{self.noun} {name!r} is one of several: write {' or '.join(candidates)}")
+        return candidates[0]
+
+    def check_names(self, key: str, names: Iterable[str], where: str) -> None:
+        """Check the names of settings of a class without importing it. Raises TautError with the nearest name.
+
+        The names of other packages' classes are checked only when those are imported.
+        """
+        if key in self._built_in:
+            known = fields(self._built_in[key], key, self.settings)
+            check_names(known, names, where, key, self.setting)
+
+    def get(self, key: str) -> type[Any]:
         """Return the class with this id.
 
         Raises TautError with the nearest id if this one is unknown, if its entry point cannot be loaded, and if there
@@ -66,7 +98,8 @@ class Registry:
         """
         if key in self._built_in:
             where = self._built_in[key]
-            classes = [value for value in vars(importlib.import_module(where)).values() if _has_id(value, key)]
+            values = vars(importlib.import_module(where)).values()
+            classes: list[type[Any]] = [value for value in values if _has_id(value, key)]
         elif key in self._outside:
             point = self._outside[key]
             where = f"entry point {point.value!r} of {self.group}"
@@ -76,21 +109,39 @@ class Registry:
                 raise TautError(f"{self.noun} {key!r}: {where} cannot be loaded: {error}") from None
             classes = [loaded] if _has_id(loaded, key) else []
         else:
-            kind, _, name = key.rpartition(".")
-            choices = [choice.rpartition(".")[2] for choice in self.ids(kind or None)]
-            label = f"{kind} {self.noun}" if kind else self.noun
-            raise TautError(f"unknown {label} {name!r}: {nearest(name, choices)}")
+            raise TautError(self.unknown(key))
         if not classes:
             raise TautError(f"{where} defines no class with id = {key!r}; add `id = {key!r}` to its class")
         return classes[0]
+
+    def unknown(self, key: str) -> str:
+        """What an error says about an id that is not here, with the nearest one that is."""
+        kind, _, name = key.rpartition(".")
+        if kind and kind not in self.kinds:
+            return f"unknown {self.noun} {key!r}: {nearest(key, self.ids())}"
+        choices = {choice.rpartition(".")[2] for choice in self.ids(kind or None)}
+        return f"unknown {f'{kind} {self.noun}'.strip()} {name!r}: {nearest(name, choices)}"
+
+
+def check_names(known: Iterable[str], names: Iterable[str], where: str, owner: str, noun: str) -> None:
+    """Raises TautError, which begins with ``where``, for the first of the ``names`` that ``owner`` does not know."""
+    for name in names:
+        if name not in known:
+            raise TautError(f"{where}: {owner} has no {noun} {name!r}: {nearest(name, known)}")
 
 
 def _has_id(value: object, key: str) -> bool:
     return isinstance(value, type) and vars(value).get("id") == key
 
 
-METHODS = Registry("method", "taut.methods", "taut.methods", KINDS)
-TASKS = Registry("task", "taut.evaluation.tasks", "taut.tasks")
+METHODS = Registry("method", "taut.methods", "taut.methods", "Knobs", "knob", KINDS)
+TASKS = Registry("task", "taut.evaluation.tasks", "taut.tasks", "Options", "option")
+
+
+def check_task(content: dict[str, Any]) -> None:
+    """Check a task given by its ``name`` and options. Raises TautError for a wrong name, of the task or an option."""
+    key = TASKS.resolve(content["name"])
+    TASKS.check_names(key, [name for name in content if name != "name"], f"task {key}")
 
 
 def list_methods(kind: str | None = None) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Strict reading of YAML files that users write. Errors name the wrong key and the nearest valid one."""
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -9,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from taut.core.errors import TautError, nearest
+from taut.core.registry import check_names
 
 Options = TypeVar("Options", bound=BaseModel)
 
@@ -36,18 +36,7 @@ class Strict(BaseModel):
         try:
             return cls(**content)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(step) for step in first["loc"])
-            text = _words(first)
-            value = "" if first["type"] in ("value_error", "missing") else f" = {first['input']!r}"
-            raise TautError(f"{source}: {key}{value}: {text}" if key else f"{source}: {text}") from None
-
-
-def check_names(model: type[BaseModel], names: Iterable[str], where: str, owner: str, noun: str) -> None:
-    """Raises TautError for a name that is not a field of ``model``; see ``parse_options``."""
-    for name in names:
-        if name not in model.model_fields:
-            raise TautError(f"{where}: {owner} has no {noun} {name!r}: {nearest(name, model.model_fields)}")
+            raise TautError(f"{source}: {first_problem(error)}") from None
 
 
 def parse_options(model: type[Options], values: dict[str, Any], where: str, owner: str, noun: str) -> Options:
@@ -56,21 +45,30 @@ def parse_options(model: type[Options], values: dict[str, Any], where: str, owne
     Raises TautError in one line that begins with ``where``. For an unknown ``noun`` (knob, option) it names the nearest
     one; for a wrong value it says what was expected.
     """
-    check_names(model, values, where, owner, noun)
+    check_names(model.model_fields, values, where, owner, noun)
     try:
         return model(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(step) for step in first["loc"])
-        subject = f"{key} = {first['input']!r}" if key else owner
-        raise TautError(f"{where}: {subject}: {_words(first)}") from None
+        raise TautError(f"{where}: {first_problem(error, owner)}") from None
 
 
-def _words(problem: Any) -> str:
-    """What pydantic says is wrong, without its prefix. For a mistyped choice, the nearest one."""
+def first_problem(error: ValidationError, subject: str = "") -> str:
+    """The first thing that is wrong, in one line: the key, its value and what was expected.
+
+    ``subject`` stands for the key where the whole is wrong. For a mistyped choice the line names the nearest one.
+    """
+    problem = error.errors()[0]
+    key = ".".join(str(step) for step in problem["loc"])
+    words = problem["msg"]
     if problem["type"] == "literal_error" and isinstance(problem["input"], str):
-        return nearest(problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
-    return problem["msg"].removeprefix("Value error, ")
+        words = nearest(problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
+    elif problem["type"] in ("value_error", "assertion_error"):
+        # The message as our validator wrote it, without what pydantic puts in front.
+        words = str(problem["ctx"]["error"])
+    # The value of a whole mapping would hide what is said about one of its keys.
+    if key and problem["type"] != "missing" and not isinstance(problem["input"], dict):
+        key += f" = {problem['input']!r}"
+    return f"{key or subject}: {words}" if key or subject else words
 
 
 def read_yaml(path: Path, what: str) -> Any:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from taut.core.cost import Cost
 from taut.core.errors import TautError
+from taut.core.registry import check_names
 from taut.core.site import AttentionSite, LinearSite, MemorySite, Site, TableSite
-from taut.core.strict import check_names, parse_options
+from taut.core.strict import parse_options
 from taut.methods.part import LinearPart, Part, TablePart
 from taut.methods.store import Knobs, Store
 
@@ -76,7 +77,7 @@ class Method(ABC):
             raise TautError(f"{where}: {cls.id} has no dial, so it takes no keep")
         if keep is not None and cls.dial in knobs:
             raise TautError(f"{where}: give keep or {cls.dial}, not both")
-        check_names(cls.Knobs, knobs, where, cls.id, "knob")
+        check_names(cls.Knobs.model_fields, knobs, where, cls.id, "knob")
         default = None if cls.dial is None else cls.Knobs.model_fields[cls.dial].get_default()
         if keep is None and cls.dial is not None and knobs.get(cls.dial, default) is None:
             raise TautError(f"{where}: {cls.id}: give keep or {cls.dial}")

@@ -50,9 +50,8 @@ def write(
     Each is written if it is given. Raises TautError if the ledger is empty or a file cannot be written.
     """
     ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+    ledger.check_not_empty()
     records, damaged = ledger.records(), ledger.damaged()
-    if not records and not damaged:
-        raise TautError(f"{ledger.path}: no records found; run `taut compare` first or name another ledger")
     rows = Comparison(summary(records))
     if figures is not None:
         save_figures(rows, figures)

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from taut.core.errors import TautError
 from taut.core.table import clip
 from taut.retrieval.codes import Code, code_named
-from taut.surgery.apply import whole_folder
+from taut.retrieval.facts import FACTS, FORMAT, read_facts
+from taut.surgery.folders import whole_folder
 
-FORMAT = 1
-FACTS, TENSORS, TEXTS = "index.json", "index.safetensors", "documents.json"
+TENSORS, TEXTS = "index.safetensors", "documents.json"
 ROWS_AT_ONCE = 1 << 14
 QUERIES_AT_ONCE = 1 << 8
 """Together they bound the memory of a search beside the index: 16 MB of scores, and the work on one block of rows."""
@@ -194,12 +194,8 @@ class Index:
     def load(cls, folder: str | Path) -> Self:
         """Load what ``save`` wrote, exact to the bit. Raises TautError for a folder that is no index or is damaged."""
         folder = Path(folder)
-        if not (folder / FACTS).is_file():
-            raise TautError(f"{folder}: no {FACTS} found; expected a folder that `taut index` or Index.save wrote")
+        facts = read_facts(folder)
         try:
-            facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-            if facts["format"] != FORMAT:
-                raise TautError(f"{folder}: an index of format {facts['format']}; this taut reads format {FORMAT}")
             # Copy the tensors: in the file they may be unaligned, and alignment changes how a product is rounded.
             tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}
             texts = json.loads((folder / TEXTS).read_text(encoding="utf-8")) if (folder / TEXTS).is_file() else ()

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from taut.core.errors import TautError
 from taut.core.record import Record
+from taut.core.strict import first_problem
 
 UNREADABLE_LEASE_SECONDS = 10.0
 """A lease is first created, then filled. If it is still unreadable after this time, its process is taken to be gone."""
@@ -43,6 +44,11 @@ class Ledger:
     def damaged(self) -> list[tuple[Path, str]]:
         """The files that do not hold a record of this version, each with the reason."""
         return [(path, record) for path, record in self._read("*.json") if isinstance(record, str)]
+
+    def check_not_empty(self) -> None:
+        """Raises TautError for a ledger without any file, readable or damaged."""
+        if not any(self.path.glob("*.json")):
+            raise TautError(f"{self.path}: no records found; run `taut compare` first or name another ledger")
 
     def has(self, key: str) -> bool:
         """Whether this trial has a readable record."""
@@ -145,8 +151,7 @@ def _check(text: str) -> Record | str:
     try:
         return Record.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}"
+        return first_problem(error, "content")
 
 
 def _holder(path: Path) -> str | None:

@@ -29,8 +29,6 @@ from taut.studies.study import Study
 
 INTERRUPTED = 130
 LONGEST_REASON = 400
-DEFAULTS: dict[str, Any] = {"tasks": ("docs_retrieval", "agreement"), "measure": {"latency": {"decode": 16}}}
-"""Tasks and measurements of a study made from arguments. The tasks fit every model that reads text."""
 
 log = logging.getLogger("taut")
 
@@ -124,37 +122,12 @@ class Outcome:
         }
 
 
-def compare(
-    study: str | Path,
-    recipes: Sequence[str] = (),
-    *,
-    ledger: str | Path | None = None,
-    only: Sequence[str] = (),
-    device: str | None = None,
-    threads: int | None = None,
-    view: Display | None = None,
-    **options: Any,
-) -> Outcome:
-    """Run a study's YAML file, or one model with ``recipes`` and ``options`` (tasks, seeds, measure, limits, name).
-
-    ``only`` keeps these recipes and the two controls. ``device`` and ``threads`` replace those of the study. The
-    ledger is ``runs/NAME`` by default. Raises TautError for wrong input.
-    """
-    if Path(study).suffix in (".yaml", ".yml"):
-        if extra := [*recipes, *options]:
-            raise TautError(f"{study}: a study's file says what to compare; leave out {extra[0]!r}")
-        chosen = Study.load(study)
-    elif not recipes:
-        raise TautError(
-            f"{study}: give the recipes to compare, for example --recipes light, or the YAML file of a study"
-        )
-    else:
-        chosen = Study.from_arguments(str(study), recipes, **DEFAULTS | options)
-    chosen = chosen.narrowed(only, device, threads)
-    # Imported late, because it imports torch and transformers: wrong input fails before that.
+def compare(study: Study, ledger: Ledger, view: Display | None = None) -> Outcome:
+    """Run a study with ``taut.studies.trial``; see ``run``."""
+    # Imported late, because it imports torch and transformers.
     from taut.studies.trial import Trial
 
-    return run(chosen, Ledger(ledger or Path("runs") / chosen.name), Trial, view)
+    return run(study, ledger, Trial, view)
 
 
 def run(study: Study, ledger: Ledger, prepare: Prepare, view: Display | None = None) -> Outcome:

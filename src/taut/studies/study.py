@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from taut.core.errors import TautError, nearest
-from taut.core.recipe import Entry, Recipe, shipped
-from taut.core.registry import METHODS, TASKS
+from taut.core.recipe import Recipe, shipped
+from taut.core.registry import check_task
 from taut.core.slot import SLOTS
 from taut.core.spec import TrialSpec
 from taut.core.strict import Strict, kind, read_yaml
@@ -21,6 +21,9 @@ IDENTITY: dict[str, Any] = {
     slot: {"method": "identity"} for slot in ("embedding", "projection", "attention", "feedforward")
 }
 """The control of every study. It leaves out the memory slot, because an encoder has none."""
+
+DEFAULTS: dict[str, Any] = {"tasks": ("docs_retrieval", "agreement"), "measure": {"latency": {"decode": 16}}}
+"""Tasks and measurements of a study made from arguments. The tasks fit every model that reads text."""
 
 UNITS = {"": 1, "B": 1} | {f"{p}B": 10 ** (3 * n) for n, p in enumerate("KMGT", 1)}
 UNITS |= {f"{p}IB": 2 ** (10 * n) for n, p in enumerate("KMGT", 1)}
@@ -58,7 +61,7 @@ class Limits(Strict):
             return value
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
         if match is None or match[2].upper() not in UNITS:
-            raise ValueError(f"{value!r} is not an amount of memory such as 8GB or 512MiB")
+            raise ValueError("expected an amount of memory such as 8GB or 512MiB")
         return int(float(match[1]) * UNITS[match[2].upper()])
 
 
@@ -114,6 +117,22 @@ class Study(Strict):
         if isinstance(content.get("models"), str):
             content["models"] = (content["models"],)
         return cls.checked(content | {"source": source}, source)
+
+    @classmethod
+    def read(cls, source: str | Path, recipes: Sequence[str] = (), **options: Any) -> "Study":
+        """Read a YAML file, or make a study of one model with ``recipes`` and ``options``; see ``from_arguments``.
+
+        Raises TautError for wrong input, for a model without recipes, and for recipes or options beside a file.
+        """
+        if Path(source).suffix in (".yaml", ".yml"):
+            if extra := [*recipes, *options]:
+                raise TautError(f"{source}: a study's file says what to compare; leave out {extra[0]!r}")
+            return cls.load(source)
+        if not recipes:
+            raise TautError(
+                f"{source}: give the recipes to compare, for example --recipes light, or the YAML file of a study"
+            )
+        return cls.from_arguments(str(source), recipes, **DEFAULTS | options)
 
     @classmethod
     def from_arguments(
@@ -225,7 +244,7 @@ def _choice(value: Any, where: str, base: Path | None) -> Choice:
     if isinstance(value, str):
         neighbour = base / value if base else Path(value)
         try:
-            recipe = Recipe.load(neighbour if neighbour.is_file() else value)
+            recipe = Recipe.load(neighbour if neighbour.is_file() else value).check_methods()
         except TautError as error:
             raise TautError(f"{where}: {error}") from None
     elif value is None or isinstance(value, dict):
@@ -238,30 +257,20 @@ def _choice(value: Any, where: str, base: Path | None) -> Choice:
             raise TautError(f"{where}: expect = {expect!r}: {nearest(str(expect), ('done', 'failed'))}")
         if isinstance(heal, bool) or not isinstance(heal, int) or heal < 0:
             raise TautError(f"{where}: heal = {heal!r}: expected a number of steps such as 200")
-        recipe = Recipe.parse(slots, where)
+        recipe = Recipe.parse(slots, where).check_methods()
     else:
         raise TautError(f"{where}: expected a recipe, the name of one or {{}} for dense, not {kind(value)}")
-    for entry in recipe.entries:
-        _check_method(entry, where)
     return Choice(recipe=recipe.to_dict(), **beside_slots)
-
-
-def _check_method(entry: Entry, where: str) -> None:
-    if entry.method_id not in METHODS.ids():
-        try:
-            METHODS.get(entry.method_id)
-        except TautError as error:
-            raise TautError(f"{where}.{entry.slot}: {error}") from None
-    if entry.store is not None:
-        _check_method(entry.store, where)
 
 
 def _task(task: Any, where: str) -> dict[str, Any]:
     task = {"name": task} if isinstance(task, str) else task
     if not isinstance(task, dict) or not isinstance(task.get("name"), str):
         raise TautError(f"{where}: expected a name or a mapping with 'name', for example {{name: docs_retrieval}}")
-    if task["name"] not in TASKS.ids():
-        raise TautError(f"{where}: unknown task {task['name']!r}: {nearest(task['name'], TASKS.ids())}")
+    try:
+        check_task(task)
+    except TautError as error:
+        raise TautError(f"{where}: {error}") from None
     return dict(task)
 
 

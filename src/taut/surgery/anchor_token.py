@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from taut.core.errors import TautError
-from taut.surgery.apply import copy_companions, whole_folder
+from taut.surgery.apply import copy_companions
+from taut.surgery.folders import whole_folder
 from taut.surgery.loading import Source
 
 MEAN = "mean"

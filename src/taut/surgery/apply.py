@@ -1,10 +1,7 @@
 """Apply a recipe: to a model in memory, or from folder to folder."""
 
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from taut.core.site import Site
 from taut.methods.base import PartMethod
 from taut.surgery.align import align_tensors
 from taut.surgery.calibration import calibrate, token_batches
+from taut.surgery.folders import whole_folder
 from taut.surgery.install import Surgery, fitted, started
 from taut.surgery.loading import open_model
 from taut.surgery.plan import Plan, Step, make_plan, refuse_other_quantization
@@ -155,37 +153,3 @@ def copy_companions(source: Path, folder: Path) -> None:
         target = folder / config.relative_to(source)
         if target.parent.is_dir():
             shutil.copy2(config, target)
-
-
-@contextmanager
-def whole_folder(out: str | Path) -> Any:
-    """Yield a temporary folder beside ``out``. It is renamed to ``out`` if the block succeeds, and deleted otherwise.
-
-    Raises TautError when ``out`` exists and is not empty, or cannot be written.
-    """
-    target = Path(out).absolute()
-    check_writable(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise TautError(f"{out}: cannot write there: {error.strerror or error}") from None
-    try:
-        yield temporary
-        os.chmod(temporary, 0o755)
-        if target.is_dir():
-            target.rmdir()
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_writable(target: Path) -> None:
-    """Check, before any work is done, that an output folder can be made. Raises TautError if not."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise TautError(f"{target}: already there and not an empty folder; choose another --out")
-    parent = target.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise TautError(f"{target}: cannot write there: {parent} is not a writable folder")

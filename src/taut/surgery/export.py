@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from taut.methods.base import PartMethod
 from taut.methods.part import Part
-from taut.surgery.apply import copy_companions, surgery_of, whole_folder
+from taut.surgery.apply import copy_companions, surgery_of
+from taut.surgery.folders import whole_folder
 from taut.surgery.install import SharedHead, dense_module
 
 

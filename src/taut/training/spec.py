@@ -137,7 +137,7 @@ class TrainSpec(Strict):
     @classmethod
     def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= beta < 1 for beta in value):
-            raise ValueError(f"{value}: each must be at least 0 and below 1")
+            raise ValueError("each must be at least 0 and below 1")
         return value
 
     @model_validator(mode="after")
@@ -172,9 +172,9 @@ class TrainSpec(Strict):
             recipe = path if path.is_file() else recipe
         if recipe is not None:
             try:
-                content = content | {"recipe": Recipe.load(recipe).to_dict()}
+                content = content | {"recipe": Recipe.load(recipe).check_methods().to_dict()}
             except TautError as error:
-                raise TautError(f"{source}: recipe: {error}") from None
+                raise TautError(f"{source}: {'' if isinstance(recipe, dict) else 'recipe: '}{error}") from None
         values = {key: value for key, value in content.items() if value is not None or key != "recipe"}
         return cls.checked({key: _number(value) if key == "batch" else value for key, value in values.items()}, source)
 
