@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -148,6 +149,42 @@ def test_a_process_id_used_again_does_not_hold_a_lease(tmp_path: Path) -> None:
     (tmp_path / "ab.lease").write_text(lease_of(me.pid, me.create_time() - 1000))
     with Ledger(tmp_path).lease("ab") as holder:
         assert holder is None
+
+
+@pytest.mark.parametrize(("off", "held"), [(0.9, True), (-0.9, True), (1.1, False), (-1.1, False)])
+def test_a_start_within_a_second_is_the_same_process(tmp_path: Path, off: float, held: bool) -> None:
+    me = psutil.Process()
+    (tmp_path / "ab.lease").write_text(lease_of(me.pid, me.create_time() + off))
+    with Ledger(tmp_path).lease("ab") as holder:
+        assert holder == (f"process {me.pid} on this machine" if held else None)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"pid": 1}', '{"pid": "x", "host": "h", "start": 0}'])
+@pytest.mark.parametrize(("age", "held"), [(5.0, True), (15.0, False)])
+def test_an_unreadable_lease_counts_for_ten_seconds(tmp_path: Path, text: str, age: float, held: bool) -> None:
+    path = tmp_path / "ab.lease"
+    path.write_text(text)
+    os.utime(path, (time.time() - age,) * 2)
+    with Ledger(tmp_path).lease("ab") as holder:
+        assert holder == ("a runner that is just starting" if held else None)
+    assert path.exists() == held
+
+
+def test_records_come_oldest_first(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for seed, day in ((0, 3), (1, 1), (2, 2)):
+        ledger.write(record(spec(seed=seed), started=f"2026-01-0{day}"))
+    assert [one.seed for one in ledger.records()] == [1, 2, 0]
+
+
+def test_the_third_file_of_a_trial_and_drafts(tmp_path: Path) -> None:
+    ledger, again = Ledger(tmp_path), record()
+    for name in (f"{again.id}.json", f"{again.id}-2.json", ".hidden.json"):
+        (tmp_path / name).write_text("{")
+    assert ledger.write(again).name == f"{again.id}-3.json"
+    assert [path.name for path, _ in ledger.damaged()] == [f"{again.id}-2.json", f"{again.id}.json"]
+    (tmp_path / f"{again.id}-3.json").rename(tmp_path / f"{again.id}-x.json")
+    assert not ledger.has(again.id)
 
 
 def test_a_lease_of_another_machine_is_respected(tmp_path: Path) -> None:

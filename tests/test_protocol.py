@@ -199,6 +199,11 @@ def test_items_stand_for_a_value_that_is_their_mean_to_six_digits(value: float, 
     assert (told.low is not None) == paired
 
 
+def test_items_that_give_neither_value_are_not_compared() -> None:
+    told = gaps(scored("dense", ITEMS, value=7.0), scored("x", ITEMS, value=8.0))["x"]
+    assert (told.value, told.low, told.word) == (1.0, None, UNKNOWN)
+
+
 def test_a_mean_of_zero_is_a_mean() -> None:
     items = [-1.0, 1.0, -2.0, 2.0]
     told = gaps(scored("dense", items), scored("x", items, value=5e-10))["x"]

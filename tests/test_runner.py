@@ -307,6 +307,87 @@ def test_a_run_outside_the_main_thread_works(tmp_path: Path) -> None:
     assert len(outcomes[0].records) == 6
 
 
+@pytest.mark.parametrize(
+    ("done", "expected", "failed", "fields", "sentence", "code"),
+    [
+        (3, 0, 0, {}, "3 trials: 3 done", 0),
+        (1, 1, 0, {}, "2 trials: 1 done, 1 failed as expected", 0),
+        (1, 1, 2, {}, "4 trials: 1 done, 1 failed as expected, 2 failed", 1),
+        (1, 0, 0, {"refused": 2}, "3 trials: 1 done, 2 refused for memory", 1),
+        (1, 0, 0, {"elsewhere": 1}, "2 trials: 1 done, 1 left to another runner", 0),
+        (2, 0, 0, {"skipped": 2}, "2 trials: 2 done (2 were in the ledger already)", 0),
+        (1, 0, 1, {"interrupted": True, "open": 3}, "5 trials: 1 done, 1 failed, 3 not finished", 130),
+        (0, 0, 0, {"elsewhere": 1, "open": 1}, "2 trials: 1 left to another runner, 1 not finished", 0),
+    ],
+)
+def test_how_a_run_ended_in_one_line(
+    done: int, expected: int, failed: int, fields: dict, sentence: str, code: int
+) -> None:
+    spec = STUDY.trials()[0]
+    records = [record() for _ in range(done)]
+    for count, expect in ((expected, "failed"), (failed, "done")):
+        trial = spec.model_copy(update={"expect": expect})
+        records += [trial.record("failed", reason="why") for _ in range(count)]
+    pairs = {name: [(spec, "why")] * fields.get(name, 0) for name in ("elsewhere", "refused")}
+    outcome = runner.Outcome(
+        "s",
+        Path("l"),
+        len(records) + fields.get("elsewhere", 0) + fields.get("refused", 0) + fields.get("open", 0),
+        records,
+        skipped=[spec] * fields.get("skipped", 0),
+        interrupted=fields.get("interrupted", False),
+        **pairs,
+    )
+    assert (outcome.sentence(), outcome.exit_code, len(outcome.unexpected)) == (sentence, code, failed)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (89.4, "89 s"), (90, "2 min"), (150, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (9000, "2.5 h")],
+)
+def test_durations_as_people_read_them(seconds: float, text: str) -> None:
+    assert runner._duration(seconds) == text
+
+
+def test_numbers_of_the_run_as_people_read_them() -> None:
+    assert [runner._number(value) for value in (None, 0.0, 0.123456, 1234.56)] == ["n/a", "0", "0.1235", "1235"]
+    assert [runner._gigabytes(size) for size in (0, 1.25e9, 1e12)] == ["0.0 GB", "1.2 GB", "1000.0 GB"]
+
+
+@pytest.mark.parametrize(("length", "shown"), [(400, 400), (401, 400), (5000, 400)])
+def test_a_long_reason_ends_in_dots(length: int, shown: int) -> None:
+    text = runner._one_line(TautError("x" * length))
+    assert (len(text), text[-1]) == (shown, "x" if length <= 400 else "…")
+
+
+def test_a_trial_may_need_all_that_its_limit_allows(tmp_path: Path) -> None:
+    limited = STUDY.model_copy(update={"limits": STUDY.limits.model_copy(update={"ram": 3_000_000})})
+    outcome, output = run(tmp_path, Fake(need={"r1": 3e6, "r2": 3_000_001.0}), limited)
+    assert [spec.recipe_name for spec, _ in outcome.refused] == ["r2"]
+    assert outcome.refused[0][1] == "needs about 0.0 GB, and 0.0 GB is the limit of the study"
+    assert "5 trials to run, about 8 s and 0.0 GB of memory" in output, "what fails needs no time"
+
+
+def test_the_largest_need_is_told_and_what_is_there_already(tmp_path: Path) -> None:
+    free = runner.free_memory()
+    fake = Fake(need={"r1": free / 4, "r2": free / 3, "r3": 1.0})
+    _, output = run(tmp_path, fake, STUDY.narrowed(["r1"]))
+    assert f"3 trials to run, about 6 s and {free / 4e9:.1f} GB of memory" in output
+    _, output = run(tmp_path, fake, STUDY.narrowed(["r1", "r2", "r3"]))
+    assert f"2 trials to run, 3 more in the ledger, about 4 s and {free / 3e9:.1f} GB of memory" in output
+
+
+def test_a_study_of_controls_alone_and_one_working_recipe_are_enough(tmp_path: Path) -> None:
+    class One(Fake):
+        def validate(self, spec: TrialSpec) -> str | None:
+            return "fits nothing" if spec.recipe_name in ("r1", "r2", "fails") else None
+
+    outcome, _ = run(tmp_path / "one", One())
+    assert [one.recipe_name for one in outcome.unexpected] == ["r1", "r2"]
+    outcome, _ = run(tmp_path / "controls", study=Study.parse({"models": ["m"]}))
+    assert outcome.sentence() == "2 trials: 2 done"
+
+
 def test_the_outcome_is_json(tmp_path: Path) -> None:
     outcome, _ = run(tmp_path)
     content = json.loads(json.dumps(outcome.to_dict()))

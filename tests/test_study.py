@@ -135,6 +135,67 @@ def test_recipe_files_lie_beside_the_study(tmp_path: Path) -> None:
     assert study.recipes["own"].recipe["embedding"]["keep"] == 0.25
 
 
+def test_what_a_study_is_without_a_word_about_it() -> None:
+    study = Study.parse({"models": "m", "measure": {"latency": {}}})
+    assert (study.name, study.models, study.seeds, study.tasks) == ("study", ("m",), (0,), ())
+    assert (study.text, study.device, study.dtype) == ("builtin", "cpu", "float32")
+    assert (study.limits.ram, study.limits.seconds) == (None, None)
+    assert study.measure.model_dump() == {
+        "latency": {"batch": 1, "length": 128, "repeats": 20, "threads": None, "decode": 0},
+        **{"memory": False, "energy": False},
+    }
+    assert study.recipes["dense"].model_dump() == {"recipe": {}, "expect": "done", "heal": 0}
+    assert set(IDENTITY) == {"embedding", "projection", "attention", "feedforward"}
+
+
+def test_healing_is_part_of_a_trial() -> None:
+    recipes = {f"h{heal}": {"embedding": "low_rank", "heal": heal} for heal in (0, 100, 200)}
+    trials = {one.recipe_name: one for one in Study.parse({"models": ["m"], "recipes": recipes}).trials()}
+    assert [trials[name].heal for name in recipes] == [0, 100, 200]
+    assert len({trials[name].id for name in recipes}) == 3
+    for wrong in (-1, True, "many", 1.5):
+        with pytest.raises(TautError, match="heal"):
+            Study.parse({"models": ["m"], "recipes": {"x": {"embedding": "low_rank", "heal": wrong}}})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("3", 3),
+        ("3b", 3),
+        ("3KB", 3e3),
+        ("3MB", 3e6),
+        ("3GB", 3e9),
+        ("3KiB", 3 * 2**10),
+        ("3GiB", 3 * 2**30),
+        ("3TiB", 3 * 2**40),
+    ],
+)
+def test_every_unit_of_memory(text: str, size: float) -> None:
+    assert Study.parse({"models": ["m"], "limits": {"ram": text}}).limits.ram == size
+    assert Study.parse({"models": ["m"], "limits": {"ram": 7}}).limits.ram == 7
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("at", [0, 50_000, -1])
+def test_a_fingerprint_sees_every_part_of_a_small_file(tmp_path: Path, name: str, at: int) -> None:
+    """64 blocks of 4096 bytes overlap in a file of 100,000 bytes, so that one changed byte anywhere shows."""
+    content = bytearray(100_000)
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder.json").mkdir()
+    before = fingerprint(str(tmp_path))
+    assert len(before) == 16
+    content[at] = 1
+    (tmp_path / name).write_bytes(content)
+    changed = fingerprint(str(tmp_path))
+    (tmp_path / name).write_bytes(bytes(100_001))
+    longer = fingerprint(str(tmp_path))
+    (tmp_path / name).write_bytes(bytes(100_000))
+    (tmp_path / name).rename(tmp_path / f"other_{name}")
+    assert len({before, changed, longer, fingerprint(str(tmp_path))}) == 4
+    assert fingerprint(str(tmp_path / "nothing")) is None
+
+
 @pytest.mark.parametrize(("text", "size"), [("512MiB", 512 * 2**20), ("1.5gb", 1.5e9), ("100", 100), ("2 TB", 2e12)])
 def test_amounts_of_memory(text: str, size: float) -> None:
     assert Study.parse({"models": ["m"], "limits": {"ram": text}}).limits.ram == size
