@@ -40,6 +40,8 @@ test-lowest:  ## the contract on the oldest transformers we promise
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/basedpyright
 	$(BIN)/python docs/generate.py --check
 	@wc -l $$(git ls-files 'src/*.py') | awk '$$1 > 400 && $$2 != "total" {print "advice: over 400 lines: " $$2 " (" $$1 ")"}'
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from taut.api.sources import (
     RecipeLike,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from taut.healing.settings import HealingChoices, HealingOptions
     from taut.measurement.count import Footprint
     from taut.surgery.plan import Plan
     from taut.surgery.tune import Tuning
@@ -61,7 +62,7 @@ def apply(
     exclude: Sequence[str] = (),
     batches: "Iterable[dict[str, torch.Tensor]]" = (),
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    heal: int | dict[str, Any] = 0,
+    heal: "int | HealingOptions" = 0,
     dtype: "str | torch.dtype | None" = None,
     device: str = "cpu",
     seed: int = 0,
@@ -97,20 +98,24 @@ def apply(
         return model
     source = resolve(model)
     prepared = prepare(source, chosen, dtype=dtype)
-    options = {"device": device, "seed": seed, "progress": progress}
     texts = read_texts(text, exclude)
     if heal:
         from taut.healing.heal import compress_and_heal
 
-        # The state lies beside the output, under a name that the next run with the same --out finds.
-        options |= {
-            "text": str(text),
-            "healing": healing,
-            "state": out and Path(out).with_name(f".{Path(out).name}.heal"),
-        }
-        compressed = compress_and_heal(prepared, texts, heal, **options)
+        compressed = compress_and_heal(
+            prepared,
+            texts,
+            heal,
+            device=device,
+            seed=seed,
+            text=str(text),
+            # Beside the output, under a name that the next run with the same --out finds.
+            state=None if out is None else Path(out).with_name(f".{Path(out).name}.heal"),
+            progress=progress,
+            healing=healing,
+        )
     else:
-        compressed = surgery.compress(prepared, texts, **options)
+        compressed = surgery.compress(prepared, texts, device=device, seed=seed, progress=progress)
     if out is not None:
         surgery.save(compressed, out, source.folder)
     return compressed
@@ -122,12 +127,12 @@ def heal(
     texts: Iterable[str] = (),
     steps: int = 200,
     *,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     batches: "Sequence[dict[str, torch.Tensor]]" = (),
     state: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    **choices: Any,
+    **choices: "Unpack[HealingChoices]",
 ) -> dict[str, Any]:
     """Train what a recipe installed in ``model``, in place, to answer as ``original`` does.
 
@@ -135,10 +140,10 @@ def heal(
     with their ``tokenizer``, or ``batches`` of model inputs. With the folder ``state``, repeating the call continues
     an interrupted run. ``choices``: see ``taut.healing.settings``. Raises TautError for wrong input.
     """
-    from taut.healing.heal import heal as train
+    from taut.healing.heal import heal as run
 
     chosen = {"steps": steps, "seed": seed, **choices}
-    return train(model, original, texts, chosen, tokenizer=tokenizer, batches=batches, state=state, progress=progress)
+    return run(model, original, texts, chosen, tokenizer=tokenizer, batches=batches, state=state, progress=progress)
 
 
 def train(

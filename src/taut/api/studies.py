@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from taut.api.sources import check_models, read_dtype, use_threads
 from taut.core.progress import Progress
@@ -11,7 +11,7 @@ from taut.core.registry import METHODS, check_task
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from taut.evaluation.effective_context import Contexts
     from taut.studies.ledger import Ledger
@@ -23,7 +23,7 @@ def evaluate(
     task: str,
     *,
     data: str | Path | None = None,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     reference: "str | Path | PreTrainedModel | None" = None,
     seed: int = 0,
     device: str = "cpu",
@@ -59,12 +59,21 @@ def context(
     models: "Sequence[str | Path | PreTrainedModel] | str | Path | PreTrainedModel",
     data: str | Path = "python_topics",
     *,
-    tokenizer: Any = None,
+    split: str | None = None,
+    limit: int | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    shortest: int = 64,
+    step: int = 64,
+    longest: int = 512,
+    hardest: float = 0.1,
+    threshold: float = 0.01,
+    positions: int = 1000,
+    batch_size: int = 32,
+    cached: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     dtype: "str | torch.dtype | None" = None,
     progress: Progress | None = None,
-    **options: Any,
 ) -> "Contexts":
     """Measure how much of their context models use: relative effective context length (Dai et al. 2019).
 
@@ -74,24 +83,45 @@ def context(
     the shorter context. All models must share a tokenizer; for models in memory, pass it as ``tokenizer``. Further
     options: ``positions``, ``batch_size``, ``cached``, ``split``, ``limit``. Raises TautError for wrong input.
     """
-    group = models if isinstance(models, list | tuple) else [models]
+    group = cast("Sequence[str | Path | PreTrainedModel]", models if isinstance(models, list | tuple) else [models])
     check_models(*group)
     dtype = read_dtype(dtype)
     from taut.evaluation.effective_context import context as run
 
-    chosen = {"tokenizer": tokenizer, "seed": seed, "device": device, "dtype": dtype, "progress": progress}
-    return run(group, str(data), **chosen, **options)
+    return run(
+        group,
+        str(data),
+        split=split,
+        limit=limit,
+        tokenizer=tokenizer,
+        shortest=shortest,
+        step=step,
+        longest=longest,
+        hardest=hardest,
+        threshold=threshold,
+        positions=positions,
+        batch_size=batch_size,
+        cached=cached,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )
 
 
 def measure(
     model: "str | Path | PreTrainedModel",
     *,
     against: "str | Path | PreTrainedModel | None" = None,
+    batch: int = 1,
+    length: int = 128,
+    decode: int = 0,
+    repeats: int = 20,
+    threads: int | None = None,
     device: str = "cpu",
     dtype: "str | torch.dtype | None" = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
-    **options: Any,
 ) -> Measurements:
     """Measure the size, FLOPs, latency, memory and energy of a model.
 
@@ -99,10 +129,12 @@ def measure(
     ``decode``, ``repeats``, ``threads``. Raises TautError for wrong input.
     """
     check_models(model, against)
-    chosen = {"device": device, "dtype": read_dtype(dtype), "seed": seed}
+    dtype = read_dtype(dtype)
     from taut.studies.costs import measure as run
 
-    return run(model, against, options=options, **chosen, **({} if progress is None else {"report": progress}))
+    options = {"batch": batch, "length": length, "decode": decode, "repeats": repeats, "threads": threads}
+    report = progress or (lambda stage: None)
+    return run(model, against, options=options, device=device, dtype=dtype, seed=seed, report=report)
 
 
 def compare(
@@ -113,9 +145,15 @@ def compare(
     report: str | Path | None = None,
     figures: str | Path | None = None,
     only: Sequence[str] = (),
+    name: str | None = None,
+    tasks: Sequence[str | dict[str, Any]] | None = None,
+    seeds: Sequence[int] | None = None,
+    measure: dict[str, Any] | None = None,
+    limits: dict[str, Any] | None = None,
+    text: str | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     device: str | None = None,
     threads: int | None = None,
-    **options: Any,
 ) -> "Outcome":
     """Run the trials of a study that the ledger does not hold yet, and draw the report.
 
@@ -127,6 +165,8 @@ def compare(
     from taut.studies.ledger import Ledger
     from taut.studies.study import Study
 
+    fields = {"name": name, "tasks": tasks, "seeds": seeds, "measure": measure, "limits": limits, "text": text}
+    options = {field: value for field, value in {**fields, "dtype": dtype}.items() if value is not None}
     chosen = Study.read(study, recipes, **options).narrowed(only, device, threads)
     records = Ledger(ledger or Path("runs") / chosen.name)
     check_models(*(spec.model for spec in chosen.trials() if not records.has(spec.id)))

@@ -9,7 +9,7 @@ from taut.core.errors import TautError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from taut.generation.generate import Generated
     from taut.generation.prefix import Prefix
@@ -19,7 +19,7 @@ def prefix(
     model: "str | Path | PreTrainedModel",
     text: "str | torch.Tensor",
     *,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     out: str | Path | None = None,
     device: str = "cpu",
     dtype: "str | torch.dtype | None" = None,
@@ -34,7 +34,7 @@ def prefix(
     from taut.generation.prefix import read
 
     opened, tokenizer = _opened(model, tokenizer, device, dtype)
-    result = read(opened, text, tokenizer)
+    result: Prefix = read(opened, text, tokenizer)
     if out is not None:
         result.save(out)
     return result
@@ -44,7 +44,7 @@ def generate(
     model: "str | Path | PreTrainedModel",
     prompt: str,
     *,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     prefix: "str | Path | Prefix | None" = None,
     tokens: int = 128,
     temperature: float = 0.0,
@@ -68,8 +68,10 @@ def generate(
     if tokenizer is None:
         raise TautError("generate: no tokenizer beside the model; give tokenizer=")
     earlier = Prefix.load(prefix, opened) if isinstance(prefix, str | Path) else prefix
-    options = {"tokens": tokens, "temperature": temperature, "seed": seed, "on_text": on_text}
-    return run(opened, tokenizer, prompt, prefix=earlier, **options)
+    result: Generated = run(
+        opened, tokenizer, prompt, prefix=earlier, tokens=tokens, temperature=temperature, seed=seed, on_text=on_text
+    )
+    return result
 
 
 def _opened(model: Any, tokenizer: Any, device: str, dtype: Any) -> tuple[Any, Any]:

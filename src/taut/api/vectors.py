@@ -2,22 +2,24 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from taut.api.sources import check_models, check_out, read_dtype
 from taut.core.progress import Progress
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from taut.retrieval.encoder import Encoder
     from taut.retrieval.index import Index
 
+Code = Literal["float", "int8", "binary", "pq"]
+
 
 def vectors(
     model: "str | Path | PreTrainedModel",
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     pooling: str | None = None,
     max_length: int | None = None,
@@ -42,12 +44,16 @@ def index(
     documents: str | Path | Sequence[str],
     out: str | Path | None = None,
     *,
-    tokenizer: Any = None,
+    code: Code = "int8",
+    width: int | None = None,
+    rotate: bool = False,
+    bytes: int | None = None,
+    finer: Code | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     dtype: "str | torch.dtype | None" = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
-    **options: Any,
 ) -> "Index":
     """Index documents by their sentence vectors; with ``out``, also write the index to that folder.
 
@@ -62,7 +68,17 @@ def index(
 
     texts = documents_of(documents) if isinstance(documents, str | Path) else documents
     encoder = vectors(model, tokenizer, dtype=dtype, device=device, seed=seed)
-    built = encoder.index(texts, keep_texts=True, seed=seed, progress=progress, **options)
+    built = encoder.index(
+        texts,
+        code,
+        width=width,
+        rotate=rotate,
+        bytes=bytes,
+        finer=finer,
+        keep_texts=True,
+        seed=seed,
+        progress=progress,
+    )
     if out is not None:
         built.save(out)
     return built
@@ -74,7 +90,7 @@ def search(
     k: int = 10,
     *,
     model: "str | Path | PreTrainedModel | None" = None,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     dtype: "str | torch.dtype | None" = None,
     device: str = "cpu",
     candidates: int | None = None,

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def heal(
     model: PreTrainedModel,
     original: PreTrainedModel,
     texts: Iterable[str] = (),
-    choices: "int | dict[str, Any] | Healing" = 200,
+    choices: "int | Mapping[str, Any] | Healing" = 200,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     batches: Sequence[dict[str, Tensor]] = (),
@@ -110,7 +110,7 @@ def heal(
 def compress_and_heal(
     prepared: Prepared,
     texts: Iterable[str],
-    choices: "int | dict[str, Any] | Healing",
+    choices: "int | Mapping[str, Any] | Healing",
     *,
     device: str = "cpu",
     seed: int = 0,

@@ -1,6 +1,7 @@
 """The settings of healing."""
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Required, Self, TypedDict
 
 from pydantic import Field, field_validator, model_validator
 
@@ -8,6 +9,26 @@ from taut.core.strict import Strict
 from taut.healing.losses import parse_targets
 
 Trained = Literal["parts", "norms", "adapters", "body", "all"]
+
+
+class HealingChoices(TypedDict, total=False):
+    """The fields of ``Healing`` as keywords, without ``steps`` and ``seed``."""
+
+    batch: int
+    length: int
+    by: Literal["model", "layer"]
+    target: str
+    train: Trained
+    rank: int
+    learning_rate: float
+    warmup: float
+
+
+class HealingOptions(HealingChoices, total=False):
+    """The fields of ``Healing`` as a dictionary."""
+
+    steps: Required[int]
+    seed: int
 
 
 class Healing(Strict):
@@ -54,12 +75,12 @@ class Healing(Strict):
         return self
 
     @classmethod
-    def parse(cls, choices: "int | dict[str, Any] | Healing", seed: int = 0) -> "Healing":
+    def parse(cls, choices: "int | Mapping[str, Any] | Healing", seed: int = 0) -> "Healing":
         """Parse a number of steps, or settings by name. ``seed`` is the default of theirs.
 
         Raises TautError that names the wrong setting.
         """
         if isinstance(choices, Healing):
             return choices
-        values = choices if isinstance(choices, dict) else {"steps": choices}
-        return cls.checked({"seed": seed} | values, "heal")
+        values = choices if isinstance(choices, Mapping) else {"steps": choices}
+        return cls.checked({"seed": seed, **values}, "heal")
