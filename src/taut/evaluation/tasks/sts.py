@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
-from scipy.stats import rankdata
+from scipy.stats import rankdata, zscore
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taut import data
@@ -87,9 +87,7 @@ def rank_products(predicted: Sequence[float], gold: Sequence[float]) -> list[flo
 
     Their mean is Spearman's correlation. All are 0 if one side is constant, because it then has no order.
     """
-    ranks = [rankdata(values) for values in (predicted, gold)]
-    deviations = [values.std() for values in ranks]
-    if min(deviations) == 0:
+    ranks = rankdata([predicted, gold], axis=1)
+    if min(ranks.std(axis=1)) == 0:
         return [0.0] * len(gold)
-    standard = [(values - values.mean()) / deviation for values, deviation in zip(ranks, deviations, strict=True)]
-    return (standard[0] * standard[1]).tolist()
+    return zscore(ranks, axis=1).prod(axis=0).tolist()
