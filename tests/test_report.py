@@ -252,7 +252,7 @@ def test_the_terminal_table_has_words_and_reasons() -> None:
     stream = io.StringIO()
     rows = summary([*quickstart(), record(spec("[bold]odd", {"embedding": {"method": "odd"}}))])
     (table,) = Comparison(rows).tables()
-    Console(file=stream, width=200).print(terminal(table, ruled=True))
+    Console(file=stream, width=200).print(terminal(table, 200, ruled=True))
     text = stream.getvalue()
     for expected in ("local attention", "1.21× slower", "38% smaller", "within noise", "[bold]odd"):
         assert expected in text

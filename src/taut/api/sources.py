@@ -31,6 +31,20 @@ def check_out(out: str | Path | None) -> None:
         check_writable(Path(out).absolute())
 
 
+def model_names() -> list[str]:
+    """The models that have a name on this machine."""
+    from taut.surgery.folders import named_models
+
+    return named_models()
+
+
+def data_names() -> tuple[str, ...]:
+    """The data that can be named without a path."""
+    from taut.data import names
+
+    return names()
+
+
 def read_recipe(recipe: RecipeLike) -> Recipe:
     """The recipe, its methods and knobs checked by name. Raises TautError for anything unknown."""
     return Recipe.load(recipe).check_methods()

@@ -7,6 +7,7 @@ import typer
 
 import taut
 from taut.api.sources import use_threads
+from taut.cli import completion
 from taut.cli.app import app
 from taut.cli.options import Device, Dtype, Json, Model, RecipeName, Seed, Threads, finish, pairs
 from taut.core.errors import TautError
@@ -15,7 +16,12 @@ from taut.core.slot import KINDS
 
 @app.command()
 def methods(
-    kind: Annotated[str | None, typer.Argument(metavar="KIND", help=f"list only this kind: {', '.join(KINDS)}")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="KIND", help=f"list only this kind: {', '.join(KINDS)}", autocompletion=completion.kinds
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the methods with what they do, their sources and their knobs."""
@@ -36,7 +42,7 @@ def plan(
     from taut.cli import tables
 
     result = taut.plan(model, recipe, length)
-    finish(as_json, result.to_dict(), lambda: tables.show(result.table(), wide="method"))
+    finish(as_json, result.to_dict(), lambda: tables.show(result.table()))
 
 
 @app.command()
@@ -47,7 +53,8 @@ def apply(
     text: Annotated[
         str,
         typer.Option(
-            help="text to calibrate and heal with: builtin, none, a file, or names: wikitext2:train,sst2:train"
+            help="text to calibrate and heal with: builtin, none, a file, or names: wikitext2:train,sst2:train",
+            autocompletion=completion.data,
         ),
     ] = "builtin",
     exclude: Annotated[

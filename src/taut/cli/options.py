@@ -7,14 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
+from taut.cli import completion
 from taut.core.errors import TautError
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="folder, Hub id, 'minilm' or scratch spec")]
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file or shipped recipe")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="folder, Hub id, 'minilm' or scratch spec", autocompletion=completion.models),
+]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="YAML file or shipped recipe", autocompletion=completion.recipes)
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout; logs on stderr")]
 Seed = Annotated[int, typer.Option(help="seed of all random numbers")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's own")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16, float16; default: the checkpoint's own", autocompletion=completion.dtypes),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="processor threads; default: all")]
 
 

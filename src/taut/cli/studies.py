@@ -7,6 +7,7 @@ import typer
 
 import taut
 from taut.api.sources import use_threads
+from taut.cli import completion
 from taut.cli.app import app
 from taut.cli.options import Device, Dtype, Json, Model, Seed, Threads, finish, pairs, without_none
 
@@ -16,10 +17,18 @@ def evaluate(
     model: Model,
     task: Annotated[
         str,
-        typer.Option(help="task to run: docs_retrieval, sts, perplexity, agreement, classify, ...; see docs"),
+        typer.Option(
+            help="task to run: docs_retrieval, sts, perplexity, agreement, classify, ...; see docs",
+            autocompletion=completion.tasks,
+        ),
     ],
-    data: Annotated[str | None, typer.Option(help="file or named data set; default: the task's own")] = None,
-    reference: Annotated[str | None, typer.Option(help="the original MODEL, for agreement")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="file or named data set; default: the task's own", autocompletion=completion.data),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="the original MODEL, for agreement", autocompletion=completion.models)
+    ] = None,
     option: Annotated[list[str] | None, typer.Option(help="more options of the task, key=value")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -50,8 +59,13 @@ def evaluate(
 
 @app.command()
 def context(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="models to compare, all with one tokenizer")],
-    data: Annotated[str, typer.Option(help="file or named text")] = "python_topics",
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="models to compare, all with one tokenizer", autocompletion=completion.models
+        ),
+    ],
+    data: Annotated[str, typer.Option(help="file or named text", autocompletion=completion.data)] = "python_topics",
     shortest: Annotated[int, typer.Option(min=1, help="shortest context, in tokens")] = 64,
     step: Annotated[int, typer.Option(min=1, help="tokens to add at each step")] = 64,
     longest: Annotated[int, typer.Option(min=1, help="longest context, in tokens")] = 512,
@@ -93,7 +107,10 @@ def context(
 @app.command()
 def measure(
     model: Model,
-    against: Annotated[str | None, typer.Option(help="another MODEL, for interleaved latency ratios")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="another MODEL, for interleaved latency ratios", autocompletion=completion.models),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1)] = 1,
     length: Annotated[int, typer.Option(min=1, help="tokens of the prompt or sentence")] = 128,
     decode: Annotated[int, typer.Option(min=0, help="tokens to decode (decoders)")] = 32,
@@ -127,15 +144,26 @@ def measure(
 
 @app.command()
 def compare(
-    study: Annotated[str, typer.Argument(metavar="STUDY|MODEL", help="YAML file of a study, or a MODEL")],
-    recipes: Annotated[list[str] | None, typer.Option(help="with MODEL: recipe files, names, or a shipped set")] = None,
+    study: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDY|MODEL", help="YAML file of a study, or a MODEL", autocompletion=completion.models
+        ),
+    ],
+    recipes: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="with MODEL: recipe files, names, or a shipped set", autocompletion=completion.recipes_and_sets
+        ),
+    ] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", hidden=True)] = None,
     ledger: Annotated[Path | None, typer.Option(help="folder of records; default: runs/STUDY")] = None,
     report: Annotated[Path, typer.Option(help="page to write")] = Path("report.html"),
     figures: Annotated[Path | None, typer.Option(help="also write the figures as PNG files into this folder")] = None,
     only: Annotated[list[str] | None, typer.Option(help="run only these recipes of the study")] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="with MODEL: the tasks; default: docs_retrieval, agreement")
+        list[str] | None,
+        typer.Option(help="with MODEL: the tasks; default: docs_retrieval, agreement", autocompletion=completion.tasks),
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="with MODEL: seeds")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the study's own")] = None,

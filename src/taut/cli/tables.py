@@ -1,10 +1,10 @@
 """Prints tables and progress for people. Progress goes to stderr, results to stdout."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from rich.console import Console
@@ -19,11 +19,13 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from taut.core.table import Table
 from taut.reporting.tables import terminal
 
-OUT = Console(width=None if sys.stdout.isatty() else 120)
+OUT = Console()
+"""As wide as the terminal. Without one, as the variable COLUMNS says, else 80."""
 ERR = Console(stderr=True)
 
 
@@ -77,11 +79,18 @@ def status(label: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: line.update(task, description=escape(text))
 
 
-def show(table: Table, *, wide: str = "", ruled: bool = False) -> None:
-    """Print a table, then its notes; see ``taut.reporting.tables.terminal`` for the options."""
-    OUT.print(terminal(table, wide=wide, ruled=ruled))
+def show(table: Table, *, ruled: bool = False) -> None:
+    """Print a table, then its notes. ``ruled`` is for cells of two lines."""
+    OUT.print(terminal(table, OUT.width, ruled=ruled), overflow="ignore", crop=False)
     for note in table.notes:
-        OUT.print(note, markup=False, highlight=False, soft_wrap=True)
+        say(note)
+
+
+def say(text: str, style: str = "") -> None:
+    """Print prose: in lines of whole words on a terminal, as one line in a pipe."""
+    if OUT.is_terminal:
+        text = fill(text, OUT.width, break_long_words=False, break_on_hyphens=False)
+    OUT.print(Text(text, style), soft_wrap=True)
 
 
 def methods(rows: list[dict[str, Any]]) -> None:
@@ -90,21 +99,20 @@ def methods(rows: list[dict[str, Any]]) -> None:
         knobs = ", ".join(f"{name}={knob['default']}" for name, knob in row["knobs"].items())
         lines.append((row["id"], row["summary"], row["dial"] or "-", knobs))
     show(Table(("method", "what it does", "dial", "knobs"), lines))
-    OUT.print("sources and costs: docs/methods, or taut methods --json")
+    say("sources and costs: docs/methods, or taut methods --json")
 
 
 def folder(content: dict[str, Any]) -> None:
     kind = f"compressed by taut {content['taut_version']}" if content["compressed"] else "not compressed"
-    OUT.print(
-        f"{escape(content['folder'])}: {content['model_type']} {content['architectures']}, {kind}, "
-        f"{content['file_bytes']:,} bytes",
-        highlight=False,
+    say(
+        f"{content['folder']}: {content['model_type']} {content['architectures']}, {kind}, "
+        f"{content['file_bytes']:,} bytes"
     )
     if content["compressed"]:
-        OUT.print(f"recipe: {escape(str(content['recipe']))}", highlight=False)
+        say(f"recipe: {content['recipe']}")
         if content["healed"]:
             healed = ", ".join(f"{key} {_plain(value)}" for key, value in content["healed"].items())
-            OUT.print(f"healed: {escape(healed)}", highlight=False)
+            say(f"healed: {healed}")
         lines = [[str(step[key]) for key in ("site", "method", "knobs")] for step in content["steps"]]
         show(Table(("site", "method", "knobs"), lines))
 
@@ -118,23 +126,20 @@ def contexts(result: Any) -> None:
     for place, length in enumerate(lengths[1:]):
         gains = (f"{row['gains'][place]:.4f}" for row in content["models"])
         steps.append((f"{lengths[place]} to {length}", *gains))
-    OUT.print("share by which each step lowers the perplexity:")
+    say("share by which each step lowers the perplexity:")
     show(Table(("step", *(row["model"] for row in content["models"])), steps))
-    OUT.print(
+    say(
         f"in tokens, among these {count} models: {settings['positions']} tokens of {settings['data']['source']}, "
-        f"the hardest {settings['hardest']:.0%} of them, threshold {settings['threshold']:g}",
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
+        f"the hardest {settings['hardest']:.0%} of them, threshold {settings['threshold']:g}"
     )
 
 
 def hits(rows: list[dict[str, Any]]) -> None:
     """Print each query, then its documents, best first."""
     for row in rows:
-        OUT.print(escape(row["query"]), style="bold", highlight=False)
+        say(row["query"], "bold")
         for hit in row["hits"]:
-            OUT.print(f"  {hit['score']:.4f}  {escape(hit['text'] or str(hit['id']))}", highlight=False)
+            say(f"  {hit['score']:.4f}  {hit['text'] or str(hit['id'])}")
 
 
 def checks(rows: list[dict[str, Any]]) -> None:
@@ -147,16 +152,16 @@ def checks(rows: list[dict[str, Any]]) -> None:
     show(Table(("check", *STATUSES), lines))
     for row in rows:
         if row["status"] == "failed":
-            OUT.print(f"failed: {row['check']} {escape(row['case'])}: {escape(row['reason'])}", highlight=False)
+            say(f"failed: {row['check']} {row['case']}: {row['reason']}")
 
 
 def outcome(result: Any, report: Path) -> None:
     """Print a table for each model of a run, then the path of the report."""
     for table in result.rows.tables():
         show(table, ruled=True)
-    OUT.print(result.sentence(), highlight=False)
+    say(result.sentence())
     if not result.interrupted:
-        OUT.print(f"report: {escape(str(report))}", highlight=False)
+        say(f"report: {report}")
 
 
 def tuning(content: dict[str, Any]) -> None:
@@ -165,12 +170,12 @@ def tuning(content: dict[str, Any]) -> None:
     for row in content["rows"]:
         speed = f"{row['tokens']}: {row['speed']['value']:.2f}"
         lines.setdefault((row["map"], row["threads"]), []).append(speed)
-    OUT.print("tokens: how many times as fast as a dense copy")
+    say("tokens: how many times as fast as a dense copy")
     for (label, threads), speeds in lines.items():
-        OUT.print(f"{label}, {threads} thread{'s' if threads > 1 else ''}", markup=False, highlight=False)
-        OUT.print(f"    {'  '.join(speeds)}", highlight=False)
+        say(f"{label}, {threads} thread{'s' if threads > 1 else ''}")
+        say(f"    {'  '.join(speeds)}")
     copies = len(content["copies"])
-    OUT.print(f"{copies} maps keep a dense copy for some numbers of tokens" if copies else "no dense copy is faster")
+    say(f"{copies} maps keep a dense copy for some numbers of tokens" if copies else "no dense copy is faster")
 
 
 STATUSES = ("passed", "skipped", "failed")

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 import taut
+from taut.cli import completion
 from taut.cli.app import app
 from taut.cli.options import Device, Json, finish, pairs
 from taut.core.errors import TautError
@@ -12,7 +13,14 @@ from taut.core.errors import TautError
 
 @app.command()
 def check(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="an id such as embedding.low_bit")],
+    method: Annotated[
+        str,
+        typer.Argument(
+            metavar="METHOD",
+            help="an id such as embedding.low_bit, or a name that only one method has, such as block_dense",
+            autocompletion=completion.methods,
+        ),
+    ],
     family: Annotated[
         list[str] | None, typer.Option(help="tiny model families to try; default: four representatives")
     ] = None,

@@ -7,6 +7,7 @@ import typer
 
 import taut
 from taut.api.sources import use_threads
+from taut.cli import completion
 from taut.cli.app import app
 from taut.cli.options import Device, Dtype, Json, Model, Seed, Threads, finish
 
@@ -15,7 +16,12 @@ from taut.cli.options import Device, Dtype, Json, Model, Seed, Threads, finish
 def index(
     model: Model,
     documents: Annotated[
-        str, typer.Argument(metavar="TEXT", help="file or named text; split into paragraphs, else lines")
+        str,
+        typer.Argument(
+            metavar="TEXT",
+            help="file or named text; split into paragraphs, else lines",
+            autocompletion=completion.data,
+        ),
     ],
     out: Annotated[Path, typer.Option(help="folder to write; appears whole or not at all")],
     code: Annotated[str, typer.Option(help="how to store vectors: float, int8, binary, pq")] = "int8",
@@ -48,7 +54,10 @@ def search(
     folder: Annotated[Path, typer.Argument(metavar="INDEX", help="folder that taut index wrote")],
     queries: Annotated[list[str], typer.Argument(metavar="QUERY...")],
     k: Annotated[int, typer.Option("--k", min=1, help="documents for each query")] = 5,
-    model: Annotated[str | None, typer.Option(help="MODEL; default: the one that made the index")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="MODEL; default: the one that made the index", autocompletion=completion.models),
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     threads: Threads = None,

@@ -123,6 +123,15 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))}
 
 
+def shipped_sets() -> dict[str, list[Path]]:
+    """The sets of recipes that come with taut, by name; the name of a set is its folder."""
+    sets: dict[str, list[Path]] = {}
+    for path in shipped().values():
+        if path.parent.name != "recipes":
+            sets.setdefault(path.parent.name, []).append(path)
+    return sets
+
+
 def find(source: str | Path) -> Path:
     """The file of a recipe, given its path or the name of a shipped one. Raises TautError with the nearest name."""
     path = Path(source)

@@ -25,7 +25,8 @@ class Registry:
     the modules that only this method needs. Names that begin with ``_`` are skipped. The class is the one that itself
     defines this ``id``. Other packages add classes through the entry-point group; the entry point's name is the id.
 
-    ``settings`` is the attribute of a class that holds the model of its settings, and ``setting`` is what one is called.
+    ``settings`` is the attribute of a class that holds the pydantic model of its settings; ``setting`` is its word for
+    one of them.
     """
 
     noun: str

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from taut.core.errors import TautError, nearest
-from taut.core.recipe import Recipe, shipped
+from taut.core.recipe import Recipe, shipped, shipped_sets
 from taut.core.registry import check_task
 from taut.core.slot import SLOTS
 from taut.core.spec import TrialSpec
@@ -276,11 +276,7 @@ def _task(task: Any, where: str) -> dict[str, Any]:
 
 def _recipe_files(argument: str) -> list[Path]:
     """The YAML files that one word of ``--recipes`` names. Raises TautError if there are none."""
-    recipes = shipped()
-    sets: dict[str, list[Path]] = {}
-    for path in recipes.values():
-        if path.parent.name != "recipes":
-            sets.setdefault(path.parent.name, []).append(path)
+    recipes, sets = shipped(), shipped_sets()
     path = Path(argument)
     if path.is_file():
         return [path]

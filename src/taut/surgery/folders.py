@@ -41,6 +41,14 @@ def local_folder(name: str | Path) -> Path | None:
     return None
 
 
+def named_models() -> list[str]:
+    """The names of models that need no path: ``minilm`` and those in the folder that TAUT_MODELS names."""
+    models = os.environ.get(MODELS)
+    return (
+        ["minilm", *sorted(path.parent.name for path in Path(models).glob("*/config.json"))] if models else ["minilm"]
+    )
+
+
 def check_folder(folder: Path) -> Path:
     """Return the folder if its config and weights look complete, else raise TautError. Only headers are read."""
     if not (folder / "config.json").is_file():
