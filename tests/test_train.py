@@ -246,7 +246,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pyte
     assert train(spec, tmp_path / "out").record["losses"] == train(spec, tmp_path / "again").record["losses"]
 
 
-def test_ctrl_c_stops_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_ctrl_c_stops_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spec = small(tmp_path)
 
     def press(moment) -> None:
@@ -256,7 +256,7 @@ def test_ctrl_c_stops_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     done = train(spec, tmp_path / "out", progress=press)
     assert (done.status, done.exit_code) == ("interrupted", 130)
     assert "the same command goes on" in done.sentence()
-    assert "ctrl-C once more" in capsys.readouterr().err
+    assert "ctrl-C once more" in caplog.text
     assert newest(tmp_path / "out.state").name in ("checkpoint-3", "checkpoint-4")
     assert train(spec, tmp_path / "out").record["losses"] == train(spec, tmp_path / "whole").record["losses"]
     stop = Stop()

@@ -31,18 +31,58 @@ if TYPE_CHECKING:
 
 
 def methods(kind: str | None = None) -> list[dict[str, Any]]:
-    """List the methods: id, one-line summary, source, dial, and knobs with their defaults and meanings.
+    """List the methods.
 
-    ``kind`` is embedding, linear, attention or memory; None lists all. Raises TautError for another kind.
+    Parameters
+    ----------
+    kind : str, optional
+        embedding, linear, attention or memory; default: all.
+
+    Returns
+    -------
+    list of dict
+        For each method its ``id``, ``summary``, ``source``, ``dial``, and ``knobs`` with defaults and meanings.
+
+    Raises
+    ------
+    TautError
+        For another kind.
+
+    Examples
+    --------
+    >>> [row["id"] for row in taut.methods("memory")][:2]
+    ['memory.anchor', 'memory.attention_score']
     """
     return list_methods(kind)
 
 
 def plan(model: "str | Path | PreTrainedModel", recipe: RecipeLike, length: int | None = None) -> "Plan":
-    """Say what ``recipe`` would do to ``model``, site by site, with exact bytes.
+    """Say what a recipe would do to a model, site by site, with exact bytes. Reads no weight.
 
-    Reads only the config of a folder, Hub id, ``minilm`` or scratch spec, and no weight. ``length`` is the declared n
-    of attention and memory costs. Raises TautError for wrong input.
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        A folder, Hub id, ``minilm``, scratch spec, or a model in memory.
+    recipe : str, Path, dict or Recipe
+        A YAML file, the name of a shipped recipe, a mapping from slots to methods, or a recipe.
+    length : int, optional
+        Tokens n for which the costs of attention and memory are declared.
+
+    Returns
+    -------
+    Plan
+        ``steps``, the costs ``before`` and ``after``, and what stays ``untouched`` with the reason.
+
+    Raises
+    ------
+    TautError
+        For a model that cannot be opened, and for a recipe that is wrong or does not fit it.
+
+    Examples
+    --------
+    >>> plan = taut.plan("minilm", {"embedding": {"method": "low_rank", "rank": 96}})
+    >>> plan.before.bytes, plan.after.bytes  # (30522, 384) becomes (30522, 96) and (96, 384), in float32
+    (46881792, 11867904)
     """
     chosen = read_recipe(recipe)
     check_models(model)
@@ -69,17 +109,53 @@ def apply(
     progress: Progress | None = None,
     healing: Progress | None = None,
 ) -> "PreTrainedModel":
-    """Compress a model and return it; with ``out``, also write a complete folder there.
+    """Compress a model, and with ``out`` also write a complete folder.
 
-    A ``model`` in memory is changed in place, and ``taut.undo`` restores it bit for bit. A folder, Hub id, ``minilm``
-    or scratch spec is opened first. Methods that calibrate then run ``text`` (``builtin``, a text file, or None)
-    through the original. For a model in memory, pass ``batches`` of model inputs instead, and a ``tokenizer`` for
-    methods that read the vocabulary.
+    A model in memory is changed in place, and ``taut.undo`` restores it bit for bit.
 
-    ``heal`` trains the installed parts to answer as the original did, on the same text. It is a number of steps, or
-    several options by name (see ``taut.healing.settings``). With ``out``, repeating the call continues an interrupted
-    run. ``exclude`` names evaluation data such as ``stsb:dev``; no text with one of its sentences is used. Raises
-    TautError for wrong input.
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        A folder, Hub id, ``minilm``, scratch spec, or a model in memory.
+    recipe : str, Path, dict or Recipe
+        A YAML file, the name of a shipped recipe, a mapping from slots to methods, or a recipe.
+    out : str or Path, optional
+        Folder to write: weights, config, tokenizer. It appears whole or not at all.
+    text : str, Path or None
+        Text for calibration and healing: ``builtin``, named data, a file, or None. Not for a model in memory.
+    exclude : sequence of str
+        Evaluation data such as ``stsb:dev``; no text with one of its sentences is used.
+    batches : iterable of dict of Tensor
+        Model inputs (B, T) for calibration, for a model in memory.
+    tokenizer : PreTrainedTokenizerBase, optional
+        For a model in memory and methods that read the vocabulary.
+    heal : int or dict
+        Steps that train the installed parts to answer as the original did, or all options by name; see
+        ``taut.healing.settings``. With ``out``, repeating the call continues an interrupted run.
+    dtype : str or torch.dtype, optional
+        float32, bfloat16, float16 or float64; default: the folder's own. Not for a model in memory.
+    device : str
+        Where the model is compressed, such as ``cuda``. Not for a model in memory.
+    seed : int
+        Seed of random starts.
+    progress, healing : callable, optional
+        Called with (done, total): of the compression, and of healing.
+
+    Returns
+    -------
+    PreTrainedModel
+        The compressed model.
+
+    Raises
+    ------
+    TautError
+        For wrong input, and for a recipe that does not fit. The model is then as before.
+
+    Examples
+    --------
+    >>> model = taut.apply("minilm", {"embedding": {"method": "low_bit", "bits": 8}}, out="minilm-light")
+    >>> taut.show("minilm-light")["recipe"]
+    {'embedding': {'bits': 8, 'method': 'low_bit'}}
     """
     chosen = read_recipe(recipe)
     check_models(model)
@@ -134,11 +210,49 @@ def heal(
     progress: Progress | None = None,
     **choices: "Unpack[HealingChoices]",
 ) -> dict[str, Any]:
-    """Train what a recipe installed in ``model``, in place, to answer as ``original`` does.
+    """Train what a recipe installed in a model, in place, to answer as the original does.
 
-    Returns what the model's config then says about healing: steps, seed, target, first and last loss. Pass ``texts``
-    with their ``tokenizer``, or ``batches`` of model inputs. With the folder ``state``, repeating the call continues
-    an interrupted run. ``choices``: see ``taut.healing.settings``. Raises TautError for wrong input.
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The compressed model.
+    original : PreTrainedModel
+        The same model before compression.
+    texts : iterable of str
+        Texts to learn from, with their ``tokenizer``.
+    steps : int
+        Optimizer steps.
+    tokenizer : PreTrainedTokenizerBase, optional
+        The tokenizer of ``texts``.
+    batches : sequence of dict of Tensor
+        Model inputs (B, T), instead of ``texts``.
+    state : str or Path, optional
+        Folder for checkpoints; repeating the call continues an interrupted run there.
+    seed : int
+        Seed of the order of texts and of adapters.
+    progress : callable, optional
+        Called with (steps done, steps).
+    **choices
+        batch, length, by, target, train, rank, learning_rate, warmup; see ``taut.healing.settings``.
+
+    Returns
+    -------
+    dict
+        What the model's config then says: settings, ``loss_first``, ``loss_last``, and whether the result was ``kept``.
+
+    Raises
+    ------
+    TautError
+        For a model that is not compressed, for wrong choices and for too little text.
+
+    Examples
+    --------
+    >>> model, original = taut.load("minilm"), taut.load("minilm")
+    >>> model = taut.apply(model, {"embedding": {"method": "low_rank", "rank": 96}})
+    >>> texts = ["The cat sat on the mat.", "A boat crossed the river at night."] * 4
+    >>> record = taut.heal(model, original, texts, steps=2, tokenizer=taut.vectors("minilm").tokenizer, batch=4)
+    >>> record["steps"], record["kept"]
+    (2, True)
     """
     from taut.healing.heal import heal as run
 
@@ -154,12 +268,40 @@ def train(
     threads: int | None = None,
     progress: "Callable[[Moment], None] | None" = None,
 ) -> "Trained":
-    """Train a language model as ``spec`` says, and write a complete folder with the training record in it.
+    """Train a language model as a spec says, and write a complete folder with the training record.
 
-    ``spec`` is a YAML file or a mapping; see ``taut.training.spec``. Training starts from scratch or from a checkpoint,
-    with or without a recipe. ``out`` is ``runs/NAME`` of the file by default. Repeating the call continues an
-    interrupted run. Under torchrun or accelerate launch the processes share every batch. Raises TautError for wrong
-    input.
+    Repeating the call continues an interrupted run. Under torchrun or accelerate launch, processes share each batch.
+
+    Parameters
+    ----------
+    spec : str, Path, dict or TrainSpec
+        A YAML file or a mapping, from scratch or from a checkpoint, with or without a recipe; see
+        ``taut.training.spec``.
+    out : str or Path, optional
+        Folder to write; default: ``runs/NAME`` of the spec's file.
+    device : str
+        Where to train, such as ``cuda``.
+    threads : int, optional
+        Processor threads; default: as they are.
+    progress : callable, optional
+        Called with the ``Moment`` after each step.
+
+    Returns
+    -------
+    Trained
+        ``status``, ``folder`` and ``record`` of the run.
+
+    Raises
+    ------
+    TautError
+        For a wrong spec, and for a folder that belongs to another run.
+
+    Examples
+    --------
+    >>> model = "llama:hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2"
+    >>> spec = {"model": model, "tokenizer": "bytes", "text": "builtin", "length": 16, "budget": {"steps": 2}}
+    >>> taut.train(spec | {"evaluate": {"tokens": 64}}, "tiny").status
+    'done'
     """
     from taut.training.spec import TrainSpec
 
@@ -178,11 +320,37 @@ def anchor_token(
     after: Sequence[str] = (".", "!", "?"),
     start: str = "mean",
 ) -> Path:
-    """Write a copy of ``model`` whose tokenizer puts ``token`` behind each of the strings ``after``.
+    """Write a copy of a model whose tokenizer puts an anchor token behind every sentence.
 
-    Train the copy with the memory ``anchor`` and ``anchors: [TOKEN]``. ``start`` sets the first values of the token's
-    row: ``mean`` of all rows, or a copy of the row of the token that it names. Raises TautError for wrong input and for
-    a model without a tokenizer.
+    Train the copy with the memory ``anchor`` and ``anchors: [TOKEN]``.
+
+    Parameters
+    ----------
+    model : str or Path
+        A folder, Hub id, ``minilm`` or scratch spec, with a tokenizer.
+    out : str or Path
+        Folder to write.
+    token : str
+        The token.
+    after : sequence of str
+        The strings that it follows.
+    start : str
+        First values of its row: ``mean`` of all rows, or the token whose row to copy.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    TautError
+        For wrong input and for a model without a tokenizer.
+
+    Examples
+    --------
+    >>> taut.anchor_token("minilm", "minilm-anchored", after=["."]).name
+    'minilm-anchored'
     """
     check_models(model)
     check_out(out)
@@ -202,12 +370,34 @@ def tune(
 ) -> "Tuning":
     """Measure where a dense copy of a structured map is faster than the map itself, on this machine.
 
-    Every structured map of a compressed model is measured with 1 to 1,024 tokens. From then on the model uses the
-    faster form. A copy costs memory, and its results differ in the last bits.
+    Each structured map is measured with 1 to 1,024 tokens; from then on the model uses the faster form. A copy costs
+    memory, and its results differ in the last bits. For a folder, the result is stored in its config.json, and opening
+    the folder on the same kind of processor makes the copies.
 
-    For a folder, the result is stored in its config.json. Opening the folder on the same kind of processor makes the
-    copies. ``threads`` are the numbers of threads to measure; default: the present one. Raises TautError for a model
-    that is not compressed or has no such map.
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        A compressed folder, or a compressed model in memory.
+    threads : sequence of int
+        Numbers of processor threads to measure; default: the present one.
+    progress : callable, optional
+        Called with (maps done, maps).
+
+    Returns
+    -------
+    Tuning
+        The measured times, and the ranges of tokens for which each map has a copy.
+
+    Raises
+    ------
+    TautError
+        For a model that is not compressed or has no such map.
+
+    Examples
+    --------
+    >>> model = taut.load("minilm")
+    >>> model = taut.apply(model, {"projection": {"method": "low_rank", "keep": 0.5}})
+    >>> tuning = taut.tune(model)  # doctest: +SKIP
     """
     check_models(model)
     from taut.surgery.tune import tune as measure_maps
@@ -216,9 +406,29 @@ def tune(
 
 
 def undo(model: "PreTrainedModel") -> "PreTrainedModel":
-    """Restore a model that was compressed in memory, bit for bit, and return it.
+    """Restore a model that was compressed in memory, bit for bit.
 
-    Raises TautError for a model that is not compressed or was loaded in compressed form.
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model that ``taut.apply`` changed.
+
+    Returns
+    -------
+    PreTrainedModel
+        The same object.
+
+    Raises
+    ------
+    TautError
+        For a model that is not compressed, or was loaded in compressed form.
+
+    Examples
+    --------
+    >>> model = taut.load("minilm")
+    >>> before = model.embeddings.word_embeddings.weight.clone()
+    >>> taut.undo(taut.apply(model, "table_int8")).embeddings.word_embeddings.weight.equal(before)
+    True
     """
     from taut.surgery.apply import undo as take_out
 
@@ -231,7 +441,31 @@ def load(
 ) -> "PreTrainedModel":
     """Open a model, compressed or not, in the class that fits it.
 
-    Raises TautError for wrong input and for any missing or unexpected key.
+    Parameters
+    ----------
+    model : str or Path
+        A folder, Hub id, ``minilm``, or a scratch spec such as ``llama:hidden_size=64`` with random weights.
+    dtype : str or torch.dtype, optional
+        float32, bfloat16, float16 or float64; default: the folder's own.
+    device : str
+        Where the model is put, such as ``cuda``.
+    seed : int
+        Seed of the random weights of a scratch spec.
+
+    Returns
+    -------
+    PreTrainedModel
+        In evaluation mode.
+
+    Raises
+    ------
+    TautError
+        For wrong input, and for any missing or unexpected key.
+
+    Examples
+    --------
+    >>> taut.load("minilm").config.hidden_size
+    384
     """
     check_models(model)
     from taut.surgery.loading import open_model, resolve
@@ -240,9 +474,28 @@ def load(
 
 
 def show(folder: str | Path) -> dict[str, Any]:
-    """Describe a model folder: recipe, steps, original, tensors and bytes. Reads only headers, no tensor.
+    """Describe a model folder. Reads only headers, no tensor.
 
-    Raises TautError if the folder is not a model folder.
+    Parameters
+    ----------
+    folder : str or Path
+        A model folder, compressed or not.
+
+    Returns
+    -------
+    dict
+        Recipe, steps, original, tensors with shapes and dtypes, and bytes.
+
+    Raises
+    ------
+    TautError
+        For what is not a model folder.
+
+    Examples
+    --------
+    >>> model = taut.apply("minilm", "table_int8", out="minilm-int8")
+    >>> taut.show("minilm-int8")["original"]
+    'minilm'
     """
     from taut.surgery.inspect import inspect
 
@@ -250,10 +503,30 @@ def show(folder: str | Path) -> dict[str, Any]:
 
 
 def export(model: "str | Path | PreTrainedModel", out: str | Path) -> list[tuple[str, str]]:
-    """Write a plain dense checkpoint for tools without taut.
+    """Write a plain dense checkpoint, for tools without taut.
 
-    Returns (name, reason) of each site that has no dense equivalent. Raises TautError if the model is not compressed
-    or ``out`` cannot be written.
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        A compressed folder, or a compressed model in memory.
+    out : str or Path
+        Folder to write.
+
+    Returns
+    -------
+    list of (str, str)
+        Name and reason of each site that has no dense equivalent.
+
+    Raises
+    ------
+    TautError
+        For a model that is not compressed, and if ``out`` cannot be written.
+
+    Examples
+    --------
+    >>> model = taut.apply("minilm", "table_int8")
+    >>> taut.export(model, "minilm-dense")
+    []
     """
     check_models(model)
     check_out(out)
@@ -267,8 +540,27 @@ def export(model: "str | Path | PreTrainedModel", out: str | Path) -> list[tuple
 def footprint(model: "str | Path | PreTrainedModel") -> "Footprint":
     """Count the parameters and bytes of a model, slot by slot.
 
-    ``str`` of the result is one line to paste into an issue: class, parameters, bytes per slot, recipe. A folder, Hub
-    id, ``minilm`` or scratch spec is opened first. Raises TautError for wrong input.
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        A folder, Hub id, ``minilm``, scratch spec, or a model in memory.
+
+    Returns
+    -------
+    Footprint
+        ``parameters``, ``stored`` and ``resident`` bytes, of the model and of each of its ``slots``. Its ``str`` is one
+        line to paste into an issue.
+
+    Raises
+    ------
+    TautError
+        For a model that cannot be opened.
+
+    Examples
+    --------
+    >>> footprint = taut.footprint("minilm")
+    >>> footprint.parameters, footprint.slots["embedding"].stored
+    (22713216, 46881792)
     """
     check_models(model)
     from taut.studies.costs import footprint_of

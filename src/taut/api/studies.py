@@ -33,9 +33,46 @@ def evaluate(
 ) -> Scores:
     """Score a model on one task, beside the task's shortcut baselines.
 
-    ``data`` is a file or a named data set; default: the task's own. A model in memory needs its ``tokenizer``.
-    ``reference`` is the original model, for tasks that compare with it. ``options`` are further options of the task.
-    Raises TautError for wrong input.
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        A folder, Hub id, ``minilm``, scratch spec, or a model in memory.
+    task : str
+        sts, docs_retrieval, agreement, perplexity, classify, ...
+    data : str or Path, optional
+        A file or a named data set; default: the task's own.
+    tokenizer : PreTrainedTokenizerBase, optional
+        The tokenizer of a model in memory.
+    reference : str, Path or PreTrainedModel, optional
+        The original model, for tasks that compare with it.
+    seed : int
+        Seed of the task's samples, and of a scratch spec.
+    device : str
+        Where to run, such as ``cuda``.
+    dtype : str or torch.dtype, optional
+        float32, bfloat16, float16 or float64; default: the folder's own.
+    progress : callable, optional
+        Called with (done, total).
+    **options
+        Further options of the task: the fields of ``Options`` in its file in ``taut.evaluation.tasks``.
+
+    Returns
+    -------
+    Scores
+        A ``Score`` for each metric: value with its samples, baselines, and what data it holds for.
+
+    Raises
+    ------
+    TautError
+        For an unknown task or option, and for a model that cannot do the task.
+
+    Examples
+    --------
+    >>> model = taut.load("llama:hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2")
+    >>> tokenizer = taut.vectors("minilm").tokenizer
+    >>> scores = taut.evaluate(model, "perplexity", tokenizer=tokenizer, limit=500, max_length=32)
+    >>> [score.metric for score in scores]
+    ['perplexity_per_token', 'bits_per_byte']
     """
     check_task({"name": task, **options})
     check_models(model, reference)
@@ -77,11 +114,58 @@ def context(
 ) -> "Contexts":
     """Measure how much of their context models use: relative effective context length (Dai et al. 2019).
 
-    Measures the losses of the same tokens of ``data`` after exactly ``shortest``, ``shortest + step``, ... ``longest``
-    tokens of context. The context of a model grows step by step as long as each step lowers its perplexity by the share
-    ``threshold`` or more. Only the share ``hardest`` of the tokens counts: those that the whole group finds hardest at
-    the shorter context. All models must share a tokenizer; for models in memory, pass it as ``tokenizer``. Further
-    options: ``positions``, ``batch_size``, ``cached``, ``split``, ``limit``. Raises TautError for wrong input.
+    Measures the losses of the same tokens after exactly ``shortest``, ``shortest + step``, ... ``longest`` tokens of
+    context. A model's context grows as long as each step lowers its perplexity by the share ``threshold`` or more.
+
+    Parameters
+    ----------
+    models : model or sequence of models
+        Folders, Hub ids or decoders in memory, all with one tokenizer.
+    data : str or Path
+        A file or a named text.
+    split : str, optional
+        Split of a named data set; default: the task's own.
+    limit : int, optional
+        Most texts to read.
+    tokenizer : PreTrainedTokenizerBase, optional
+        The tokenizer of models in memory.
+    shortest, step, longest : int
+        Contexts to measure, in tokens.
+    hardest : float
+        Share of the tokens that count: those that the whole group finds hardest at the shorter context.
+    threshold : float
+        Share by which a step must lower the perplexity.
+    positions : int
+        Tokens to predict, evenly spread over the text.
+    batch_size : int
+        Windows run at once.
+    cached : int, optional
+        Read with the cache, this many tokens at a time; default: without.
+    seed : int
+        Seed of the interval's resampling, and of scratch specs.
+    device : str
+        Where to run, such as ``cuda``.
+    dtype : str or torch.dtype, optional
+        float32, bfloat16, float16 or float64; default: the folders' own.
+    progress : callable, optional
+        Called with (done, total).
+
+    Returns
+    -------
+    Contexts
+        ``results`` with the context of each model in tokens, and ``losses`` in nats per token at each of ``contexts``.
+
+    Raises
+    ------
+    TautError
+        For wrong input, models that are no decoders, and tokenizers that differ.
+
+    Examples
+    --------
+    >>> model = taut.load("llama:hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2")
+    >>> tokenizer = taut.vectors("minilm").tokenizer
+    >>> taut.context(model, tokenizer=tokenizer, shortest=4, step=4, longest=12, positions=20).contexts
+    (4, 8, 12)
     """
     group = cast("Sequence[str | Path | PreTrainedModel]", models if isinstance(models, list | tuple) else [models])
     check_models(*group)
@@ -125,8 +209,45 @@ def measure(
 ) -> Measurements:
     """Measure the size, FLOPs, latency, memory and energy of a model.
 
-    With ``against``, also gives interleaved latency ratios to that model. ``options``: ``batch``, ``length``,
-    ``decode``, ``repeats``, ``threads``. Raises TautError for wrong input.
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        A folder, Hub id, ``minilm``, scratch spec, or a model in memory.
+    against : str, Path or PreTrainedModel, optional
+        Another model, for latency ratios; the two take turns.
+    batch, length : int
+        Sequences at once, and tokens of each.
+    decode : int
+        New tokens to time one by one; 0 for none.
+    repeats : int
+        Samples of each latency; an interval needs at least 6.
+    threads : int, optional
+        Processor threads; default: as they are.
+    device : str
+        Where to run, such as ``cuda``.
+    dtype : str or torch.dtype, optional
+        float32, bfloat16, float16 or float64; default: the folder's own.
+    seed : int
+        Seed of the random weights of a scratch spec.
+    progress : callable, optional
+        Called with the name of each stage.
+
+    Returns
+    -------
+    Measurements
+        A ``Quantity`` by name: value with unit, samples and how it was measured. What cannot be measured is None.
+
+    Raises
+    ------
+    TautError
+        For wrong input.
+
+    Examples
+    --------
+    >>> model = "llama:hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2"
+    >>> costs = taut.measure(model, length=16, repeats=2)  # doctest: +SKIP
+    >>> costs["cache_bytes_per_token"].value  # doctest: +SKIP
+    128.0
     """
     check_models(model, against)
     dtype = read_dtype(dtype)
@@ -157,10 +278,43 @@ def compare(
 ) -> "Outcome":
     """Run the trials of a study that the ledger does not hold yet, and draw the report.
 
-    ``study`` is a YAML file, or a MODEL with ``recipes`` (files, names or a shipped set such as ``light``). For a
-    MODEL, ``options`` are further fields of a study (tasks, seeds, measure, limits, dtype). ``only`` names the recipes
-    to run; ``dense`` and ``identity`` always run. ``ledger`` is a folder, ``runs/NAME`` by default. ``report`` is the
-    page to write, ``figures`` a folder for PNG files. Raises TautError for wrong input, before anything runs.
+    Parameters
+    ----------
+    study : str or Path
+        The YAML file of a study, or a model to compare ``recipes`` on.
+    recipes : sequence of str
+        Recipe files, names, or a shipped set such as ``light``; only with a model.
+    ledger : str or Path, optional
+        Folder of records; default: ``runs/NAME``.
+    report : str or Path, optional
+        Page to write.
+    figures : str or Path, optional
+        Folder for the figures as PNG files.
+    only : sequence of str
+        Recipes to run; ``dense`` and ``identity`` always run.
+    name, tasks, seeds, measure, limits, text, dtype : optional
+        Fields of a study, as in its YAML file (see ``taut.studies.study``); only with a model.
+    device : str, optional
+        Where to run, such as ``cuda``; default: the study's own.
+    threads : int, optional
+        Processor threads; default: the study's own.
+
+    Returns
+    -------
+    Outcome
+        ``rows``, the comparison, and which trials ran, failed or were skipped.
+
+    Raises
+    ------
+    TautError
+        For wrong input, before anything runs.
+
+    Examples
+    --------
+    >>> model = "llama:hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2"
+    >>> outcome = taut.compare(model, ["table_int8"], tasks=[], measure={}, ledger="records")
+    >>> [row.recipe_name for row in outcome.rows]
+    ['dense', 'identity', 'table_int8']
     """
     from taut.studies.ledger import Ledger
     from taut.studies.study import Study
@@ -186,10 +340,35 @@ def report(
     figures: str | Path | None = None,
     csv: str | Path | None = None,
 ) -> Path | None:
-    """Draw the report of a ledger: one self-contained page ``out``, and PNG files in the folder ``figures``.
+    """Draw the report of a ledger. Writes only what is asked for.
 
-    ``csv`` is a file for the same numbers unrounded, a line for each score and cost of each recipe. Writes only what is
-    given. Raises TautError if the ledger is empty or a file cannot be written.
+    Parameters
+    ----------
+    ledger : Ledger, str or Path
+        The records, or their folder.
+    out : str, Path or None
+        Page to write, self-contained.
+    figures : str or Path, optional
+        Folder for the figures as PNG files.
+    csv : str or Path, optional
+        File for the same numbers unrounded, a line for each score and cost of each recipe.
+
+    Returns
+    -------
+    Path or None
+        The page.
+
+    Raises
+    ------
+    TautError
+        If the ledger is empty or a file cannot be written.
+
+    Examples
+    --------
+    >>> model = "llama:hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2"
+    >>> outcome = taut.compare(model, ["table_int8"], tasks=[], measure={}, ledger="records")
+    >>> taut.report("records", "report.html").name
+    'report.html'
     """
     from taut.studies.ledger import Ledger
 
@@ -207,11 +386,32 @@ draw = report
 def check(
     method: str, families: Sequence[str] = (), knobs: dict[str, Any] | None = None, *, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """Run the contract suite on one method, given by its id or by a name that no other method has.
+    """Run the contract suite on one method.
 
-    Returns a row for each check and case: ``passed``, ``skipped`` or ``failed``, with the reason. ``families`` are the
-    tiny model families to try; default: four representatives. ``knobs`` replaces the method's own test row. Raises
-    TautError for an unknown method or family, and for a missing device.
+    Parameters
+    ----------
+    method : str
+        Its id, or its last part if no other method has that name.
+    families : sequence of str
+        Tiny model families to try; default: four representatives.
+    knobs : dict, optional
+        Knobs instead of the method's own test row.
+    device : str
+        Where to run, such as ``cuda``.
+
+    Returns
+    -------
+    list of dict
+        ``check``, ``case``, ``status`` (passed, skipped or failed) and ``reason`` of each check on each case.
+
+    Raises
+    ------
+    TautError
+        For an unknown method or family, and for a missing device.
+
+    Examples
+    --------
+    >>> rows = taut.check("embedding.low_bit", families=["bert"])  # doctest: +SKIP
     """
     key = METHODS.resolve(method)
     METHODS.check_names(key, knobs or (), "check")

@@ -24,10 +24,41 @@ def prefix(
     device: str = "cpu",
     dtype: "str | torch.dtype | None" = None,
 ) -> "Prefix":
-    """Read ``text`` once and keep the decoder's key/value cache, for all texts that begin with it.
+    """Read a text once and keep the decoder's cache, for all texts that begin with it.
 
-    Call the model's ``generate`` with ``prefix.before(ids)`` and ``past_key_values=prefix.cache()``. With ``out``, also
-    write the prefix to that file. ``text`` may be ids (T,). Raises TautError for wrong input.
+    Call the model's ``generate`` with ``prefix.before(ids)`` and ``past_key_values=prefix.cache()``.
+
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        A decoder: folder, Hub id, scratch spec, or a model in memory.
+    text : str or Tensor
+        The text, or its ids (T,).
+    tokenizer : PreTrainedTokenizerBase, optional
+        The tokenizer of a model in memory; default: the one in the folder.
+    out : str or Path, optional
+        File to write the prefix to.
+    device : str
+        Where to run, such as ``cuda``. Not for a model in memory.
+    dtype : str or torch.dtype, optional
+        float32, bfloat16, float16 or float64; default: the folder's own. Not for a model in memory.
+
+    Returns
+    -------
+    Prefix
+        ``ids`` (T,) and the cache after them.
+
+    Raises
+    ------
+    TautError
+        For wrong input, and for a model that has no cache.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = taut.load("llama:hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2")
+    >>> taut.prefix(model, torch.tensor([5, 6, 7])).entries
+    3
     """
     check_models(model)
     dtype = read_dtype(dtype)
@@ -53,11 +84,47 @@ def generate(
     dtype: "str | torch.dtype | None" = None,
     on_text: Callable[[str], None] = lambda piece: None,
 ) -> "Generated":
-    """Continue ``prompt`` with at most ``tokens`` new tokens; also returns the speed and the size of the cache.
+    """Continue a prompt with a decoder, and measure the speed and the size of the cache.
 
-    ``prefix`` comes before the prompt: a file, or what ``taut.prefix`` returned. At ``temperature`` 0 each step takes
-    the most likely token. ``on_text`` is called with each piece of text as soon as it is finished. Raises TautError for
-    wrong input.
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        A decoder: folder, Hub id, scratch spec, or a model in memory.
+    prompt : str
+        The text to continue.
+    tokenizer : PreTrainedTokenizerBase, optional
+        The tokenizer of a model in memory; default: the one in the folder.
+    prefix : str, Path or Prefix, optional
+        What comes before the prompt: a file, or what ``taut.prefix`` returned.
+    tokens : int
+        Most new tokens.
+    temperature : float
+        0 takes the most likely token at each step.
+    seed : int
+        Seed of the samples at higher temperatures.
+    device : str
+        Where to run, such as ``cuda``. Not for a model in memory.
+    dtype : str or torch.dtype, optional
+        float32, bfloat16, float16 or float64; default: the folder's own. Not for a model in memory.
+    on_text : callable
+        Called with each piece of text as soon as it is finished.
+
+    Returns
+    -------
+    Generated
+        ``text``, its ``ids`` (N,), seconds and bytes of the cache.
+
+    Raises
+    ------
+    TautError
+        For wrong input, and without a tokenizer.
+
+    Examples
+    --------
+    >>> model = taut.load("llama:hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2")
+    >>> result = taut.generate(model, "Once", tokenizer=taut.vectors("minilm").tokenizer, tokens=4)
+    >>> len(result.ids)
+    4
     """
     check_models(model)
     dtype = read_dtype(dtype)

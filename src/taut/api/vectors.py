@@ -29,8 +29,38 @@ def vectors(
 ) -> "Encoder":
     """Make an encoder that turns sentences into vectors.
 
-    Its ``encode(sentences, width)`` returns unit vectors, one a row. Its ``index(documents, code)`` returns an index to
-    search in. The default ``pooling`` is what the model's folder says, else the mean. Raises TautError for wrong input.
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        A folder, Hub id, ``minilm``, scratch spec, or a model in memory.
+    tokenizer : PreTrainedTokenizerBase, optional
+        The tokenizer of a model in memory; default: the one in the folder.
+    pooling : str, optional
+        How states become one vector; default: as the folder says, else ``mean``.
+    max_length : int, optional
+        Most tokens of a sentence; default: as the folder says.
+    dtype : str or torch.dtype, optional
+        float32, bfloat16, float16 or float64; default: the folder's own.
+    device : str
+        Where to run, such as ``cuda``.
+    seed : int
+        Seed of the random weights of a scratch spec.
+
+    Returns
+    -------
+    Encoder
+        ``encode(sentences, width)`` gives unit vectors (N, D); ``index(documents, code)`` gives an index to search in.
+
+    Raises
+    ------
+    TautError
+        For wrong input, and without a tokenizer.
+
+    Examples
+    --------
+    >>> encoder = taut.vectors("minilm")
+    >>> encoder.encode(["A cat.", "A boat."]).shape
+    torch.Size([2, 384])
     """
     check_models(model)
     dtype = read_dtype(dtype)
@@ -55,11 +85,52 @@ def index(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> "Index":
-    """Index documents by their sentence vectors; with ``out``, also write the index to that folder.
+    """Index documents by their sentence vectors, and with ``out`` also write the index.
 
-    ``documents`` is a list of texts, or the name of one text. That text is split into paragraphs, or into lines if it
-    has only one paragraph. ``options``: code (float, int8, binary, pq), width, rotate, bytes, finer. Raises TautError
-    for wrong input.
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        A folder, Hub id, ``minilm``, scratch spec, or a model in memory.
+    documents : str, Path or sequence of str
+        Texts, or one file or named text, which is split into paragraphs, or into lines if it has only one.
+    out : str or Path, optional
+        Folder to write; it appears whole or not at all.
+    code : {'float', 'int8', 'binary', 'pq'}
+        How vectors are stored.
+    width : int, optional
+        Leading numbers of each vector to keep; default: all D.
+    rotate : bool
+        Rotate the principal directions to the front before the cut to ``width``.
+    bytes : int, optional
+        Bytes of each vector, for ``pq``.
+    finer : {'float', 'int8', 'binary', 'pq'}, optional
+        A second code, to score the best documents again.
+    tokenizer : PreTrainedTokenizerBase, optional
+        The tokenizer of a model in memory.
+    dtype : str or torch.dtype, optional
+        float32, bfloat16, float16 or float64; default: the folder's own.
+    device : str
+        Where to run, such as ``cuda``.
+    seed : int
+        Seed of codebooks.
+    progress : callable, optional
+        Called with (documents done, documents).
+
+    Returns
+    -------
+    Index
+        With its texts.
+
+    Raises
+    ------
+    TautError
+        For wrong input and for an option that does not fit the code.
+
+    Examples
+    --------
+    >>> index = taut.index("minilm", ["A cat.", "A dog.", "A boat."], "pets", code="binary")
+    >>> len(index), index.bytes_per_vector  # one bit for each of 384 numbers
+    (3, 48)
     """
     check_models(model)
     check_out(out)
@@ -95,10 +166,42 @@ def search(
     device: str = "cpu",
     candidates: int | None = None,
 ) -> list[list[dict[str, Any]]]:
-    """Find the k nearest documents of each query, each as ``score``, ``id`` and ``text``.
+    """Find the nearest documents of each query.
 
-    The default ``model`` is the one that the index was made with. ``candidates`` is how many documents to score a
-    second time, more exactly. Raises TautError for wrong input.
+    Parameters
+    ----------
+    index : str, Path or Index
+        The index, or its folder.
+    queries : sequence of str
+        Q texts.
+    k : int
+        Documents for each query.
+    model : str, Path or PreTrainedModel, optional
+        The encoder; default: the model that the index was made with.
+    tokenizer : PreTrainedTokenizerBase, optional
+        The tokenizer of a model in memory.
+    dtype : str or torch.dtype, optional
+        float32, bfloat16, float16 or float64; default: the folder's own.
+    device : str
+        Where to run, such as ``cuda``.
+    candidates : int, optional
+        Documents to score a second time, more exactly, if the index has a finer code.
+
+    Returns
+    -------
+    list of list of dict
+        For each query at most k documents, best first, each as ``score`` (cosine), ``id`` and ``text``.
+
+    Raises
+    ------
+    TautError
+        For wrong input.
+
+    Examples
+    --------
+    >>> index = taut.index("minilm", ["A cat.", "A dog.", "A boat."])
+    >>> taut.search(index, ["kitten"], k=1)[0][0]["text"]
+    'A cat.'
     """
     from taut.retrieval.facts import read_facts
 

@@ -1,8 +1,8 @@
 """A whole training run: from a spec to a folder with a model, its tokenizer and the record."""
 
 import json
+import logging
 import shutil
-import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,8 @@ from taut.training.start import begin, resolve_objective, resumed
 from taut.training.token_rows import Masking, TokenRows, TrainingSet, spread, token_rows
 from taut.training.tokenizer import make_tokenizer
 from taut.training.trainer import Report, Spent, Stop, TaskTrainer, Watch, make_optimizer, make_schedule
+
+log = logging.getLogger("taut")
 
 TOKENIZER, LOGS = "tokenizer", "runs"
 """In the state folder: a tokenizer that was made for the run, and the logs for TensorBoard."""
@@ -249,7 +251,7 @@ class _Run:
 
     def _say(self, text: str) -> None:
         if self.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+            log.warning(text)
 
 
 def _arguments(spec: TrainSpec, state: Path, device: str) -> TrainingArguments:
