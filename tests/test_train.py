@@ -302,7 +302,7 @@ def test_the_shipped_spec_is_valid() -> None:
         ({"precision": "flot32"}, "precision = 'flot32': did you mean 'float32'"),
         ({"schedule": "cosin"}, "schedule = 'cosin'"),
         ({"batch": 5, "accumulate": 2}, "batch = 5 is not a multiple of accumulate = 2"),
-        ({"recipe": {"feedforwrd": {}}}, "recipe: recipe: unknown slot 'feedforwrd'"),
+        ({"recipe": {"feedforwrd": {}}}, "train: recipe: unknown slot 'feedforwrd'"),
         ({"guide": {}}, "there is no recipe"),
         ({"guide": {"share": 1.5}, "recipe": LOW_RANK}, "guide.share = 1.5: a share is at most 1"),
         ({"guide": {}, "recipe": LOW_RANK, "budget": {"seconds": 3}}, "its schedule counts steps"),
