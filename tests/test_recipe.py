@@ -91,12 +91,12 @@ def test_a_recipe_is_read_whole() -> None:
     recipe = Recipe.parse(content, "mine")
     assert recipe.source == "mine"
     assert recipe.entries == (
+        Entry("embedding", "low_rank", 0.5, store=Entry("embedding", "low_bit")),
         Entry("projection", "low_bit", layers="0", knobs={"bits": 8}),
         Entry("projection", "identity", layers="1:"),
-        Entry("embedding", "low_rank", 0.5, store=Entry("embedding", "low_bit")),
     )
-    assert [entry.method_id for entry in recipe.entries] == ["linear.low_bit", "linear.identity", "embedding.low_rank"]
-    assert recipe.for_slot("embedding") == recipe.entries[2:]
+    assert [entry.method_id for entry in recipe.entries] == ["embedding.low_rank", "linear.low_bit", "linear.identity"]
+    assert recipe.for_slot("projection") == recipe.entries[1:]
     assert recipe.to_dict() == {
         "projection": [{"method": "low_bit", "bits": 8, "layers": "0"}, {"method": "identity", "layers": "1:"}],
         "embedding": {"method": "low_rank", "keep": 0.5, "store": {"method": "low_bit"}},

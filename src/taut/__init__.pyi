@@ -9,6 +9,7 @@ from .api.models import load as load
 from .api.models import methods as methods
 from .api.models import plan as plan
 from .api.models import show as show
+from .api.models import tokenizer as tokenizer
 from .api.models import train as train
 from .api.models import tune as tune
 from .api.models import undo as undo
@@ -24,5 +25,6 @@ from .api.vectors import index as index
 from .api.vectors import search as search
 from .api.vectors import vectors as vectors
 from .core.errors import TautError as TautError
+from .core.recipe import Recipe as Recipe
 
 __version__: str

@@ -42,3 +42,6 @@ print(encoder.encode(["a text"]).shape)
 
 text = taut.generate("decoder", "Once", prefix=taut.prefix("decoder", "Upon"), tokens=8).text
 print(text.upper(), taut.undo(model).config)
+
+recipe = taut.Recipe(embedding={"method": "low_bit", "bits": 4}, feedforward=["low_bit"], memory="low_bit")
+print(taut.plan("decoder", recipe), taut.tokenizer("decoder").vocab_size)

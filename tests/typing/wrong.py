@@ -24,3 +24,6 @@ taut.compare("minilm", ["light"], dtype="int8")  # type: ignore[arg-type]  # pyr
 taut.index("minilm", ["a text"], code="int9")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 taut.methods(4)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 taut.footprint(4)  # pyright: ignore[reportArgumentType]
+taut.Recipe(embeding="low_bit")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+taut.Recipe(memory=4)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+taut.tokenizer(4)  # pyright: ignore[reportArgumentType]

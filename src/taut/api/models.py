@@ -473,6 +473,45 @@ def load(
     return open_model(resolve(model), read_dtype(dtype), device, seed)
 
 
+def tokenizer(model: "str | Path | PreTrainedModel") -> "PreTrainedTokenizerBase":
+    """Open the tokenizer of a model.
+
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        A folder, Hub id or ``minilm``. For a model in memory: the tokenizer of the folder that it was opened from, else
+        of the model that it was compressed from.
+
+    Returns
+    -------
+    PreTrainedTokenizerBase
+        As ``AutoTokenizer`` opens it.
+
+    Raises
+    ------
+    TautError
+        For wrong input, and if there is no tokenizer.
+
+    Examples
+    --------
+    >>> taut.tokenizer("minilm")("Hello")["input_ids"]
+    [101, 7592, 102]
+    """
+    check_models(model)
+    from taut.surgery.loading import open_tokenizer, resolve
+
+    if isinstance(model, str | Path):
+        names = [str(model)]
+    else:
+        quantization = model.config.to_dict().get("quantization_config") or {}
+        names = [name for name in (model.name_or_path, quantization.get("original")) if name]
+    for name in names:
+        if (opened := open_tokenizer(resolve(name))) is not None:
+            return opened
+    where = " or ".join(names) or f"this {type(model).__name__}, which was not opened from a folder"
+    raise TautError(f"tokenizer: none beside {where}; open it with transformers' AutoTokenizer")
+
+
 def show(folder: str | Path) -> dict[str, Any]:
     """Describe a model folder. Reads only headers, no tensor.
 

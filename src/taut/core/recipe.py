@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,12 +42,50 @@ class Entry:
         return {key: value for key, value in chosen.items() if value is not None}
 
 
-@dataclass(frozen=True)
+Line = str | Mapping[str, Any] | Entry
+"""One entry as users write it: the name of a method, a mapping with the key ``method``, or an entry."""
+
+
+@dataclass(frozen=True, init=False, repr=False)
 class Recipe:
-    """A checked recipe. Methods check their knobs later, when the plan is made."""
+    """A checked recipe. Methods check their knobs later, when the plan is made.
+
+    Each slot takes one entry or several. ``source`` names the recipe in error messages. Raises TautError for a wrong
+    entry.
+
+    Examples
+    --------
+    >>> import taut
+    >>> taut.Recipe(embedding={"method": "low_bit", "bits": 4}, memory="low_bit")
+    Recipe({embedding: {method: low_bit, bits: 4}, memory: {method: low_bit}})
+    """
 
     entries: tuple[Entry, ...]
-    source: str = "recipe"
+    source: str = field(compare=False)
+
+    def __init__(
+        self,
+        *,
+        embedding: Line | Sequence[Line] = (),
+        projection: Line | Sequence[Line] = (),
+        attention: Line | Sequence[Line] = (),
+        feedforward: Line | Sequence[Line] = (),
+        memory: Line | Sequence[Line] = (),
+        source: str = "recipe",
+    ) -> None:
+        slots = (embedding, projection, attention, feedforward, memory)
+        entries = tuple(
+            _entry(slot, line, f"{source}: {slot}")
+            for slot, lines in zip(SLOTS, slots, strict=True)
+            for line in (lines if isinstance(lines, list | tuple) else [lines])
+        )
+        # The class is frozen, so its own fields are set the long way.
+        object.__setattr__(self, "entries", entries)
+        object.__setattr__(self, "source", source)
+
+    def __repr__(self) -> str:
+        text = yaml.safe_dump(self.to_dict(), default_flow_style=True, sort_keys=False, width=math.inf).strip()
+        return f"Recipe({text})"
 
     @classmethod
     def load(cls, source: "str | Path | dict[str, Any] | Recipe") -> "Recipe":
@@ -68,13 +108,10 @@ class Recipe:
     def parse(cls, content: Any, source: str = "recipe") -> "Recipe":
         if not isinstance(content, dict):
             raise TautError(f"{source}: a recipe is a mapping from slots to methods, not {type(content).__name__}")
-        entries: list[Entry] = []
-        for slot, lines in content.items():
+        for slot in content:
             if slot not in SLOTS:
                 raise TautError(f"{source}: unknown slot {slot!r}: {nearest(slot, SLOTS)}")
-            lines = lines if isinstance(lines, list) else [lines]
-            entries += [_entry(slot, line, f"{source}: {slot}") for line in lines]
-        return cls(tuple(entries), source)
+        return cls(**content, source=source)
 
     def to_dict(self) -> dict[str, Any]:
         slots: dict[str, Any] = {}
@@ -144,9 +181,11 @@ def find(source: str | Path) -> Path:
 
 
 def _entry(slot: str, line: Any, where: str, nested: bool = False) -> Entry:
+    if isinstance(line, Entry):
+        line = line.to_dict()
     if isinstance(line, str):
         line = {"method": line}
-    if not isinstance(line, dict) or "method" not in line:
+    if not isinstance(line, Mapping) or "method" not in line:
         raise TautError(f"{where}: expected a mapping with the key 'method', for example {{method: low_bit}}")
     keep, layers, store = line.get("keep"), line.get("layers"), line.get("store")
     if not isinstance(line["method"], str):
